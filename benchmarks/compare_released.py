@@ -1,0 +1,416 @@
+"""Our speed against the released implementation's, on the same machine, with the same weights and seeds.
+
+    python benchmarks/compare_released.py --released PATH [--device cuda] [--out RECORD.json]
+
+``PATH`` is your own clone of ``Junhaoo-Chen/MADFormer`` (branch ``main``); running it needs ``pip install transformers
+einops``. Nothing is timed before both implementations agree on samples, outputs, losses and gradients in fp32.
+
+What is timed, interleaved in one process:
+
+* sampling: the released ``sample`` in fp32, in which its ``sample.py`` runs it; our engine in fp32, and with bf16
+  weights. Our plan is made outside the timed region, and its set-up is reported by itself.
+* a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
+  which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
+  which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one.
+
+Two things in the released code are changed from outside so that it can run here, neither to its disadvantage: the
+device name in its ``sample``, and, where FlexAttention cannot train (CPU), its BlockMask, for the same mask as a
+dense tensor, made once. Each side runs with the attention backend that is fastest for it.
+
+The last line on stdout is the record as JSON. Exit status 1: something is missing, or the results disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
+from madformer.engine.sampler import Plan, Sampler
+from madformer.model.blocks import to_maps
+from madformer.model.persistence import atomic_path, check_writable
+from madformer.training.losses import training_losses
+
+MAX_RELATIVE_ERROR = 3e-3
+HIDDEN_WEIGHT = 0.1
+LATENT_CHANNELS = 4
+SEED = 0
+ROOT = Path(__file__).resolve().parent.parent
+RELEASED_MODULES = ("models", "rope", "config")
+
+Run = Callable[[], Any]
+
+
+class CannotCompare(Exception):
+    """Why there is nothing to report, in one line."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Geometry of model and batch, and the sampling steps of a block."""
+
+    batch: int
+    hidden_size: int
+    num_layers: int
+    diffusion_layers: int
+    num_heads: int
+    intermediate_size: int
+    num_blocks: int
+    block_size: int
+    unet_channels: tuple[int, ...]
+    norm_groups: int
+    steps: int
+
+    @property
+    def latents(self) -> tuple[int, int, int, int]:
+        """``(images, blocks, latents of a block, channels)``."""
+        per_block = self.block_size * 4 ** (len(self.unet_channels) - 1)
+        return self.batch, self.num_blocks, per_block, LATENT_CHANNELS
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """Of the released class, and so of our drop-in; ``model_config_path`` is the rest."""
+        return {
+            "latent_size": LATENT_CHANNELS,
+            "block_size": self.block_size,
+            "hidden_size": self.hidden_size,
+            "depth": self.num_layers,
+            "diff_depth": self.diffusion_layers,
+            "num_heads": self.num_heads,
+            "ar_len": self.num_blocks,
+            "spatial_len": self.num_blocks * self.block_size,
+        }
+
+    def model_config(self) -> dict[str, Any]:
+        """The JSON file that both constructors read."""
+        levels = len(self.unet_channels)
+        return {
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.intermediate_size,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-5,
+            "unet_block_out_channels": list(self.unet_channels),
+            "unet_num_layers_per_block": [2] * levels,
+            "unet_resnet_groups": self.norm_groups,
+            "unet_transformer_layers_per_block": [0] * (levels - 1) + [1],
+            "unet_num_heads": 8,
+            "unet_time_emb_dim": 128,
+        }
+
+
+# batch, hidden, layers, diffusion layers, heads, intermediate, blocks, tokens of a block, U-Net, groups, steps
+SMALL = Shape(2, 512, 12, 6, 8, 1536, 9, 64, (128, 256), 8, steps=4)
+FFHQ_1024 = Shape(1, 1152, 28, 14, 18, 4096, 16, 256, (512, 1024), 8, steps=20)
+TINY = Shape(2, 32, 4, 2, 2, 64, 4, 4, (16, 32), 4, steps=3)
+
+
+# The released code
+
+
+def load_released(path: Path, device: str) -> ModuleType:
+    """The released ``models`` module, imported from a clone without leaving its generic names behind.
+
+    Args:
+        path: the clone, or the folder ``src`` in it.
+        device: what every ``'cuda'`` in the module becomes: its ``sample`` names that device and no other.
+
+    Raises:
+        CannotCompare: no such clone, or a package that it imports is not installed.
+    """
+    source = next((f for f in (path / "src" / "models.py", path / "models.py") if f.is_file()), None)
+    if source is None:
+        raise CannotCompare(f"{path} holds neither src/models.py nor models.py: not a clone of the released code")
+    tree = ast.parse(source.read_text(), filename=str(source))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value == "cuda":
+            node.value = device
+    module = ModuleType("released_models")
+    # torch.compile looks up the globals of functions that it inlines by the name of their module.
+    sys.modules[module.__name__] = module
+    hidden = {name: sys.modules.pop(name) for name in RELEASED_MODULES if name in sys.modules}
+    sys.path.insert(0, str(source.parent))
+    try:
+        # It prints on import; stdout is for the table and the record.
+        with contextlib.redirect_stdout(sys.stderr):
+            exec(compile(tree, str(source), "exec"), module.__dict__)
+    except ModuleNotFoundError as error:
+        raise CannotCompare(f"the released code imports {error.name}, which is not installed (pip)") from error
+    finally:
+        sys.path.remove(str(source.parent))
+        for name in RELEASED_MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+    return module
+
+
+def use_dense_mask(released: Any, device: torch.device) -> None:
+    """Replace the BlockMask by the same mask as a tensor: the released attention then calls SDPA.
+
+    As numbers to add rather than as bool: SDPA would make them in every layer anew.
+    """
+    allowed = released.build_attention_mask(released.ar_len, released.block_size, device)
+    released.flex_attnmask = torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf)
+
+
+# Two models, one batch
+
+
+@dataclass(frozen=True)
+class Models:
+    """The released model and ours, with equal weights. ``native`` shares those of ``compat``."""
+
+    released: Any
+    compat: CompatMADFormer
+
+    @property
+    def native(self) -> Any:
+        return self.compat.to_native()
+
+
+def make_models(module: ModuleType, shape: Shape, device: torch.device) -> Models:
+    """Initialised as released, except that no bias is zero and no norm one: every parameter matters."""
+    torch.manual_seed(SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.json"
+        path.write_text(json.dumps(shape.model_config()))
+        arguments = {**shape.constructor_arguments(), "model_config_path": str(path)}
+        released = module.MADFormer(**arguments).to(device)
+        compat = CompatMADFormer(**arguments).to(device)
+    with torch.no_grad():
+        for parameter in released.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    compat.load_state_dict(released.state_dict())
+    # What the sampling plan and the trainer do to our U-Net, and what the released code does not do to its own.
+    for unet in (compat.downsampler, compat.upsampler):
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Models(released.train(), compat.train())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents ``(images, blocks, latents, channels)`` and what ``training_losses`` draws for them from ``SEED``."""
+
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    timestep: Tensor
+
+    @classmethod
+    def draw(cls, shape: Shape, device: torch.device) -> Batch:
+        clean = torch.randn(shape.latents, generator=torch.Generator().manual_seed(SEED + 1))
+        generator, scheduler = torch.Generator().manual_seed(SEED), DDPMScheduler()
+        noise = torch.randn(shape.latents, generator=generator)
+        limit = scheduler.config.num_train_timesteps
+        timestep = torch.randint(0, limit, shape.latents[:2], generator=generator)
+        noisy = scheduler.add_noise(clean.flatten(0, 1), noise.flatten(0, 1), timestep.flatten())
+        tensors = (clean, noise, noisy.unflatten(0, shape.latents[:2]), timestep)
+        return cls(*(tensor.to(device) for tensor in tensors))
+
+
+def released_step(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """Loss and outputs of a training step of the released class or of our drop-in; gradients are left behind."""
+    model.zero_grad(set_to_none=True)
+    outputs = model(batch.clean, batch.noisy, batch.timestep)
+    image = F.mse_loss(outputs[0], to_maps(batch.noise))
+    loss = image + HIDDEN_WEIGHT * F.mse_loss(outputs[1], to_maps(batch.clean))
+    loss.backward()
+    return (loss.detach(), *(output.detach() for output in outputs))
+
+
+def native_step(model: nn.Module, batch: Batch) -> Tensor:
+    """Loss of a training step as our trainer makes it: it also draws the noise and adds it."""
+    model.zero_grad(set_to_none=True)
+    generator = torch.Generator().manual_seed(SEED)
+    losses = training_losses(
+        model, batch.clean, DDPMScheduler(), hidden_weight=HIDDEN_WEIGHT, generator=generator
+    )
+    losses.total.backward()
+    return losses.total.detach()
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler.from_config(DDIMScheduler().config)
+
+
+def sample_released(model: Any, shape: Shape) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED)
+    return model.sample(make_scheduler(), shape.steps, shape.latents, generator=generator, dtype=torch.float)
+
+
+def sample_ours(plan: Plan, shape: Shape) -> Tensor:
+    """Draws the noise as the released ``sample`` does."""
+    generator = torch.Generator().manual_seed(SEED)
+    images, _, latents, channels = shape.latents
+    return plan.run(lambda _: torch.randn(images, 1, latents, channels, generator=generator)[:, 0])
+
+
+# The gate
+
+
+def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Euclidean norm of all differences over that of all expected values, in fp64."""
+    difference = norm = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        difference += (a.double() - e.double()).square().sum().item()
+        norm += e.double().square().sum().item()
+    return (difference / norm) ** 0.5
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Sorted by name, in which both models agree; zeros where a parameter was not used."""
+    named = sorted(model.named_parameters())
+    return [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+
+
+def compare(models: Models, plan: Plan, batch: Batch, shape: Shape) -> dict[str, float]:
+    """Relative errors of everything that is timed in fp32, by name."""
+    expected = released_step(models.released, batch)
+    actual = released_step(models.compat, batch)
+    errors = {
+        name: relative_error([a], [e])
+        for name, a, e in zip(
+            ("loss", "prediction", "condition", "clean_tower"), actual, expected, strict=True
+        )
+    }
+    errors["gradients"] = relative_error(gradients(models.compat), gradients(models.released))
+    errors["native_loss"] = relative_error([native_step(models.native, batch)], [expected[0]])
+    errors["native_gradients"] = relative_error(gradients(models.compat), gradients(models.released))
+    for model in (models.released, models.compat):
+        model.zero_grad(set_to_none=True)
+    errors["samples"] = relative_error([sample_ours(plan, shape)], [sample_released(models.released, shape)])
+    return errors
+
+
+def check(errors: Mapping[str, float], limit: float = MAX_RELATIVE_ERROR) -> float:
+    """The largest error.
+
+    Raises:
+        CannotCompare: it is above the limit, or not a number.
+    """
+    failed = {name: error for name, error in errors.items() if not error <= limit}
+    if failed:
+        listed = ", ".join(f"{name} {error:.1e}" for name, error in failed.items())
+        raise CannotCompare(f"no speeds: relative error above {limit:g} in {listed}")
+    return max(errors.values())
+
+
+# Timing
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a list of seconds, by linear interpolation between the values."""
+
+    median: float
+    first_quartile: float
+    third_quartile: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], tuple(samples))
+        first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, first, third, tuple(samples))
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, Spread]:
+    """Every run once to warm up, then ``repeats`` rounds of all: what slows the machine slows them alike."""
+    for run in runs.values():
+        run()
+    rounds = [[seconds(run, device) for run in runs.values()] for _ in range(repeats)]
+    return {name: Spread.of(column) for name, column in zip(runs, zip(*rounds, strict=True), strict=True)}
+
+
+@contextlib.contextmanager
+def tf32(matmul: bool, convolution: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def attention_choices(run: Run, device: torch.device) -> dict[str, Run]:
+    """A run under each attention backend that could be the fastest."""
+
+    def math() -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return run()
+
+    # On a GPU the unfused one keeps all scores of all layers: 130 GB for a training step at full size.
+    return {"default": run, "math": math} if device.type == "cpu" else {"default": run}
+
+
+def released_choices(model: Any, run: Run, device: torch.device) -> dict[str, Run]:
+    """The same for the released training step, whose own FlexAttention has no backward on a CPU."""
+    if device.type == "cpu":
+        return {f"dense mask, {name}": choice for name, choice in attention_choices(run, device).items()}
+    masks = {"flex": model.flex_attnmask}
+    use_dense_mask(model, device)
+    masks["dense mask, default"] = model.flex_attnmask
+
+    def with_mask(mask: Any) -> Run:
+        def masked() -> Any:
+            model.flex_attnmask = mask
+            return run()
+
+        return masked
+
+    return {name: with_mask(mask) for name, mask in masks.items()}
+
+
+@dataclass(frozen=True)
+class Timed:
+    spread: Spread
+    attention: str
+
+
+def time_best(
+    choices: Mapping[str, Mapping[str, Run]], repeats: int, device: torch.device
+) -> dict[str, Timed]:
+    """For each name, the choice that is fastest by itself (of two runs); those, interleaved."""
+    best: dict[str, str] = {}
+    for name, runs in choices.items():
+        trials = interleaved(runs, 2, device) if len(runs) > 1 else {choice: None for choice in runs}
+        best[name] = min(runs, key=lambda choice: min(trials[choice].samples) if trials[choice] else 0.0)
+        print(f"{name}: attention {best[name]}", file=sys.stderr)
+    spreads = interleaved({name: choices[name][choice] for name, choice in best.items()}, repeats, device)
+    return {name: Timed(spreads[name], best[name]) for name in choices}

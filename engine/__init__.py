@@ -1,0 +1,1 @@
+"""The runtime of sampling: scheduler tables, caches and loops."""

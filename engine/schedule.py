@@ -1,0 +1,181 @@
+"""Turns a diffusers scheduler into a table of per-step coefficients for ``denoise_step``.
+
+The scheduler owns the noise maths: timesteps, alphas and sigmas are read from it after its own
+``set_timesteps``, and only the update that its ``step`` would make is written out as a linear combination.
+
+Shape legend: S steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+@dataclass(frozen=True)
+class ScheduleTable:
+    """A deterministic sampler as numbers.
+
+    Attributes:
+        timesteps: (S,) int64, what the model is given, from noise to clean.
+        coefficients: (S, 6) float32, computed in float64; what each is, ``denoise_step`` says.
+        clip: bound of the predicted clean sample, or None.
+        init_noise_sigma: standard deviation of the noise that sampling starts from.
+    """
+
+    timesteps: Tensor
+    coefficients: Tensor
+    clip: float | None
+    init_noise_sigma: float
+
+    @property
+    def num_steps(self) -> int:
+        """S: what was asked for, or one more, which diffusers' spacing "trailing" makes for some numbers."""
+        return len(self.timesteps)
+
+
+def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | str = "cpu") -> ScheduleTable | None:
+    """The scheduler's ``num_steps`` steps as a table, or None where its own ``step`` has to be called.
+
+    Supported are ``DDIMScheduler`` with ``eta = 0`` and ``DPMSolverMultistepScheduler`` with the algorithm
+    ``dpmsolver++`` of order one or two, each with all its options for betas, spacing, sigmas and final steps,
+    and with the prediction types epsilon, sample and v_prediction. Everything else gives None: other classes
+    and subclasses, dynamic thresholding, stochastic variants, flow matching, learned variances, and schedules
+    with a step whose coefficients are not finite, such as epsilon prediction where no signal is left.
+
+    Args:
+        scheduler: a diffusers scheduler; it is not changed.
+        num_steps: what would be passed to ``set_timesteps``.
+        device: where the table goes.
+
+    Raises:
+        ValueError: ``num_steps`` is below 1 or above the scheduler's ``num_train_timesteps``, or
+            ``steps_offset`` moves a timestep of ``DDIMScheduler`` beyond the last one.
+    """
+    limit = getattr(scheduler.config, "num_train_timesteps", num_steps)
+    if not 1 <= num_steps <= limit:
+        raise ValueError(f"num_inference_steps={num_steps} must be between 1 and num_train_timesteps={limit}")
+    # `is`, not isinstance: a subclass may step differently.
+    if type(scheduler) is DDIMScheduler and _supports_ddim(scheduler):
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(num_steps)
+        coefficients = _ddim_coefficients(scheduler)
+        clip = float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
+    elif type(scheduler) is DPMSolverMultistepScheduler and _supports_dpm_solver(scheduler):
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(num_steps)
+        coefficients, clip = _dpm_solver_coefficients(scheduler), None
+    else:
+        return None
+    if not coefficients.isfinite().all():
+        return None
+    return ScheduleTable(
+        timesteps=scheduler.timesteps.to(device),
+        coefficients=coefficients.float().to(device),
+        clip=clip,
+        init_noise_sigma=float(scheduler.init_noise_sigma),
+    )
+
+
+def _to_x0(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) weights of the sample and of the model output in the predicted clean sample."""
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "sample":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    return alpha, -sigma
+
+
+def _to_epsilon(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) weights of the sample and of the model output in the predicted noise."""
+    if prediction_type == "epsilon":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "sample":
+        return 1 / sigma, -alpha / sigma
+    return sigma, alpha
+
+
+def _supports_ddim(scheduler: DDIMScheduler) -> bool:
+    config = scheduler.config
+    return config.prediction_type in PREDICTION_TYPES and not config.thresholding
+
+
+def _ddim_coefficients(scheduler: DDIMScheduler) -> Tensor:
+    """(S, 6) float64: arXiv:2010.02502, eq. 12, with sigma_t = 0; the noise is the unclipped prediction's."""
+    config, timesteps = scheduler.config, scheduler.timesteps
+    alphas_cumprod = scheduler.alphas_cumprod.double().cpu()  # `add_noise` may have moved it to a GPU.
+    final_signal = scheduler.final_alpha_cumprod.double()
+    if timesteps.max() >= len(alphas_cumprod):
+        raise ValueError(
+            f"steps_offset={config.steps_offset} moves the first timestep to {timesteps.max()}, "
+            f"which must be below num_train_timesteps={config.num_train_timesteps}"
+        )
+    # Not the next timestep of the table: diffusers goes down by this stride whatever the spacing.
+    next_timesteps = timesteps - config.num_train_timesteps // scheduler.num_inference_steps
+    signal = alphas_cumprod[timesteps]
+    next_signal = torch.where(next_timesteps >= 0, alphas_cumprod[next_timesteps.clamp(min=0)], final_signal)
+    alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+    next_alpha, next_sigma = next_signal.sqrt(), (1 - next_signal).sqrt()
+    epsilon_sample, epsilon_output = _to_epsilon(config.prediction_type, alpha, sigma)
+    columns = (
+        *_to_x0(config.prediction_type, alpha, sigma),
+        next_sigma * epsilon_sample,
+        next_sigma * epsilon_output,
+        next_alpha,
+        torch.zeros_like(alpha),
+    )
+    return torch.stack(columns, dim=1)
+
+
+def _supports_dpm_solver(scheduler: DPMSolverMultistepScheduler) -> bool:
+    config = scheduler.config
+    return (
+        config.algorithm_type == "dpmsolver++"
+        and config.solver_order in (1, 2)
+        and config.prediction_type in PREDICTION_TYPES
+        and config.variance_type is None
+        and not config.thresholding
+        and not config.use_flow_sigmas
+    )
+
+
+def _dpm_solver_coefficients(scheduler: DPMSolverMultistepScheduler) -> Tensor:
+    """(S, 6) float64: arXiv:2211.01095, algorithm 2 (midpoint), and its Heun variant in diffusers."""
+    config = scheduler.config
+    sigmas = scheduler.sigmas.double()
+    alpha = (sigmas**2 + 1).rsqrt()
+    sigma = sigmas * alpha
+    log_snr = -sigmas.log()  # Half of it; lambda in the paper, infinite where the last sigma is 0.
+    h = log_snr.diff()
+    to_x0 = -alpha[1:] * torch.expm1(-h)
+    slope = alpha[1:] * (torch.expm1(-h) / h + 1) if config.solver_type == "heun" else 0.5 * to_x0
+    # The weight of x0 - x0_previous: the slope over the ratio of this step's length and the one before.
+    previous_h = torch.cat([h.new_full((1,), torch.nan), h[:-1]])
+    correction = torch.where(_is_second_order(scheduler), slope * h / previous_h, 0.0)
+    columns = (
+        *_to_x0(config.prediction_type, alpha[:-1], sigma[:-1]),
+        sigma[1:] / sigma[:-1],
+        torch.zeros_like(h),
+        to_x0 + correction,
+        -correction,
+    )
+    return torch.stack(columns, dim=1)
+
+
+def _is_second_order(scheduler: DPMSolverMultistepScheduler) -> Tensor:
+    """(S,) bool: the steps that use the previous prediction; the first never does, the last not always."""
+    config, num_steps = scheduler.config, len(scheduler.timesteps)
+    lower_order_final = config.lower_order_final and num_steps < 15  # The bound is diffusers' own.
+    second = torch.full((num_steps,), config.solver_order == 2)
+    second[0] = False
+    if config.euler_at_final or lower_order_final or config.final_sigmas_type == "zero":
+        second[-1] = False
+    return second

@@ -1,0 +1,114 @@
+"""Which implementations an op has, which of them this machine can run, and why not the others.
+
+An op's file registers its implementations once, at import. Its public function then asks :func:`resolve` for
+the one to call. A backend that is asked for by name is never replaced by another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from madformer import kernels
+
+AUTO = "auto"
+BACKENDS = ("cpp", "reference")
+"""Every backend, in the order in which ``auto`` prefers them."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What ``madformer info`` prints about one backend.
+
+    Attributes:
+        backend: its name, as the ``backend`` argument of an op takes it.
+        available: whether this machine can run it.
+        reason: one line: what it is where it is available, else why it is not.
+        ops: the ops that have an implementation in it, sorted.
+    """
+
+    backend: str
+    available: bool
+    reason: str
+    ops: tuple[str, ...]
+
+
+def _load_extension() -> str | None:
+    """Imports ``madformer._C``, which registers its ops; returns why it could not, in one line."""
+    try:
+        importlib.import_module("madformer._C")
+    except ModuleNotFoundError:
+        return "madformer._C is not built; an install with MADFORMER_EXTENSION=require shows why"
+    except ImportError as error:
+        return f"madformer._C does not load: {' '.join(str(error).split())}"
+    return None
+
+
+# Found out once, at import: ops are resolved inside compiled graphs, where nothing can be imported.
+_UNAVAILABLE: dict[str, str] = {}
+if (_why := _load_extension()) is not None:
+    _UNAVAILABLE["cpp"] = _why
+
+_DESCRIPTION = {
+    "cpp": "C++ in madformer._C",
+    "reference": "plain PyTorch, on any device",
+}
+
+# op -> backend -> device types that it runs on, None for all
+_REGISTRY: dict[str, dict[str, tuple[str, ...] | None]] = {}
+
+
+def register(op: str, backend: str, device_types: Sequence[str] | None = None) -> None:
+    """Declares that ``op`` has an implementation in ``backend`` for these device types (None: for all)."""
+    assert backend in BACKENDS, backend
+    _REGISTRY.setdefault(op, {})[backend] = None if device_types is None else tuple(device_types)
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """The name of the backend that runs ``op`` on tensors of ``device``.
+
+    Args:
+        op: an op that its file has registered.
+        backend: ``"auto"`` for the best one here, or a name, which is then either returned or refused.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: the op has no implementation of that name.
+        RuntimeError: it has one, but not one that can run here on this device; the message says why.
+    """
+    implemented = [name for name in BACKENDS if name in _REGISTRY[op]]
+    if backend == AUTO:
+        return next(name for name in implemented if _refusal(op, name, device) is None)
+    if backend not in implemented:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *implemented))} for {op}")
+    if (why := _refusal(op, backend, device)) is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run {op} on {device.type}: {why}")
+    return backend
+
+
+def _refusal(op: str, backend: str, device: torch.device) -> str | None:
+    if backend in _UNAVAILABLE:
+        return _UNAVAILABLE[backend]
+    device_types = _REGISTRY[op][backend]
+    if device_types is not None and device.type not in device_types:
+        return f"it is for {', '.join(device_types)}"
+    return None
+
+
+def report() -> tuple[BackendStatus, ...]:
+    """The state of every backend on this machine, in the order in which ``auto`` prefers them."""
+    for module in pkgutil.iter_modules(kernels.__path__, "madformer.kernels."):
+        importlib.import_module(module.name)  # An op is in the registry once its file has been imported.
+    return tuple(
+        BackendStatus(
+            backend=name,
+            available=name not in _UNAVAILABLE,
+            reason=_UNAVAILABLE.get(name, _DESCRIPTION[name]),
+            ops=tuple(sorted(op for op, implementations in _REGISTRY.items() if name in implementations)),
+        )
+        for name in BACKENDS
+    )

@@ -1,0 +1,41 @@
+"""MADFormer: images made block by block, autoregression across blocks and diffusion within.
+
+from madformer import MADFormerPipeline
+
+pipeline = MADFormerPipeline.from_pretrained("assets/emoji64")
+images = pipeline(num_images=4, num_inference_steps=50, seed=0).images
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from madformer.config import MADFormerConfig, UNetConfig, preset
+
+if TYPE_CHECKING:
+    from madformer.model import MADFormer, MADFormerOutput
+    from madformer.pipeline import MADFormerPipeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "MADFormer",
+    "MADFormerConfig",
+    "MADFormerOutput",
+    "MADFormerPipeline",
+    "UNetConfig",
+    "preset",
+]
+
+# torch and diffusers take seconds to import: `madformer --help` need not wait for them
+_LAZY = {
+    "MADFormer": "madformer.model",
+    "MADFormerOutput": "madformer.model",
+    "MADFormerPipeline": "madformer.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""``madformer info``: what runs here and why, and what a model folder holds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "xformers")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show what runs here, or what a model is",
+        description="Show versions, devices and backends with the reason for each; with --model, a model too.",
+    )
+    parser.add_argument("--model", help="a model folder or hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    record = _machine()
+    if args.model:
+        record["model"] = _model(args.model)
+    if args.json:
+        print(json.dumps(record))
+        return
+    for name, version in record["versions"].items():
+        print(f"{name:<12} {version or 'not installed'}")
+    for device in record["devices"]:
+        print(f"{'device':<12} {device}")
+    print()
+    for backend in record["backends"]:
+        state = "yes" if backend["available"] else "no"
+        print(f"{backend['backend']:<12} {state:<4} {backend['reason']}: {', '.join(backend['ops'])}")
+    for name, value in record.get("model", {}).items():
+        print(f"{name:<24} {value}")
+
+
+def _machine() -> dict[str, Any]:
+    import dataclasses
+
+    import torch
+
+    # the ops register themselves where they are defined
+    import madformer.kernels.block_causal_attention
+    import madformer.kernels.denoise_step
+    from madformer.kernels import dispatch
+    from madformer.pipeline import default_dtype
+
+    versions = {"madformer": madformer.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    devices = [f"cpu, {torch.get_num_threads()} threads, samples in {default_dtype('cpu')}"]
+    devices += [
+        f"cuda:{index}, {torch.cuda.get_device_name(index)}, samples in {default_dtype('cuda')}"
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backends": [dataclasses.asdict(status) for status in dispatch.report()],
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    import torch
+
+    from madformer.config import MADFormerConfig
+    from madformer.model import MADFormer
+    from madformer.model.persistence import CONFIG_NAME, resolve_folder
+
+    folder = resolve_folder(name)
+    path = next((p for p in (folder / "transformer" / CONFIG_NAME, folder / CONFIG_NAME) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no model: no {CONFIG_NAME} in it or in its transformer/")
+    config = MADFormerConfig.from_file(path)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MADFormer(config).parameters())
+    return {"parameters": parameters, **config.to_dict()}

@@ -1,0 +1,44 @@
+"""The ``madformer`` command: one file a subcommand, each with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from madformer.cli import convert, data, info, sample, train
+
+COMMANDS = (sample, train, data, convert, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="madformer",
+        description="Images made block by block: autoregression across blocks, diffusion within.",
+        epilog="First steps: madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; bad input is one line on stderr and exit status 1."""
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("MADFORMER_TRACEBACK"):
+            raise
+        print(f"madformer {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

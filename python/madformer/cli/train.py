@@ -1,0 +1,79 @@
+"""``madformer train``: every field of the configuration is an option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from madformer.config import MADFormerConfig
+
+EXAMPLES = """examples:
+  madformer train emoji64 --out runs/emoji64
+  madformer train emoji64 --out runs/emoji64 --resume
+  madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a preset into a folder, which then holds metrics, checkpoints and model/ to sample from.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", help="emoji64, ffhq1024 or imagenet256")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    _add_fields(parser.add_argument_group("run (default: the preset's)"), _training_fields(), "")
+    _add_fields(parser.add_argument_group("model (default: the preset's)"), _model_fields(), "model.")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from madformer.training.config import PRESETS
+    from madformer.training.trainer import Trainer
+
+    if args.preset not in PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    config = PRESETS[args.preset]()
+    model = config.model.replace(
+        **{name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
+    )
+    changes = {name: given[name] for name in _training_fields() if name in given}
+    Trainer(dataclasses.replace(config, model=model, **changes), args.out, resume=args.resume).run()
+
+
+def _training_fields() -> dict[str, Any]:
+    from madformer.training.config import TrainingConfig
+
+    return _scalar_fields(TrainingConfig)
+
+
+def _model_fields() -> dict[str, Any]:
+    return _scalar_fields(MADFormerConfig)
+
+
+def _scalar_fields(config: type) -> dict[str, Any]:
+    """Name and type of every field that one word on a command line can set."""
+    hints = typing.get_type_hints(config)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(config)
+        if hints[field.name] in (int, float, str, bool) or typing.get_origin(hints[field.name]) is typing.Literal
+    }
+
+
+def _add_fields(group: Any, fields: dict[str, Any], prefix: str) -> None:
+    for name, kind in fields.items():
+        option = f"--{prefix}{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(option, dest=prefix + name, action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is typing.Literal:
+            group.add_argument(option, dest=prefix + name, choices=typing.get_args(kind))
+        else:
+            group.add_argument(option, dest=prefix + name, type=kind, metavar=kind.__name__.upper())

@@ -1,0 +1,1 @@
+"""Drop-ins for the released implementations, and readers of their checkpoints."""

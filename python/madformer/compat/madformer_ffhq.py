@@ -1,0 +1,322 @@
+"""Drop-in for the released FFHQ implementation (``Junhaoo-Chen/MADFormer``, branch ``main``).
+
+The constructor, the names and shapes of state and parameters, ``forward`` and ``sample`` are the released ones, and
+the numbers agree to fp32 rounding, quirks included. The network itself is the native one: this class only hangs its
+modules under the released names.
+
+Shape legend, in the released letters: N images, T blocks, B latents of a block, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
+from madformer.config import MADFormerConfig, UNetConfig
+from madformer.engine.sampler import Sampler
+from madformer.model import MADFormer as NativeMADFormer
+from madformer.model.blocks import to_maps
+from madformer.model.layer import Tower, TransformerLayer
+from madformer.model.persistence import load_weights
+
+STREAMS = ("clean", "noise")
+
+# What the released configuration falls back to: transformers' LlamaConfig, then its own additions.
+LLAMA_DEFAULTS = {
+    "hidden_act": "silu",
+    "intermediate_size": 11008,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-6,
+    "unet_block_out_channels": [512, 1024],
+    "unet_num_layers_per_block": [2, 2],
+    "unet_resnet_groups": 8,
+    "unet_transformer_layers_per_block": [0, 1],
+    "unet_num_heads": 8,
+    "unet_time_emb_dim": 128,
+}
+
+
+class MADFormer(nn.Module):
+    """The released constructor, ``forward`` and ``sample`` over the native network.
+
+    Args:
+        block_size, ar_len, spatial_len: tokens of a block, blocks, and tokens of the image (their product).
+        hidden_size, depth, num_heads: the Transformer; ``diff_depth`` of its layers are diffusion layers.
+        model_config_path: JSON file of the released ``MADFormerConfig`` (a mapping is accepted too).
+        clear_clean, clear_cond, denoising_mlp: the ablations: condition only, clean blocks only, block-local diffusion.
+        cache_clean: accepted; the clean blocks' keys and values are always computed once, with the same result.
+        patch_size, latent_size, in_channels, mlp_ratio, class_dropout_prob, learn_sigma: accepted and, as in the
+            released code, without influence on the network.
+
+    Raises:
+        ValueError: an impossible geometry; the message names the fields.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 2,
+        latent_size: int = 16,
+        block_size: int = 256,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        diff_depth: int = 14,
+        num_heads: int = 18,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        no_qk_norm: bool = False,
+        ar_len: int = 4,
+        spatial_len: int = 1024,
+        square_block: bool = True,
+        model_config_path: str | Path | Mapping[str, Any] | None = None,
+        clear_clean: bool = False,
+        clear_cond: bool = False,
+        denoising_mlp: bool = False,
+        cache_clean: bool = False,
+    ) -> None:
+        super().__init__()
+        if spatial_len != block_size * ar_len:
+            raise ValueError(f"spatial_len={spatial_len} must be block_size={block_size} * ar_len={ar_len}")
+        if model_config_path is None:
+            raise ValueError("model_config_path must name the JSON file of the released model configuration")
+        if clear_clean and clear_cond:
+            raise ValueError("clear_clean and clear_cond exclude each other: together they leave no context")
+        self.patch_size, self.latent_size, self.in_channels = patch_size, latent_size, in_channels
+        self.block_size, self.ar_len, self.spatial_len = block_size, ar_len, spatial_len
+        self.hidden_size, self.depth, self.diff_depth, self.num_heads = (
+            hidden_size,
+            depth,
+            diff_depth,
+            num_heads,
+        )
+        self.clear_clean, self.clear_cond, self.denoising_mlp = clear_clean, clear_cond, denoising_mlp
+        self.cache_clean, self.square_block, self.qk_norm = cache_clean, square_block, not no_qk_norm
+        config = MADFormerConfig(
+            hidden_size=hidden_size,
+            num_layers=depth,
+            num_heads=num_heads,
+            num_blocks=ar_len,
+            block_size=block_size,
+            diffusion_layers=diff_depth,
+            qk_norm=not no_qk_norm,
+            context="condition" if clear_clean else "clean" if clear_cond else "clean+condition",
+            cross_block_attention=not denoising_mlp,
+            square_blocks=square_block,
+            rope_pairing="released",
+            clean_timestep="noisy",
+            hidden_loss_input="condition+noisy",
+            hidden_loss_skips="same_block",
+            **_read_model_config(model_config_path),
+        )
+        self._adopt(NativeMADFormer(config))
+
+    def _adopt(self, native: NativeMADFormer) -> None:
+        """Hang the native modules under the released names; unused ones are made, to be loaded and saved."""
+        # Not registered as a submodule: parameters must appear once, under their released names.
+        self.__dict__["native"] = native
+        config = native.config
+        if config.context == "clean":
+            self.boi_block = nn.Parameter(torch.randn(1, config.block_size, config.hidden_size))
+        else:
+            self.boi_block = native.boi
+        self.downsampler = native.downsampler
+        self.upsampler = native.upsampler
+        self.rope = native.rope
+        self.blocks = nn.ModuleList(ReleasedLayer(config, cast(TransformerLayer, layer)) for layer in native.layers)
+
+    @property
+    def config(self) -> MADFormerConfig:
+        return self.__dict__["native"].config
+
+    def to_native(self) -> NativeMADFormer:
+        """The native model with the quirk fields set; it shares this model's weights."""
+        return self.__dict__["native"]
+
+    def _share_boi(self, *_: Any) -> None:
+        """Casting and loading may replace the root's own parameter: share it with the native model again."""
+        native = self.to_native()
+        if hasattr(native, "boi"):
+            native.boi = self.boi_block
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._share_boi()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._share_boi()
+        return result
+
+    def train(self, mode: bool = True) -> Self:
+        self.to_native().train(mode)
+        return super().train(mode)
+
+    def forward(self, clean_x: Tensor, noised_x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The training pass.
+
+        Args:
+            clean_x, noised_x: latents ``(N, T, B, C)``.
+            t: integer timesteps ``(N, T)``, on any device.
+
+        Returns:
+            Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``.
+        """
+        output = self.to_native()(clean_x, noised_x, t.to(clean_x.device), return_clean=not self.clear_clean)
+        assert output.condition is not None
+        prediction = output.prediction
+        if torch.is_grad_enabled():
+            prediction = _ZeroGradient.apply(prediction, *self._possibly_unused())
+        clean = None if output.clean is None else to_maps(output.clean)
+        return to_maps(prediction), to_maps(output.condition), clean
+
+    def _possibly_unused(self) -> list[nn.Parameter]:
+        """Parameters that a loss may not reach: the released code gives those zero gradients, not None."""
+        config = self.config
+        unused = [] if config.context != "clean" else [self.boi_block]
+        for index, layer in enumerate(self.blocks):
+            assert isinstance(layer, ReleasedLayer)
+            last_read = self.to_native().clean_layers - 1
+            if not config.has_clean_stream or index >= last_read:
+                unused += layer.stream_parameters("clean")
+            if not self.to_native().has_tower("noise", index):
+                unused += layer.stream_parameters("noise")
+        return unused
+
+    @torch.no_grad()
+    def sample(
+        self,
+        scheduler: Any,
+        num_inference_steps: int,
+        target_shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Draw latents block by block.
+
+        Args:
+            scheduler: any diffusers scheduler.
+            target_shape: ``(N, T, B, C)``.
+            generator: one for the batch or one for each image; noise is drawn a block at a time.
+            dtype: of the noise drawn and of the result; the update runs in fp32.
+
+        Returns:
+            Latents ``(N, T, B, C)``.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        images, blocks, latents, channels = target_shape
+        expected = (self.config.num_blocks, self.config.latents_per_block, self.config.latent_channels)
+        if (blocks, latents, channels) != expected:
+            raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
+
+        def noise(block: int) -> Tensor:
+            shape = (images, 1, latents, channels)
+            return randn_tensor(shape, generator=generator, device=self.boi_block.device, dtype=dtype)[:, 0]
+
+        plan = Sampler(self.to_native(), scheduler).plan(images, num_inference_steps)
+        return plan.run(noise, generator=generator).to(dtype)
+
+    @classmethod
+    def from_released(
+        cls,
+        checkpoint: str | Path,
+        *,
+        model_config: str | Path | Mapping[str, Any] | None = None,
+        weights: Weights = "ema",
+    ) -> Self:
+        """Load a released training checkpoint (``ckpts.pt``), never running code that it may contain.
+
+        Args:
+            model_config: the JSON that ``model_config_path`` named in training; without it, what the shapes
+                tell, and the released file's values for the rest.
+            weights: the exponential moving average or the raw weights.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, no such checkpoint, or weights that do not fit.
+        """
+        released = ReleasedCheckpoint.load(checkpoint, weights)
+        with torch.device("meta"):
+            model = cls(**released.constructor_arguments(model_config))
+        load_weights(model, released.state, origin=checkpoint, assign=True)
+        return model.eval()
+
+
+class ReleasedLayer(nn.Module):
+    """One layer's towers as the parallel module lists of the released code."""
+
+    def __init__(self, config: MADFormerConfig, layer: TransformerLayer) -> None:
+        super().__init__()
+        towers = [
+            cast(Tower, layer.towers[stream]) if stream in layer.towers else _unused_tower(config) for stream in STREAMS
+        ]
+        self.self_attn = nn.Module()
+        self.self_attn.qkv_list = nn.ModuleList(tower.qkv for tower in towers)
+        self.self_attn.q_norm_list = nn.ModuleList(tower.q_norm for tower in towers)
+        self.self_attn.k_norm_list = nn.ModuleList(tower.k_norm for tower in towers)
+        self.self_attn.proj_list = nn.ModuleList(tower.proj for tower in towers)
+        self.mlp_list = nn.ModuleList(tower.mlp for tower in towers)
+        self.input_layernorm_list = nn.ModuleList(tower.input_norm for tower in towers)
+        self.post_attention_layernorm_list = nn.ModuleList(tower.post_attention_norm for tower in towers)
+
+    def stream_parameters(self, stream: str) -> list[nn.Parameter]:
+        index = STREAMS.index(stream)
+        lists = (module for module in self.modules() if isinstance(module, nn.ModuleList))
+        return [parameter for modules in lists for parameter in modules[index].parameters()]
+
+
+def _unused_tower(config: MADFormerConfig) -> Tower:
+    tower = Tower(config)
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return tower
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Identity on the first argument that gives the others a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+
+
+def _read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a released model configuration that shape the network, under our names."""
+    if isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        try:
+            values = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON: {error}") from error
+    values = {**LLAMA_DEFAULTS, **values}
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={values['hidden_act']!r}: the released models and this one use 'silu'")
+    return {
+        "intermediate_size": values["intermediate_size"],
+        "norm_eps": values["rms_norm_eps"],
+        "mlp_bias": values["mlp_bias"],
+        "unet": UNetConfig(
+            block_out_channels=tuple(values["unet_block_out_channels"]),
+            layers_per_block=tuple(values["unet_num_layers_per_block"]),
+            attention=tuple(count == 1 for count in values["unet_transformer_layers_per_block"]),
+            num_heads=values["unet_num_heads"],
+            norm_groups=values["unet_resnet_groups"],
+            time_embed_dim=values["unet_time_emb_dim"],
+        ),
+    }

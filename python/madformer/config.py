@@ -1,0 +1,276 @@
+"""What a MADFormer is: its geometry, its streams, and which quirks of the released code it keeps.
+
+A configuration is a frozen dataclass that round-trips through JSON. Presets are functions that return one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+Context = Literal["clean+condition", "clean", "condition"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The convolutional encoder and decoder around the Transformer, built of diffusers' blocks.
+
+    Each level but the last halves the resolution, so a block of ``L`` latents becomes
+    ``L / 4 ** (levels - 1)`` tokens.
+    """
+
+    block_out_channels: tuple[int, ...] = (512, 1024)
+    layers_per_block: tuple[int, ...] = (2, 2)
+    attention: tuple[bool, ...] = (False, True)
+    num_heads: int = 8
+    norm_groups: int = 8
+    time_embed_dim: int = 128
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        _require(levels >= 1, f"unet.block_out_channels={self.block_out_channels} must name at least one level")
+        for name in ("layers_per_block", "attention"):
+            _require(
+                len(getattr(self, name)) == levels,
+                f"unet.{name}={getattr(self, name)} must have one entry for each of the {levels} levels of "
+                f"unet.block_out_channels={self.block_out_channels}",
+            )
+        _require(min(self.layers_per_block) >= 1, f"unet.layers_per_block={self.layers_per_block} must be positive")
+        for name in ("num_heads", "norm_groups", "time_embed_dim"):
+            _require(getattr(self, name) >= 1, f"unet.{name}={getattr(self, name)} must be positive")
+        for channels, attention in zip(self.block_out_channels, self.attention, strict=True):
+            _require(
+                channels >= 1 and channels % self.norm_groups == 0,
+                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
+                f"unet.norm_groups={self.norm_groups}",
+            )
+            _require(
+                not attention or channels % self.num_heads == 0,
+                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
+                f"unet.num_heads={self.num_heads} where unet.attention is on",
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Latents along one side of a token."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class MADFormerConfig:
+    """Geometry of the paper's two axes, the ablation switches, and the quirk fields.
+
+    The defaults are the paper's FFHQ-1024 model. The last group of fields chooses between what the paper
+    describes (the defaults) and what the released code does; ``docs/faithfulness.md`` tells each one's story.
+    """
+
+    # Transformer
+    hidden_size: int = 1152
+    num_layers: int = 28
+    num_heads: int = 18
+    intermediate_size: int = 4096
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    mlp_bias: bool = False
+
+    # the two axes: how many blocks (M), and how many of the layers are diffusion layers (D)
+    num_blocks: int = 16
+    block_size: int = 256
+    diffusion_layers: int = 14
+
+    # latents and the U-Net around the Transformer
+    latent_channels: int = 4
+    unet: UNetConfig = field(default_factory=UNetConfig)
+
+    # the paper's ablations
+    context: Context = "clean+condition"
+    cross_block_attention: bool = True
+    shared_towers: bool = False
+    prediction_type: PredictionType = "epsilon"
+
+    # quirks of the released code
+    rope_pairing: Literal["axial", "released"] = "axial"
+    clean_timestep: Literal["zero", "noisy"] = "zero"
+    hidden_loss_input: Literal["condition", "condition+noisy"] = "condition"
+    hidden_loss_skips: Literal["shifted", "same_block"] = "shifted"
+    square_blocks: bool = True
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            _require(
+                not choices or value in choices,
+                f"{name}={value!r} must be one of {', '.join(map(repr, choices))}",
+            )
+            if hint is int:
+                _require(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a positive whole number")
+        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        self._check_transformer()
+        self._check_blocks()
+
+    def _check_transformer(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}",
+        )
+        _require(
+            self.head_dim % 4 == 0,
+            f"hidden_size={self.hidden_size} / num_heads={self.num_heads} gives heads of {self.head_dim}; "
+            "two-dimensional RoPE needs a multiple of 4",
+        )
+        _require(
+            self.diffusion_layers <= self.num_layers,
+            f"diffusion_layers={self.diffusion_layers} must be from 1 to num_layers={self.num_layers}",
+        )
+
+    def _check_blocks(self) -> None:
+        _require(
+            math.isqrt(self.block_size) ** 2 == self.block_size,
+            f"block_size={self.block_size} must be a square number: a block is a square of tokens",
+        )
+        _require(
+            math.isqrt(self.num_blocks) ** 2 == self.num_blocks,
+            f"num_blocks={self.num_blocks} must be a square number: the blocks tile a square image",
+        )
+        _require(
+            not self.shared_towers or self.has_clean_stream,
+            "shared_towers=True needs a clean stream to share with; context='condition' has none",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ar_layers(self) -> int:
+        """``N - D``: layers that run once per block."""
+        return self.num_layers - self.diffusion_layers
+
+    @property
+    def latents_per_block(self) -> int:
+        """Latent positions of one block (before the U-Net's downsampling)."""
+        return self.block_size * self.unet.downscale**2
+
+    @property
+    def block_side(self) -> int:
+        """Latents along one side of a block."""
+        return math.isqrt(self.latents_per_block)
+
+    @property
+    def token_grid(self) -> int:
+        """Tokens along one side of the image."""
+        return math.isqrt(self.block_size * self.num_blocks)
+
+    @property
+    def latent_side(self) -> int:
+        """Latents along one side of the image."""
+        return self.token_grid * self.unet.downscale
+
+    @property
+    def has_clean_stream(self) -> bool:
+        return self.context != "condition"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the inverse of :meth:`from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MADFormerConfig:
+        """Build from :meth:`to_dict`'s output. Keys that start with ``_`` (class and version marks) are ignored.
+
+        Raises:
+            ValueError: a key that is no field, or an impossible geometry; the message names the fields.
+        """
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        unet = dict(values.pop("unet", {}))
+        _known_keys(cls, values, "")
+        _known_keys(UNetConfig, unet, "unet.")
+        unet = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.items()}
+        return cls(**values, unet=UNetConfig(**unet))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> MADFormerConfig:
+        """Inverse of :meth:`to_json`; raises ``ValueError`` for text that is no such JSON."""
+        values = json.loads(text)
+        _require(isinstance(values, dict), "a MADFormer configuration is a JSON object")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MADFormerConfig:
+        """Read ``config.json``; the error message names the file."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def replace(self, **changes: Any) -> MADFormerConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _known_keys(cls: type, values: Mapping[str, Any], prefix: str) -> None:
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    _require(not unknown, f"unknown configuration field {', '.join(prefix + key for key in unknown)}")
+
+
+def ffhq1024() -> MADFormerConfig:
+    """The paper's FFHQ-1024 model: 1.3 B parameters, 16 blocks of 256 tokens, half of the layers diffusion."""
+    return MADFormerConfig()
+
+
+def imagenet256() -> MADFormerConfig:
+    """The image part of the paper's ImageNet-256 model: 4 blocks of 64 tokens."""
+    return MADFormerConfig(num_blocks=4, block_size=64)
+
+
+def emoji64() -> MADFormerConfig:
+    """Emoji of 64 x 64 pixels (16 x 16 latents): small enough to train on a laptop's processor."""
+    return MADFormerConfig(
+        hidden_size=192,
+        num_layers=6,
+        num_heads=3,
+        intermediate_size=384,
+        num_blocks=4,
+        block_size=16,
+        diffusion_layers=3,
+        unet=UNetConfig(block_out_channels=(48, 96), layers_per_block=(1, 1)),
+    )
+
+
+def tiny() -> MADFormerConfig:
+    """The smallest model with every part in it, for tests and first steps."""
+    return MADFormerConfig(
+        hidden_size=64,
+        num_layers=3,
+        num_heads=2,
+        intermediate_size=96,
+        num_blocks=4,
+        block_size=4,
+        diffusion_layers=2,
+        unet=UNetConfig(block_out_channels=(16, 32), num_heads=4, time_embed_dim=32),
+    )
+
+
+PRESETS: dict[str, Callable[[], MADFormerConfig]] = {
+    preset.__name__: preset for preset in (ffhq1024, imagenet256, emoji64, tiny)
+}
+
+
+def preset(name: str) -> MADFormerConfig:
+    """The configuration of that name; raises ``ValueError`` that lists the presets."""
+    _require(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,257 @@
+"""MADFormer (arXiv 2506.07999): autoregressive layers give a condition, diffusion layers denoise on it.
+
+Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a stream, N = B * M,
+E time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from madformer.config import MADFormerConfig
+from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from madformer.model.blocks import from_maps, to_maps
+from madformer.model.layer import Attention, Streams, TransformerLayer
+from madformer.model.persistence import PretrainedMixin
+from madformer.model.rope import RotaryEmbedding2D
+from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
+
+
+@dataclass
+class MADFormerOutput:
+    """What :meth:`MADFormer.forward` gives; every tensor is ``(B, M, L, C)``.
+
+    Attributes:
+        prediction: the diffusion layers' prediction for every noisy block, in ``config.prediction_type``.
+        condition: what the autoregressive layers alone predict each block to be (the hidden loss compares it with
+            the clean block); None where they predict nothing or it was not asked for.
+        clean: the clean stream decoded (for the clean-tower loss), all blocks; None unless asked for.
+    """
+
+    prediction: Tensor
+    condition: Tensor | None = None
+    clean: Tensor | None = None
+
+
+class MADFormer(PretrainedMixin, nn.Module):
+    """The network alone: what is computed, with no cache, timer or distributed call in it.
+
+    Args:
+        config: geometry and switches.
+
+    :meth:`forward` is the training pass over all blocks. ``madformer.engine`` drives :meth:`embed`, the layers
+    and :meth:`decode` block by block to sample.
+    """
+
+    def __init__(self, config: MADFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = RotaryEmbedding2D(config)
+        self.downsampler = UNetDownsampler(config)
+        self.upsampler = UNetUpsampler(config)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, [name for name in ("clean", "noise") if self.has_tower(name, index)])
+            for index in range(config.num_layers)
+        )
+        if config.context != "clean":
+            # BOI: what the first block, which has no predecessor, is predicted from
+            self.boi = nn.Parameter(torch.empty(1, config.block_size, config.hidden_size))
+            if config.hidden_loss_skips == "shifted":
+                self.boi_skips = nn.ParameterList(
+                    nn.Parameter(torch.empty(channels, 1, 1)) for channels in skip_channels(config)
+                )
+        self.reset_parameters()
+
+    def has_tower(self, stream: str, layer: int) -> bool:
+        """Whether a stream passes a layer at all in this configuration."""
+        if stream == "clean":
+            return self.config.has_clean_stream
+        return self.config.context != "clean" or layer >= self.config.ar_layers
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier for every linear layer, zero for its bias, a normal BOI block: the released initialisation."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.config.context != "clean":
+            nn.init.normal_(self.boi)
+            for skip in getattr(self, "boi_skips", ()):
+                nn.init.zeros_(skip)
+
+    def embed(self, latents_BMLC: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
+        """Blocks of latents to tokens ``(B, S, hidden_size)`` and the U-Net's skip connections."""
+        maps, skips = self.downsampler(to_maps(latents_BMLC), temb_NE)
+        return from_maps(maps, latents_BMLC.shape[1]).flatten(1, 2), skips
+
+    def decode(self, tokens_BSC: Tensor, temb_NE: Tensor, skips: Skips) -> Tensor:
+        """Tokens back to blocks of latents ``(B, M, L, C)``."""
+        blocks = tokens_BSC.unflatten(1, (-1, self.config.block_size))
+        return from_maps(self.upsampler(to_maps(blocks), temb_NE, skips), blocks.shape[1])
+
+    def clean_timestep(self, timestep_BM: Tensor) -> Tensor:
+        """The timestep that clean blocks are embedded and decoded with."""
+        return torch.zeros_like(timestep_BM) if self.config.clean_timestep == "zero" else timestep_BM
+
+    def forward(
+        self,
+        clean_BMLC: Tensor,
+        noisy_BMLC: Tensor,
+        timestep_BM: Tensor,
+        *,
+        return_condition: bool = True,
+        return_clean: bool = False,
+    ) -> MADFormerOutput:
+        """Predict all blocks at once, each from its clean predecessors (teacher forcing) and its noisy self.
+
+        Args:
+            clean_BMLC: clean latents ``(B, M, L, C)``.
+            noisy_BMLC: the same with noise added.
+            timestep_BM: integer timestep of every block.
+            return_condition: decode the condition (the hidden loss needs it).
+            return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
+                which no other block attends to, never enters the Transformer.
+        """
+        config, num_blocks = self.config, noisy_BMLC.shape[1]
+        noisy, noisy_skips = self.embed(noisy_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
+
+        whole = return_clean or (return_condition and config.hidden_loss_skips == "same_block")
+        embedded = num_blocks if whole else num_blocks - 1
+        clean_timestep = self.clean_timestep(timestep_BM[:, :embedded])
+        clean, clean_skips = self.embed_clean(clean_BMLC[:, :embedded], clean_timestep)
+
+        streams: Streams = {}
+        context_tokens = (num_blocks if return_clean else num_blocks - 1) * config.block_size
+        if config.has_clean_stream and context_tokens:
+            streams["clean"] = clean[:, :context_tokens]
+        if config.context != "clean":
+            boi = self.boi.expand(len(clean_BMLC), -1, -1).to(noisy.dtype)
+            streams["noise"] = torch.cat((boi, clean[:, : (num_blocks - 1) * config.block_size]), dim=1)
+
+        streams, condition = self.transform(streams, noisy, keep_clean=return_clean)
+        output = MADFormerOutput(
+            self.decode(streams["noise"], self.upsampler.time_embedding(timestep_BM.flatten()), noisy_skips)
+        )
+        if return_condition:
+            output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips)
+        if return_clean and "clean" in streams:
+            temb = self.upsampler.time_embedding(clean_timestep.flatten())
+            output.clean = self.decode(streams["clean"], temb, clean_skips)
+        return output
+
+    def embed_clean(self, clean_BMLC: Tensor, timestep_BM: Tensor) -> tuple[Tensor, Skips]:
+        """:meth:`embed` for clean blocks, of which there may be none."""
+        if clean_BMLC.shape[1] == 0:
+            return clean_BMLC.new_empty(len(clean_BMLC), 0, self.config.hidden_size), ()
+        return self.embed(clean_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
+
+    def transform(self, streams: Streams, noisy_BSC: Tensor, *, keep_clean: bool) -> tuple[Streams, Tensor | None]:
+        """All layers under the training mask; also returns the condition, None where there is none."""
+        config = self.config
+        condition = None
+        clean_layers = config.num_layers if keep_clean else self.clean_layers
+        for index, layer in enumerate(self.layers):
+            if index == config.ar_layers:
+                condition = streams.get("noise")
+                streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
+            if index >= clean_layers:
+                streams.pop("clean", None)
+            outputs = [name for name in streams if name == "noise" or index + 1 < clean_layers or keep_clean]
+            if streams:
+                cross_block = config.cross_block_attention or index < config.ar_layers
+                streams = self.layer_pass(layer, streams, outputs, cross_block)
+        return streams, condition
+
+    @property
+    def clean_layers(self) -> int:
+        """How many layers the noise stream reads the clean one in: later ones need not run it."""
+        if not self.config.has_clean_stream:
+            return 0
+        if self.config.cross_block_attention:
+            return self.config.num_layers
+        return self.config.ar_layers if self.config.context != "clean" else 0
+
+    def layer_pass(self, layer: nn.Module, streams: Streams, outputs: Collection[str], cross_block: bool) -> Streams:
+        size = self.config.block_size
+        blocks = {name: x.shape[1] // size for name, x in streams.items()}
+        layout = BlockLayout(
+            size,
+            blocks.get("noise", 0),
+            blocks.get("clean", 0),
+            cross_block,
+            clean_queries="clean" in outputs,
+        )
+        tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
+        return layer(streams, self.rope, tables, masked_attention(layout), outputs)
+
+    def decode_condition(
+        self, condition: Tensor | None, noisy_BSC: Tensor, timestep_BM: Tensor, clean_skips: Skips
+    ) -> Tensor | None:
+        """The clean blocks that the condition alone predicts; what the hidden loss compares."""
+        config = self.config
+        if config.hidden_loss_input == "condition+noisy":
+            condition = noisy_BSC if condition is None else condition + noisy_BSC
+        if condition is None:
+            return None
+        if config.hidden_loss_skips == "shifted":
+            if config.context == "clean":
+                return None
+            clean_skips = self.shift_skips(clean_skips, *timestep_BM.shape)
+        temb = self.upsampler.time_embedding(self.clean_timestep(timestep_BM).flatten())
+        return self.decode(condition, temb, clean_skips)
+
+    def shift_skips(self, skips: Skips, batch: int, num_blocks: int) -> Skips:
+        """Give every block the skip connections of its predecessor, and the first one learned ones."""
+        sides = [self.config.block_side // 2**level for level in skip_levels(self.config)]
+        shifted = []
+        for index, (boi, side) in enumerate(zip(self.boi_skips, sides, strict=True)):
+            maps = boi.expand(batch, 1, -1, side, side)
+            if num_blocks > 1:
+                previous = skips[index].unflatten(0, (batch, -1))[:, : num_blocks - 1]
+                maps = torch.cat((maps.to(previous.dtype), previous), dim=1)
+            shifted.append(maps.flatten(0, 1))
+        return tuple(shifted)
+
+    @property
+    def device(self) -> torch.device:
+        return self.upsampler.conv_out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.upsampler.conv_out.weight.dtype
+
+
+def masked_attention(layout: BlockLayout) -> Attention:
+    """Attention over the packed streams under the training mask."""
+
+    def attend(queries: Streams, keys: Streams, values: Streams) -> Streams:
+        q, k, v = (torch.cat(list(streams.values()), dim=2) for streams in (queries, keys, values))
+        attended = block_causal_attention(q, k, v, layout)
+        return dict(zip(queries, attended.split([x.shape[2] for x in queries.values()], dim=2), strict=True))
+
+    return attend
+
+
+def skip_levels(config: MADFormerConfig) -> list[int]:
+    """U-Net level (0 is full resolution) of every skip connection, in the downsampler's order."""
+    levels = [0]
+    for level, layers in enumerate(config.unet.layers_per_block):
+        levels += [level] * layers
+        if level < len(config.unet.layers_per_block) - 1:
+            levels.append(level + 1)
+    return levels
+
+
+def skip_channels(config: MADFormerConfig) -> list[int]:
+    """Channels of every skip connection, in the downsampler's order."""
+    channels = [config.unet.block_out_channels[0]]
+    for level, layers in enumerate(config.unet.layers_per_block):
+        downsampled = level < len(config.unet.layers_per_block) - 1
+        channels += [config.unet.block_out_channels[level]] * (layers + downsampled)
+    return channels

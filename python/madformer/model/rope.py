@@ -1,0 +1,84 @@
+"""Two-dimensional rotary position embedding over the tokens of an image, in block order.
+
+Shape legend: B batch, H heads, L tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from madformer.config import MADFormerConfig
+
+
+def token_positions(config: MADFormerConfig) -> Tensor:
+    """Row and column of every token, ``(2, num_blocks * block_size)``, in the order the blocks are generated.
+
+    Blocks are squares in raster order, tokens in raster order within each. With ``square_blocks=False`` the
+    released code numbers the tokens in raster order over the whole image instead.
+    """
+    grid, side = config.token_grid, math.isqrt(config.block_size)
+    raster = torch.arange(grid * grid, device="cpu")
+    if config.square_blocks:
+        raster = raster.view(grid // side, side, grid // side, side).transpose(1, 2).reshape(-1)
+    return torch.stack((raster // grid, raster % grid))
+
+
+def rope_tables(config: MADFormerConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each ``(num_blocks * block_size, head_dim)`` in fp32, made on the
+    CPU even under ``torch.device("meta")``.
+
+    The first half of the head dimension turns with the row, the second with the column. Frequencies follow the
+    released code: exponents evenly spaced over [0, 1], and a base that grows with the side of the token grid.
+    """
+    per_axis = config.head_dim // 2
+    base = (int(8 * config.token_grid / math.pi) // 100 + 1) * 100
+    frequencies = 1.0 / base ** torch.linspace(0, 1, per_axis // 2, device="cpu")
+    angles = token_positions(config)[:, :, None] * frequencies
+    table = torch.cat([torch.cat((axis, axis), dim=-1) for axis in angles], dim=-1)
+    return table.cos(), table.sin()
+
+
+def apply_rope(x_BHLD: Tensor, cos_LD: Tensor, sin_LD: Tensor, *, axes: int) -> Tensor:
+    """Rotate pairs of channels by the tabulated angles, in fp32; the result has ``x``'s dtype.
+
+    ``axes=2`` (axial) pairs channels within each axis' half. ``axes=1`` is the released pairing, which joins
+    channel ``j`` (row angle) with ``j + D / 2`` (column angle): not a rotation, but what its weights expect.
+    """
+    x = x_BHLD.float()
+    first, second = x.unflatten(-1, (axes, 2, -1)).unbind(-2)
+    turned = torch.stack((-second, first), dim=-2).flatten(-3)
+    return (x * cos_LD + turned * sin_LD).to(x_BHLD.dtype)
+
+
+class RotaryEmbedding2D(nn.Module):
+    """The tables of :func:`rope_tables` as buffers that stay fp32 whatever dtype the model is cast to."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: MADFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.axes = 2 if config.rope_pairing == "axial" else 1
+        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding2D:
+        super()._apply(fn, recurse)
+        # A cast to bf16 would lose the angles, and to_empty() leaves them undefined: make them anew.
+        device = self.cos.device
+        self.cos, self.sin = (table.to(device) for table in rope_tables(self.config))
+        return self
+
+    def tables(self, first_block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``num_blocks`` blocks, each ``(num_blocks * block_size, head_dim)``."""
+        size = self.config.block_size
+        span = slice(first_block * size, (first_block + num_blocks) * size)
+        return self.cos[span], self.sin[span]
+
+    def forward(self, x_BHLD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(x_BHLD, *tables, axes=self.axes)

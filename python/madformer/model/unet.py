@@ -1,0 +1,109 @@
+"""The U-Net halves around the Transformer: latents to tokens and back, built of diffusers' blocks.
+
+Submodule names are those of the released checkpoints. Shape legend: N images or blocks, C channels, H rows,
+W columns, E time embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
+from torch import Tensor, nn
+
+from madformer.config import MADFormerConfig
+
+Skips = tuple[Tensor, ...]
+
+
+class TimestepEmbedding(nn.Module):
+    """Two bias-free linear layers on the raw integer timestep, always in fp32: bf16 cannot tell 998 from 999."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(1, embed_dim, bias=False)
+        self.linear_2 = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def forward(self, timestep_N: Tensor) -> Tensor:
+        """``(N, E)`` in fp32."""
+        with torch.autocast(timestep_N.device.type, enabled=False):
+            hidden = F.linear(timestep_N.float()[:, None], self.linear_1.weight.float())
+            return F.linear(F.silu(hidden), self.linear_2.weight.float())
+
+
+class UNetDownsampler(nn.Module):
+    """``(N, latent_channels, H, W)`` to token maps ``(N, hidden_size, H / s, W / s)`` and skip connections."""
+
+    def __init__(self, config: MADFormerConfig) -> None:
+        super().__init__()
+        unet = config.unet
+        channels = unet.block_out_channels
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, out_channels in enumerate(channels):
+            last = level == len(channels) - 1
+            common = {
+                "in_channels": channels[max(level - 1, 0)],
+                "out_channels": out_channels,
+                "temb_channels": unet.time_embed_dim,
+                "num_layers": unet.layers_per_block[level],
+                "resnet_groups": unet.norm_groups,
+                "downsample_padding": 1,
+            }
+            if unet.attention[level]:
+                head_dim = out_channels // unet.num_heads
+                downsample = None if last else "conv"
+                block = AttnDownBlock2D(**common, attention_head_dim=head_dim, downsample_type=downsample)
+            else:
+                block = DownBlock2D(**common, add_downsample=not last)
+            self.down_blocks.append(block)
+        self.conv_out = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=3, padding=1)
+        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+
+    def forward(self, x_NCHW: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
+        temb = temb_NE.to(x_NCHW.dtype)
+        x = self.conv_in(x_NCHW)
+        skips: Skips = (x,)
+        for block in self.down_blocks:
+            x, outputs = block(hidden_states=x, temb=temb)
+            skips += tuple(outputs)
+        return self.conv_out(x), skips
+
+
+class UNetUpsampler(nn.Module):
+    """Token maps and skip connections back to ``(N, latent_channels, H, W)``."""
+
+    def __init__(self, config: MADFormerConfig) -> None:
+        super().__init__()
+        unet = config.unet
+        channels = unet.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.hidden_size, channels[0], kernel_size=3, padding=1)
+        self.up_blocks = nn.ModuleList()
+        for level, out_channels in enumerate(channels):
+            last = level == len(channels) - 1
+            common = {
+                "in_channels": channels[min(level + 1, len(channels) - 1)],
+                "prev_output_channel": channels[max(level - 1, 0)],
+                "out_channels": out_channels,
+                "temb_channels": unet.time_embed_dim,
+                "num_layers": unet.layers_per_block[::-1][level] + 1,
+                "resnet_groups": unet.norm_groups,
+            }
+            if unet.attention[::-1][level]:
+                head_dim = out_channels // unet.num_heads
+                upsample = None if last else "conv"
+                block = AttnUpBlock2D(**common, attention_head_dim=head_dim, upsample_type=upsample)
+            else:
+                block = UpBlock2D(**common, add_upsample=not last)
+            self.up_blocks.append(block)
+        self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, kernel_size=3, padding=1)
+        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+
+    def forward(self, x_NCHW: Tensor, temb_NE: Tensor, skips: Skips) -> Tensor:
+        temb = temb_NE.to(x_NCHW.dtype)
+        x = self.conv_in(x_NCHW)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, own = skips[:-count], skips[-count:]
+            x = block(hidden_states=x, res_hidden_states_tuple=own, temb=temb)
+        return self.conv_out(x)

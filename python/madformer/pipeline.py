@@ -1,0 +1,213 @@
+"""From noise to pictures, with diffusers' conventions.
+
+Shape legend: B images, M blocks, L latents of a block, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from madformer.engine.sampler import Plan, Progress, Sampler
+from madformer.model import MADFormer
+from madformer.model.blocks import from_blocks
+from madformer.model.persistence import atomic_path, resolve_folder
+
+MODEL_INDEX = "model_index.json"
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+@dataclass
+class MADFormerPipelineOutput:
+    """``images``: a list of ``PIL.Image``, or an array or tensor with the batch first."""
+
+    images: Any
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16 on a GPU and on processors that multiply bf16 matrices in hardware, else fp32."""
+    if torch.device(device).type == "cuda" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+class MADFormerPipeline(DiffusionPipeline):
+    """Samples images.
+
+    Args:
+        transformer: the model. vae: turns latents into pixels; None for latents only. scheduler: any diffusers
+            scheduler.
+    """
+
+    def __init__(self, transformer: MADFormer, vae: AutoencoderKL | None, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        vae: str | Path | AutoencoderKL | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote, from a local folder or a repository on the hub.
+
+        Args:
+            name: folder or hub id; a bare model folder (``config.json``) is accepted too.
+            vae: a folder or hub id to use in place of the one in the folder, which may have none.
+            dtype: of the network; None asks :func:`default_dtype`. The autoencoder runs in it as well.
+
+        Raises:
+            FileNotFoundError, ValueError: in one line, what is missing, damaged or does not fit.
+        """
+        from madformer.training.data import load_vae
+
+        folder, dtype = resolve_folder(name, revision), dtype or default_dtype(device)
+        if not (folder / MODEL_INDEX).is_file():
+            transformer = MADFormer.from_pretrained(folder, dtype=dtype, device=device)
+            scheduler = diffusers.DDIMScheduler(prediction_type=transformer.config.prediction_type)
+        else:
+            transformer = MADFormer.from_pretrained(folder, subfolder="transformer", dtype=dtype, device=device)
+            scheduler = _load_scheduler(folder)
+        if vae is None and (folder / "vae").is_dir():
+            vae = folder / "vae"
+        if isinstance(vae, (str, Path)):
+            vae = load_vae(vae, device)
+        return cls(transformer, None if vae is None else vae.to(dtype), scheduler)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:  # type: ignore[override]
+        """Write ``transformer/``, ``vae/``, ``scheduler/`` and ``model_index.json``.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        self.transformer.save_pretrained(folder / "transformer", dtype=dtype)
+        if self.vae is not None:
+            vae = self.vae if dtype is None else copy.deepcopy(self.vae).to(dtype)
+            vae.save_pretrained(folder / "vae")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        index = {
+            "_class_name": type(self).__name__,
+            "_diffusers_version": diffusers.__version__,
+            "transformer": ["madformer", "MADFormer"],
+            "vae": [None, None] if self.vae is None else ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+        }
+        with atomic_path(folder / MODEL_INDEX) as path:
+            path.write_text(json.dumps(index, indent=2) + "\n")
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        num_images: int = 1,
+        num_inference_steps: int = 50,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
+    ) -> MADFormerPipelineOutput | tuple[Any]:
+        """Draw images.
+
+        An image depends on its own random numbers alone, never on the batch it is drawn in: bit for bit as far as
+        the matrix library's results do not depend on the batch size, else to rounding.
+
+        Args:
+            num_images: B.
+            num_inference_steps: denoising steps of every block.
+            seed: image ``i`` of the batch is the one that ``seed + i`` draws alone. 0 where neither is given.
+            generator: one for each image, or one that all images draw from in turn.
+            output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``
+                (B, C, H, W), unscaled.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
+                with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
+
+        Raises:
+            ValueError: a count or a step number that makes no sense.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(f"output_type={output_type!r} needs an autoencoder, and this pipeline has none")
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images} must be at least 1")
+        generators = _generators(num_images, seed, generator)
+        plan = self.plan(num_images, num_inference_steps)
+        config, steps = self.transformer.config, len(plan.timesteps)
+        shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+
+        with self.progress_bar(total=config.num_blocks * steps) as bar:
+
+            def on_step(progress: Progress) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    tensors = {"latents": progress.latents_BLC, "block": progress.block}
+                    step = progress.block * steps + progress.step
+                    callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
+
+            latents = plan.run(lambda block: noise[:, block], generator=generators, callback=on_step)
+        latents = from_blocks(latents)
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        return MADFormerPipelineOutput(images) if return_dict else (images,)
+
+    def plan(self, batch: int, num_inference_steps: int) -> Plan:
+        """The engine's plan for this batch size and step count; kept and reused."""
+        scheduler = self.scheduler.config
+        key = (batch, num_inference_steps, id(self.transformer), self.transformer.dtype, str(scheduler))
+        if key not in self._plans:
+            # one plan at a time: each holds a cache of its own
+            self._plans = {key: Sampler(self.transformer, self.scheduler).plan(batch, num_inference_steps)}
+        return self._plans[key]
+
+    def decode(self, latents_BCHW: Tensor, output_type: OutputType = "pil") -> Any:
+        """Latents to pictures through the autoencoder, one image at a time."""
+        vae = self.vae
+        latents = (latents_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        # one at a time: decoding is far larger than its latents, and no image then depends on its neighbours
+        pixels = torch.cat([vae.decode(latent[None]).sample.float() for latent in latents])
+        pixels = (pixels / 2 + 0.5).clamp(0, 1).cpu()
+        if output_type == "pt":
+            return pixels
+        array = pixels.permute(0, 2, 3, 1).numpy()
+        return array if output_type == "np" else [Image.fromarray(np.uint8(image * 255 + 0.5)) for image in array]
+
+
+def _generators(
+    count: int, seed: int | None, generator: torch.Generator | list[torch.Generator] | None
+) -> list[torch.Generator]:
+    if generator is None:
+        return [torch.Generator().manual_seed((seed or 0) + index) for index in range(count)]
+    if seed is not None:
+        raise ValueError("give seed or generator, not both")
+    generators = [generator] * count if isinstance(generator, torch.Generator) else generator
+    if len(generators) != count:
+        raise ValueError(f"generator has {len(generators)} entries for num_images={count}")
+    return generators
+
+
+def _load_scheduler(folder: Path) -> Any:
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        values = json.loads(path.read_text())
+        scheduler = getattr(diffusers, values["_class_name"])
+        return scheduler.from_config(values)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no diffusers scheduler: {error}") from error

@@ -1,0 +1,1 @@
+"""Training: objective, data order, optimisation, and the run itself."""

@@ -1,0 +1,233 @@
+"""The compat class, and the native model with the quirk fields, against what the released code computed."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from madformer.compat.madformer_ffhq import MADFormer
+from madformer.engine.sampler import Sampler
+from madformer.model import MADFormer as NativeMADFormer
+from madformer.model.blocks import to_maps
+from testing import GoldenCase, golden_cases, relative_error
+
+OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-3, 1e-2
+GRADIENT_NOISE = 1e-6
+HIDDEN_WEIGHT = 0.1
+CASES = golden_cases("ffhq")
+BASELINE = CASES[0]
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpmpp": lambda: DPMSolverMultistepScheduler.from_config(DDIMScheduler().config),
+}
+
+
+def make_model(case: GoldenCase) -> MADFormer:
+    model = MADFormer(latent_size=4, in_channels=4, model_config_path=case.model_config, **case.geometry, **case.flags)
+    model.load_state_dict(case.weights())
+    return model
+
+
+def losses(prediction: Tensor, condition: Tensor, inputs: dict[str, Tensor], case: GoldenCase) -> dict[str, Tensor]:
+    image = F.mse_loss(prediction, to_maps(inputs["noise"]))
+    hidden = F.mse_loss(condition, to_maps(inputs["clean"])) * (not case.flags.get("clear_cond", False))
+    return {"image_loss": image, "hidden_loss": hidden, "loss": image + HIDDEN_WEIGHT * hidden}
+
+
+def golden_samples(case: GoldenCase) -> dict[str, Tensor]:
+    """``cache_clean`` crashes in the released code: it has to equal the case without a cache."""
+    tensors = case.tensors()
+    return tensors if "sample.ddim" in tensors else BASELINE.tensors()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_losses_and_gradients(case: GoldenCase) -> None:
+    model, inputs, golden = make_model(case), case.inputs(), case.tensors()
+    prediction, condition, clean = model(inputs["clean"], inputs["noised"], inputs["t"])
+    assert relative_error(prediction, golden["prediction"]) < OUTPUT_TOLERANCE
+    assert relative_error(condition, golden["condition"]) < OUTPUT_TOLERANCE
+    assert (clean is None) == ("clean_tower" not in golden)
+    if clean is not None:
+        assert relative_error(clean, golden["clean_tower"]) < OUTPUT_TOLERANCE
+
+    computed = losses(prediction, condition, inputs, case)
+    for name, value in computed.items():
+        assert value.item() == pytest.approx(golden[name].item(), rel=OUTPUT_TOLERANCE, abs=1e-9), name
+    computed["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name for name in golden if name.startswith("gradnorm.")} == {f"gradnorm.{name}" for name in gradients}
+    for name, gradient in gradients.items():
+        assert gradient is not None, f"{name}: the released code gives unused parameters zero gradients"
+        norm = golden[f"gradnorm.{name}"].item()
+        if norm < GRADIENT_NOISE:
+            assert gradient.norm() < GRADIENT_NOISE, name
+            continue
+        assert gradient.norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
+        if f"grad.{name}" in golden:
+            assert relative_error(gradient, golden[f"grad.{name}"]) < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_samples(case: GoldenCase, scheduler: str) -> None:
+    model, expected = make_model(case).eval(), golden_samples(case)[f"sample.{scheduler}"]
+    generator = torch.Generator().manual_seed(case.sampler_seed)
+    latents = model.sample(
+        SCHEDULERS[scheduler](), case.steps, tuple(expected.shape), generator=generator, dtype=torch.float
+    )
+    assert relative_error(latents, expected) < SAMPLE_TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> None:
+    """Saved, loaded and run by the native classes alone."""
+    make_model(case).to_native().save_pretrained(tmp_path)
+    native, inputs, golden = NativeMADFormer.from_pretrained(tmp_path), case.inputs(), case.tensors()
+    with torch.no_grad():
+        output = native(inputs["clean"], inputs["noised"], inputs["t"], return_clean="clean_tower" in golden)
+    assert relative_error(to_maps(output.prediction), golden["prediction"]) < OUTPUT_TOLERANCE
+    assert output.condition is not None
+    assert relative_error(to_maps(output.condition), golden["condition"]) < OUTPUT_TOLERANCE
+    if output.clean is not None:
+        assert relative_error(to_maps(output.clean), golden["clean_tower"]) < OUTPUT_TOLERANCE
+    for scheduler, make_scheduler in SCHEDULERS.items():
+        noise = golden_samples(case)[f"sample_noise.{scheduler}"]
+        plan = Sampler(native, make_scheduler()).plan(len(noise), case.steps)
+        latents = plan.run(lambda block, noise=noise: noise[:, block])
+        assert relative_error(latents, golden_samples(case)[f"sample.{scheduler}"]) < SAMPLE_TOLERANCE
+
+
+def test_exact_savings_change_nothing() -> None:
+    """Without the clean tower's output the last clean block is left out: same prediction, same gradients."""
+    inputs, gradients, predictions = BASELINE.inputs(), [], []
+    for return_clean in (True, False):
+        native = make_model(BASELINE).to_native()
+        output = native(inputs["clean"], inputs["noised"], inputs["t"], return_clean=return_clean)
+        (F.mse_loss(output.prediction, inputs["noise"]) + F.mse_loss(output.condition, inputs["clean"])).backward()
+        predictions.append(output.prediction.detach())
+        gradients.append({name: p.grad for name, p in native.named_parameters() if p.grad is not None})
+    assert relative_error(predictions[1], predictions[0]) < 1e-5
+    assert gradients[1].keys() <= gradients[0].keys()
+    for name, gradient in gradients[1].items():
+        if gradients[0][name].norm() > GRADIENT_NOISE:
+            assert relative_error(gradient, gradients[0][name]) < 1e-4, name
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    weights, model = BASELINE.weights(), make_model(BASELINE)
+    assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
+    assert {name for name, _ in model.named_parameters()} == weights.keys()
+
+
+def test_copies_and_casts_keep_the_native_model_in_step() -> None:
+    """The native model hangs on the same modules: a copy must not share them, a cast must reach them."""
+    model, inputs = make_model(BASELINE), BASELINE.inputs()
+    arguments = inputs["clean"], inputs["noised"], inputs["t"]
+    before = model(*arguments)[0]
+    duplicate = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            parameter.zero_()
+    assert torch.equal(model(*arguments)[0], before)
+    assert not duplicate(*arguments)[0].any()
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in low.to_native().parameters()} == {torch.bfloat16}
+    result = low(arguments[0].bfloat16(), arguments[1].bfloat16(), arguments[2])[0]
+    assert result.dtype == torch.bfloat16
+    assert relative_error(result, before) < 0.05
+
+
+def test_impossible_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="spatial_len=64 must be block_size=16"):
+        MADFormer(block_size=16, ar_len=2, spatial_len=64, model_config_path=BASELINE.model_config)
+    with pytest.raises(ValueError, match="exclude each other"):
+        MADFormer(clear_clean=True, clear_cond=True, model_config_path=BASELINE.model_config)
+    with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        MADFormer(model_config_path={"hidden_act": "gelu"})
+    with pytest.raises(ValueError, match=r"target_shape=\(2, 4, 16, 4\) must be \(N, 4, 64, 4\)"):
+        make_model(BASELINE).sample(DDIMScheduler(), 2, (2, 4, 16, 4))
+
+
+# Released checkpoints
+
+
+def released_arguments() -> argparse.Namespace:
+    """What the released ``train.py`` leaves in a checkpoint: no hidden size, depth or number of heads."""
+    return argparse.Namespace(
+        lr=3e-4, image_size=128, patch_size=1, vae_latent_size=4, block_size=16, spatial_len=64, ar_len=4,
+        square_block=True, diff_depth=2, clear_clean=False, clear_cond=False, denoising_mlp=False,
+        model_config_path="./src/configs/model/madformer.json", results_dir="results",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    weights = BASELINE.weights()
+    content = {
+        "model": {name: tensor + 1 for name, tensor in weights.items()},
+        "ema": weights,
+        "opt": {"state": {}, "param_groups": [{"lr": 3e-4}]},
+        "lrs": {"last_epoch": 300},
+        "args": released_arguments(),
+    }
+    torch.save(content, tmp_path / "ckpts.pt")
+    return tmp_path / "ckpts.pt"
+
+
+@pytest.mark.parametrize("model_config", [BASELINE.model_config, None], ids=["model_config", "inferred"])
+def test_from_released(checkpoint: Path, model_config: Path | None) -> None:
+    model, expected = MADFormer.from_released(checkpoint, model_config=model_config), make_model(BASELINE)
+    assert model.config == expected.config
+    inputs = BASELINE.inputs()
+    arguments = inputs["clean"], inputs["noised"], inputs["t"]
+    assert relative_error(model(*arguments)[0], expected(*arguments)[0]) < OUTPUT_TOLERANCE
+
+
+def test_from_released_chooses_the_weights(checkpoint: Path) -> None:
+    raw = MADFormer.from_released(checkpoint, model_config=BASELINE.model_config, weights="model")
+    averaged = MADFormer.from_released(checkpoint, model_config=BASELINE.model_config)
+    assert torch.equal(raw.boi_block, averaged.boi_block + 1)
+    assert torch.equal(raw.to_native().boi, raw.boi_block)
+    with pytest.raises(ValueError, match="weights='best'"):
+        MADFormer.from_released(checkpoint, weights="best")  # type: ignore[arg-type]
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("was-run",)
+
+
+def test_a_malicious_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": Malicious(), "args": released_arguments()}, "bad.pt")
+    with pytest.raises(ValueError, match=r"bad.pt is refused, it asks for .*mkdir"):
+        MADFormer.from_released("bad.pt")
+    assert not Path("was-run").exists()
+
+
+def test_damaged_and_foreign_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere.pt"):
+        MADFormer.from_released(tmp_path / "nowhere.pt")
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(checkpoint.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"truncated.pt is damaged"):
+        MADFormer.from_released(truncated)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.pt is"):
+        MADFormer.from_released(tmp_path / "text.pt")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="is no released checkpoint: it needs the entries 'ema' and 'args'"):
+        MADFormer.from_released(tmp_path / "other.pt")
+    content = torch.load(checkpoint, weights_only=False)
+    del content["ema"]["upsampler.conv_out.bias"]
+    torch.save(content, tmp_path / "incomplete.pt")
+    with pytest.raises(ValueError, match=r"1 tensors missing \(upsampler.conv_out.bias\)"):
+        MADFormer.from_released(tmp_path / "incomplete.pt", model_config=BASELINE.model_config)

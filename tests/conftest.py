@@ -1,0 +1,34 @@
+"""Settings for every test: how many threads, and what happens to tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch loads OpenMP: threads that spin at a barrier while another process holds their core make a
+# microsecond's op take milliseconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+NO_GPU = "no CUDA device: the GPU tier is NOT tested here"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Test tensors are small; on a large machine more threads only wait for each other.
+    torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_GPU in str(r.longrepr)]
+    if skipped:
+        terminalreporter.section("GPU tier skipped", sep="!", red=True, bold=True)
+        terminalreporter.line(f"{len(skipped)} tests: {NO_GPU}")

@@ -1,0 +1,86 @@
+"""What is installed, and that it works without the compiled extension."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAPPED = {"python/madformer": "madformer", "kernels": "madformer/kernels", "engine": "madformer/engine"}
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["madformer._C"] = None  # As if it were not there: importing it raises ModuleNotFoundError.
+
+import torch
+import madformer, madformer.engine
+from madformer.kernels import dispatch
+from madformer.kernels.denoise_step import denoise_step
+
+cpp, reference = dispatch.report()
+assert (cpp.backend, cpp.available, cpp.ops) == ("cpp", False, ("denoise_step",)), cpp
+assert "madformer._C is not built" in cpp.reason and "\\n" not in cpp.reason, cpp
+assert (reference.backend, reference.available) == ("reference", True), reference
+
+tensors = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 6)
+denoise_step(*tensors)
+assert tensors[0].eq(4).all() and tensors[2].eq(2).all(), tensors
+torch.library.opcheck(torch.ops.madformer.denoise_step_.default, tensors)
+try:
+    denoise_step(*tensors, backend="cpp")
+except RuntimeError as error:
+    assert "backend='cpp' cannot run denoise_step on cpu: madformer._C is not built" in str(error), error
+else:
+    raise AssertionError("a backend that is not there was replaced silently")
+print("done")
+"""
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    """Runs it as a user's process: neither the root nor ``tests`` is on its path."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+
+
+def test_works_without_the_extension_and_says_why() -> None:
+    run = run_python(WITHOUT_EXTENSION)
+    assert run.stdout == "done\n", run.stderr
+
+
+@pytest.mark.parametrize("name", ["kernels", "engine"])
+def test_no_bare_package_is_installed(name: str) -> None:
+    run = run_python(f"import importlib.util, madformer; print(importlib.util.find_spec({name!r}))")
+    assert run.stdout == "None\n", run.stdout + run.stderr
+
+
+def test_version_is_one_and_the_same() -> None:
+    assert importlib.metadata.version("madformer") == "0.1.0"
+
+
+def test_wheel_without_the_extension_holds_every_source_file_and_nothing_else(tmp_path: Path) -> None:
+    """A folder without ``__init__.py`` would be left out, and an editable install would not show it."""
+    copy = tmp_path / "source"  # setuptools would add what earlier builds have left in the root.
+    for folder in MAPPED:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "."]
+    environment = {**os.environ, "MADFORMER_EXTENSION": "off"}
+    run = subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path)], cwd=copy, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("madformer-*-py3-none-any.whl")
+    installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = {
+        f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, target in MAPPED.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert installed == {*sources, "madformer/py.typed"}
