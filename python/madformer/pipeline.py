@@ -56,7 +56,7 @@ class MADFormerPipeline(DiffusionPipeline):
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         name: str | Path,
         *,
@@ -86,11 +86,10 @@ class MADFormerPipeline(DiffusionPipeline):
             scheduler = _load_scheduler(folder)
         if vae is None and (folder / "vae").is_dir():
             vae = folder / "vae"
-        if isinstance(vae, (str, Path)):
-            vae = load_vae(vae, device)
-        return cls(transformer, None if vae is None else vae.to(dtype), scheduler)
+        autoencoder = load_vae(vae, device) if isinstance(vae, (str, Path)) else vae
+        return cls(transformer, None if autoencoder is None else autoencoder.to(dtype), scheduler)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:  # type: ignore[override]
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``transformer/``, ``vae/``, ``scheduler/`` and ``model_index.json``.
 
         Raises:
@@ -121,9 +120,8 @@ class MADFormerPipeline(DiffusionPipeline):
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: OutputType = "pil",
-        return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
-    ) -> MADFormerPipelineOutput | tuple[Any]:
+    ) -> MADFormerPipelineOutput:
         """Draw images.
 
         An image depends on its own random numbers alone, never on the batch it is drawn in: bit for bit as far as
@@ -166,7 +164,7 @@ class MADFormerPipeline(DiffusionPipeline):
             latents = plan.run(lambda block: noise[:, block], generator=generators, callback=on_step)
         latents = from_blocks(latents)
         images = latents if output_type == "latent" else self.decode(latents, output_type)
-        return MADFormerPipelineOutput(images) if return_dict else (images,)
+        return MADFormerPipelineOutput(images)
 
     def plan(self, batch: int, num_inference_steps: int) -> Plan:
         """The engine's plan for this batch size and step count; kept and reused."""

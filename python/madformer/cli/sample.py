@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What the released scripts decode with; the one download that sampling may make.
 RELEASED_VAE = "stabilityai/sd-vae-ft-mse"
 SCHEDULERS = {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
-DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}
+DTYPES = ("auto", "fp32", "bf16")
 
 EXAMPLES = """examples:
   madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png
@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     for first in range(0, args.num_images, args.batch_size):
         count = min(args.batch_size, args.num_images - first)
-        output_type = "latent" if args.latents else "pil"
-        drawn = pipeline(count, args.steps, seed=args.seed + first, output_type=output_type).images
+        drawn = pipeline(
+            count, args.steps, seed=args.seed + first, output_type="latent" if args.latents else "pil"
+        ).images
         if args.out:
             for offset, image in enumerate(drawn):
                 _save(image, args.out, args.seed + first + offset)
@@ -110,7 +111,7 @@ def _load(args: argparse.Namespace) -> MADFormerPipeline:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    dtype = DTYPES[args.dtype] and getattr(torch, DTYPES[args.dtype])
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     pipeline = MADFormerPipeline.from_pretrained(args.model, vae=args.vae, dtype=dtype, device=device)
     if pipeline.vae is None and not args.latents:
         try:

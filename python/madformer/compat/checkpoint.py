@@ -53,7 +53,7 @@ class ReleasedCheckpoint:
             raise ValueError(f"{path} is no released checkpoint: it needs the entries {weights!r} and 'args'")
         # out of the mapped file: its alignment is not what matrix kernels like, and the file may be replaced
         state = {name: tensor.clone() for name, tensor in content[weights].items()}
-        return cls(state, vars(content["args"]), path)
+        return cls(state, dict(vars(content["args"])), path)
 
     def constructor_arguments(self, model_config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
         """Keywords of the released constructor; sizes that ``args`` lacks are read off the weights.

@@ -136,7 +136,7 @@ class PretrainedMixin:
         assert isinstance(model, nn.Module)
         load_weights(model, state, origin=folder / WEIGHTS_NAME, assign=True)
         model.to(device=device, dtype=dtype)
-        return model.eval()  # type: ignore[return-value]
+        return model.eval()
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], *, origin: str | Path, assign: bool = False) -> None:

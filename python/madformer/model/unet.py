@@ -103,6 +103,7 @@ class UNetUpsampler(nn.Module):
         temb = temb_NE.to(x_NCHW.dtype)
         x = self.conv_in(x_NCHW)
         for block in self.up_blocks:
+            assert isinstance(block, (UpBlock2D, AttnUpBlock2D))
             count = len(block.resnets)
             skips, own = skips[:-count], skips[-count:]
             x = block(hidden_states=x, res_hidden_states_tuple=own, temb=temb)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 
+from typing import Generic, TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def wsd(step: int, total: int, *, warmup: float, decay_start: float, decay_exponent: float) -> float:
@@ -22,18 +26,19 @@ def wsd(step: int, total: int, *, warmup: float, decay_start: float, decay_expon
     return 0.5 ** (decay_exponent * (step - decay_step) / max(total - decay_step, 1))
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(Generic[Model]):
     """``average = decay * average + (1 - decay) * weights`` after every step, in fp32.
 
     Early on the decay is held at ``(1 + step) / (10 + step)``, so that the initial weights are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Model, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        averages: list[Tensor] = list(self.model.parameters())
+        weights = [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)

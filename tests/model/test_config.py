@@ -1,0 +1,88 @@
+"""The configuration: JSON, presets, and the geometries it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from madformer.config import PRESETS, MADFormerConfig, UNetConfig, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_json(name: str) -> None:
+    config = preset(name)
+    assert MADFormerConfig.from_json(config.to_json()) == config
+    assert MADFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_survives_the_round_trip() -> None:
+    config = MADFormerConfig(
+        hidden_size=96, num_layers=5, num_heads=4, intermediate_size=10, norm_eps=1e-6, qk_norm=False, mlp_bias=True,
+        num_blocks=9, block_size=4, diffusion_layers=2, latent_channels=3, context="clean",
+        cross_block_attention=False, shared_towers=True, prediction_type="v_prediction", rope_pairing="released",
+        clean_timestep="noisy", hidden_loss_input="condition+noisy", hidden_loss_skips="same_block",
+        square_blocks=False, unet=UNetConfig((8, 16, 24), (1, 2, 3), (True, False, True), 2, 4, 16),
+    )  # fmt: skip
+    default = MADFormerConfig()
+    assert all(getattr(config, name) != getattr(default, name) for name in vars(default))
+    assert MADFormerConfig.from_json(config.to_json()) == config
+
+
+def test_geometry_of_the_papers_models() -> None:
+    """28 layers, half of them diffusion; 128 x 128 latents in 16 blocks, 32 x 32 latents in 4."""
+    ffhq, imagenet = preset("ffhq1024"), preset("imagenet256")
+    assert (ffhq.ar_layers, ffhq.head_dim, ffhq.latent_side, ffhq.block_side) == (14, 64, 128, 32)
+    assert (imagenet.latent_side, imagenet.block_side, imagenet.latents_per_block) == (32, 16, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": 100}, ["hidden_size=100", "num_heads=18"]),
+        ({"hidden_size": 108}, ["hidden_size=108", "num_heads=18", "multiple of 4"]),
+        ({"diffusion_layers": 29}, ["diffusion_layers=29", "num_layers=28"]),
+        ({"diffusion_layers": 0}, ["diffusion_layers=0"]),
+        ({"num_layers": 2.5}, ["num_layers=2.5"]),
+        ({"num_blocks": 8}, ["num_blocks=8", "square"]),
+        ({"block_size": 200}, ["block_size=200", "square"]),
+        ({"context": "both"}, ["context='both'", "'clean+condition'"]),
+        ({"prediction_type": "flow"}, ["prediction_type='flow'", "'v_prediction'"]),
+        ({"context": "condition", "shared_towers": True}, ["shared_towers", "context"]),
+        ({"norm_eps": 0.0}, ["norm_eps=0.0"]),
+    ],
+)
+def test_impossible_geometry_names_its_fields(changes: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".+") as caught:
+        preset("ffhq1024").replace(**changes)
+    message = str(caught.value)
+    assert all(name in message for name in named), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"block_out_channels": (512,)}, ["unet.layers_per_block", "unet.block_out_channels=(512,)"]),
+        ({"block_out_channels": (100, 200)}, ["unet.norm_groups=8"]),
+        ({"num_heads": 3}, ["unet.num_heads=3"]),
+        ({"layers_per_block": (0, 2)}, ["unet.layers_per_block=(0, 2)"]),
+    ],
+)
+def test_impossible_unet_names_its_fields(changes: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".+") as caught:
+        UNetConfig(**changes)  # type: ignore[arg-type]
+    assert all(name in str(caught.value) for name in named), caught.value
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown configuration field depth"):
+        MADFormerConfig.from_dict({"depth": 3})
+    with pytest.raises(ValueError, match=r"unknown configuration field unet\.channels"):
+        MADFormerConfig.from_dict({"unet": {"channels": 3}})
+    with pytest.raises(ValueError, match=r"unknown preset 'huge'; there are ffhq1024, imagenet256, emoji64, tiny"):
+        preset("huge")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        MADFormerConfig.from_file(tmp_path / "config.json")
