@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,7 +124,7 @@ class Shape:
 # batch, hidden, layers, diffusion layers, heads, intermediate, blocks, tokens of a block, U-Net, groups, steps
 SMALL = Shape(2, 512, 12, 6, 8, 1536, 9, 64, (128, 256), 8, steps=4)
 FFHQ_1024 = Shape(1, 1152, 28, 14, 18, 4096, 16, 256, (512, 1024), 8, steps=20)
-TINY = Shape(2, 32, 4, 2, 2, 64, 4, 4, (16, 32), 4, steps=3)
+TINY = Shape(2, 128, 4, 2, 2, 64, 4, 4, (16, 32), 4, steps=3)
 
 
 # The released code
@@ -245,9 +245,7 @@ def native_step(model: nn.Module, batch: Batch) -> Tensor:
     """Loss of a training step as our trainer makes it: it also draws the noise and adds it."""
     model.zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(SEED)
-    losses = training_losses(
-        model, batch.clean, DDPMScheduler(), hidden_weight=HIDDEN_WEIGHT, generator=generator
-    )
+    losses = training_losses(model, batch.clean, DDPMScheduler(), hidden_weight=HIDDEN_WEIGHT, generator=generator)
     losses.total.backward()
     return losses.total.detach()
 
@@ -292,9 +290,7 @@ def compare(models: Models, plan: Plan, batch: Batch, shape: Shape) -> dict[str,
     actual = released_step(models.compat, batch)
     errors = {
         name: relative_error([a], [e])
-        for name, a, e in zip(
-            ("loss", "prediction", "condition", "clean_tower"), actual, expected, strict=True
-        )
+        for name, a, e in zip(("loss", "prediction", "condition", "clean_tower"), actual, expected, strict=True)
     }
     errors["gradients"] = relative_error(gradients(models.compat), gradients(models.released))
     errors["native_loss"] = relative_error([native_step(models.native, batch)], [expected[0]])
@@ -403,14 +399,187 @@ class Timed:
     attention: str
 
 
-def time_best(
-    choices: Mapping[str, Mapping[str, Run]], repeats: int, device: torch.device
-) -> dict[str, Timed]:
+def time_best(choices: Mapping[str, Mapping[str, Run]], repeats: int, device: torch.device) -> dict[str, Timed]:
     """For each name, the choice that is fastest by itself (of two runs); those, interleaved."""
     best: dict[str, str] = {}
     for name, runs in choices.items():
-        trials = interleaved(runs, 2, device) if len(runs) > 1 else {choice: None for choice in runs}
+        trials = interleaved(runs, 2, device) if len(runs) > 1 else dict.fromkeys(runs)
         best[name] = min(runs, key=lambda choice: min(trials[choice].samples) if trials[choice] else 0.0)
         print(f"{name}: attention {best[name]}", file=sys.stderr)
     spreads = interleaved({name: choices[name][choice] for name, choice in best.items()}, repeats, device)
     return {name: Timed(spreads[name], best[name]) for name in choices}
+
+
+def time_sampling(
+    models: Models, plan: Plan, shape: Shape, repeats: int, device: torch.device
+) -> tuple[dict[str, Timed], dict[str, float]]:
+    """Sampling of all three, and what the plan and half precision cost: seconds and relative error."""
+    half = copy.deepcopy(models.native).to(torch.bfloat16).eval()
+    half_plan = Sampler(half, make_scheduler()).plan(shape.batch, shape.steps)
+    runs: dict[str, Run] = {
+        "released fp32": lambda: sample_released(models.released, shape),
+        "ours fp32": lambda: sample_ours(plan, shape),
+        "ours bf16": lambda: sample_ours(half_plan, shape),
+    }
+    notes = {
+        "plan_seconds": seconds(
+            lambda: Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps), device
+        ),
+        "bf16_relative_error": relative_error([sample_ours(half_plan, shape)], [sample_ours(plan, shape)]),
+    }
+    choices = {name: attention_choices(run, device) for name, run in runs.items()}
+    return time_best(choices, repeats, device), notes
+
+
+def time_training(models: Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Timed]:
+    choices = {
+        "released fp32": released_choices(models.released, lambda: released_step(models.released, batch), device),
+        "ours fp32, drop-in": attention_choices(lambda: released_step(models.compat, batch), device),
+        "ours fp32, native": attention_choices(lambda: native_step(models.native, batch), device),
+    }
+    # as the released train.py sets it; without influence on a CPU
+    with tf32(matmul=True, convolution=True):
+        return time_best(choices, repeats, device)
+
+
+# The record
+
+
+def metrics(sampling: Mapping[str, Timed], training: Mapping[str, Timed], error: float) -> dict[str, float]:
+    def gain(timed: Mapping[str, Timed], name: str) -> float:
+        return timed["released fp32"].spread.median / timed[name].spread.median
+
+    return {
+        "sampling_vs_released_fp32": gain(sampling, "ours fp32"),
+        "sampling_vs_released_bf16": gain(sampling, "ours bf16"),
+        "training_vs_released_fp32": gain(training, "ours fp32, native"),
+        "training_compat_vs_released_fp32": gain(training, "ours fp32, drop-in"),
+        "max_relative_error": error,
+    }
+
+
+def git_commit(folder: Path) -> str:
+    """HEAD of the repository, with ``+dirty`` where the work tree differs; ``unknown`` outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(released: Path, device: torch.device) -> dict[str, Any]:
+    return {
+        "benchmark": "compare_released",
+        "commit": git_commit(ROOT),
+        "released_commit": git_commit(released),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{name: importlib.metadata.version(name) for name in ("diffusers", "transformers")},
+        },
+    }
+
+
+def table(title: str, timed: Mapping[str, Timed]) -> str:
+    rows = [f"{title:<22}{'median s':>10}{'quartiles':>20}{'speed':>8}  attention"]
+    baseline = timed["released fp32"].spread.median
+    for name, (spread, attention) in ((name, (t.spread, t.attention)) for name, t in timed.items()):
+        quartiles = f"{spread.first_quartile:.3f} - {spread.third_quartile:.3f}"
+        gain = f"{baseline / spread.median:.2f}x"
+        rows.append(f"  {name:<20}{spread.median:>10.3f}{quartiles:>20}{gain:>8}  {attention}")
+    return "\n".join(rows)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Check, time, print the tables; returns the record.
+
+    Raises:
+        CannotCompare, OSError: see the message.
+    """
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CannotCompare("--device cuda: this PyTorch sees no CUDA device")
+    if options.out is not None:
+        check_writable(options.out.parent)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = TINY if options.tiny else FFHQ_1024 if device.type == "cuda" else SMALL
+    shape = replace(shape, steps=options.steps or shape.steps)
+
+    models = make_models(load_released(options.released, options.device), shape, device)
+    if device.type == "cpu":
+        use_dense_mask(models.released, device)
+    batch = Batch.draw(shape, device)
+    plan = Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps)
+    with tf32(matmul=False, convolution=False):
+        errors = compare(models, plan, batch, shape)
+    max_error = check(errors)
+    print(f"fp32: largest relative error {max_error:.1e} (limit {MAX_RELATIVE_ERROR:g})", flush=True)
+
+    sampling, notes = time_sampling(models, plan, shape, options.repeats, device)
+    print(table("sampling", sampling))
+    print(f"  our plan is made in {notes['plan_seconds']:.3f} s; bf16 differs by {notes['bf16_relative_error']:.1e}")
+    training = time_training(models, batch, options.repeats, device)
+    print(table("training step", training), flush=True)
+    return {
+        **environment(options.released, device),
+        "shape": asdict(shape),
+        "repeats": options.repeats,
+        "relative_errors": errors,
+        "sampling": {name: asdict(timed) for name, timed in sampling.items()} | notes,
+        "training": {name: asdict(timed) for name, timed in training.items()},
+        "metrics": metrics(sampling, training, max_error),
+    }
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=positive, help="sampling steps of a block (4 on a CPU, 20 on a GPU)")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=positive, help="CPU threads (PyTorch's choice)")
+    parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
+    parser.add_argument("--out", type=Path, metavar="RECORD.json", help="also write the record there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        record = run(options)
+        if options.out is not None:
+            with atomic_path(options.out) as path:
+                path.write_text(json.dumps(record, indent=2) + "\n")
+    except (CannotCompare, OSError) as error:
+        print(f"compare_released: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

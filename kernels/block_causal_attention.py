@@ -12,7 +12,6 @@ With ``cross_block=False`` every block attends to itself alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -112,7 +111,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:
         attended = F.scaled_dot_product_attention(*blocks)
         return attended.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     if layout.key_length <= MASKED_KEY_LENGTH:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_cached_mask(layout, q.device))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(q.device))
 
     def gather(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
         parts = [x[:, :, start:stop] for start, stop in ranges]
@@ -125,8 +124,3 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:
         ],
         dim=2,
     )
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_mask(layout: BlockLayout, device: torch.device) -> Tensor:
-    return layout.dense_mask(device)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from madformer.data import open_dataset
 from madformer.model.persistence import atomic_path
-from madformer.training.data import load_vae
+from madformer.vae import load_vae
 
 LEVELS = 3
 SIZE = 64

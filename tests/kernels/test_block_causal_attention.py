@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from testing import assert_within_budget
 
 import madformer.kernels.block_causal_attention as module
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from testing import assert_within_budget
 
 LAYOUTS = [
     BlockLayout(3, noise_blocks=4, clean_blocks=3),
@@ -64,9 +64,7 @@ def test_every_query_block_has_at_most_two_ranges(layout: BlockLayout) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["one masked call", "one call a block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_against_sdpa(
-    layout: BlockLayout, dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_against_sdpa(layout: BlockLayout, dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MASKED_KEY_LENGTH", 10_000 if masked else 0)
     generator = torch.Generator().manual_seed(0)
     lengths = (layout.query_length, layout.key_length, layout.key_length)

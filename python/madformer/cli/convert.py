@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from madformer.compat.madformer_ffhq import MADFormer
     from madformer.model.persistence import check_writable
     from madformer.pipeline import MADFormerPipeline
-    from madformer.training.data import load_vae
+    from madformer.vae import load_vae
 
     check_writable(args.out)
     model = MADFormer.from_released(args.checkpoint, model_config=args.model_config, weights=args.weights).to_native()

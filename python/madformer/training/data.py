@@ -6,7 +6,6 @@ Shape legend: B batch, C channels, H rows, W columns, M blocks, L latents of a b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,31 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from tqdm import tqdm
 
 from madformer.model.blocks import to_blocks
-from madformer.model.persistence import resolve_folder
-
-
-def load_vae(name: str | Path, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """An ``AutoencoderKL`` from a folder or hub id, frozen.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is damaged; one line.
-    """
-    folder = resolve_folder(name)
-    try:
-        vae = AutoencoderKL.from_pretrained(folder)
-    except Exception as error:
-        # diffusers raises several kinds for one cause, over several lines
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} holds no readable AutoencoderKL: {reason}") from error
-    return vae.to(device).eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scaled latents, each ``(B, C, H, W)``, of images in [-1, 1]."""
-    posterior = vae.encode(images_BCHW.to(vae.device, vae.dtype)).latent_dist
-    scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+from madformer.vae import encode
 
 
 def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int = 64) -> TensorDataset:

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from madformer.data import open_dataset
 from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
-from madformer.pipeline import MADFormerPipeline
+from madformer.pipeline import MADFormerPipeline, default_scheduler
 from madformer.training.config import TrainingConfig
-from madformer.training.data import LatentBatches, cache_latents, load_vae
+from madformer.training.data import LatentBatches, cache_latents
 from madformer.training.losses import training_losses
 from madformer.training.optimization import ExponentialMovingAverage, wsd
+from madformer.vae import load_vae
 
 
 class Trainer:
@@ -197,7 +198,7 @@ class Trainer:
 
     def pipeline(self) -> MADFormerPipeline:
         """The averaged weights, ready to sample."""
-        scheduler = DDIMScheduler(prediction_type=self.config.model.prediction_type)
+        scheduler = default_scheduler(self.config.model.prediction_type)
         return MADFormerPipeline(transformer=self.ema.model, vae=self.vae, scheduler=scheduler)
 
     def _load(self, path: Path) -> None:

@@ -1,0 +1,321 @@
+"""The network: what depends on what, the native defaults against the quirks, copies, casts, compilation, storage."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from madformer.config import MADFormerConfig, UNetConfig, preset, tiny
+from madformer.model import MADFormer
+from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
+from madformer.model.madformer import skip_channels, skip_levels
+from madformer.model.rope import apply_rope, rope_tables, token_positions
+from madformer.model.unet import TimestepEmbedding
+from testing import perturb, relative_error
+
+MODELS = {
+    "both": tiny(),
+    "clean only": tiny().replace(context="clean"),
+    "condition only": tiny().replace(context="condition"),
+    "block-local": tiny().replace(cross_block_attention=False),
+    "shared towers": tiny().replace(shared_towers=True),
+    "one block": tiny().replace(num_blocks=1),
+    "three levels": tiny().replace(
+        block_size=1,
+        unet=UNetConfig((16, 16, 32), (1, 2, 1), (False, True, True), num_heads=4, time_embed_dim=32),
+    ),
+}
+
+
+def make_model(config: MADFormerConfig) -> MADFormer:
+    torch.manual_seed(0)
+    model = perturb(MADFormer(config))
+    assert isinstance(model, MADFormer)
+    return model
+
+
+def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean latents, noisy latents, timesteps."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, config.num_blocks, config.latents_per_block, config.latent_channels)
+    clean, noisy = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return clean, noisy, torch.randint(0, 1000, shape[:2], generator=generator)
+
+
+# Who sees what
+
+
+@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("name", ["both", "clean only", "condition only", "block-local", "shared towers"])
+def test_a_block_is_predicted_from_its_past(name: str, block: int) -> None:
+    """Changing a block changes no earlier prediction; changing it as context changes the next."""
+    config = MODELS[name]
+    model, (clean, noisy, timestep) = make_model(config), draw(config)
+    before = model(clean, noisy, timestep)
+    changed = clean.clone()
+    changed[:, block] += 1
+    after = model(changed, noisy, timestep)
+    assert torch.equal(after.prediction[:, : block + 1], before.prediction[:, : block + 1])
+    if before.condition is not None:
+        assert torch.equal(after.condition[:, : block + 1], before.condition[:, : block + 1])
+    if block < 3:
+        assert not torch.allclose(after.prediction[:, block + 1], before.prediction[:, block + 1])
+
+    noisier = noisy.clone()
+    noisier[:, block] += 1
+    prediction = model(clean, noisier, timestep).prediction
+    moved = (prediction - before.prediction).abs().amax((0, 2, 3)) > 1e-6
+    reach = 4 if name == "condition only" else block + 1
+    assert moved.tolist() == [block <= i < reach for i in range(4)]
+
+
+def test_images_of_a_batch_do_not_meet() -> None:
+    model, (clean, noisy, timestep) = make_model(tiny()), draw(tiny())
+    together = model(clean, noisy, timestep).prediction
+    alone = model(clean[1:], noisy[1:], timestep[1:]).prediction
+    assert relative_error(together[1:], alone) < 1e-5
+
+
+def test_native_condition_knows_neither_the_noise_nor_its_own_block() -> None:
+    """The released code adds the noisy embedding to it and lends it the target's own skips."""
+    clean, noisy, timestep = draw(tiny())
+    other = clean.clone()
+    other[:, -1] += 1
+    for quirks, leaks in (
+        ({}, False),
+        ({"hidden_loss_input": "condition+noisy"}, True),
+        ({"hidden_loss_skips": "same_block"}, True),
+    ):
+        model = make_model(tiny().replace(**quirks))
+        condition = model(clean, noisy, timestep).condition
+        same = model(other, noisy + 1, timestep).condition
+        assert torch.equal(condition, same) != leaks, quirks
+
+
+def test_native_clean_blocks_have_no_timestep() -> None:
+    """In the released code a clean block carries the timestep of the noise on its noisy twin."""
+    for quirk, depends in (("zero", False), ("noisy", True)):
+        model = make_model(tiny().replace(clean_timestep=quirk))
+        clean, noisy, timestep = draw(tiny())
+        other = timestep.clone()
+        other[:, 0] = (other[:, 0] + 500) % 1000
+        first, second = (model(clean, noisy, t).prediction[:, 1] for t in (timestep, other))
+        assert torch.equal(first, second) != depends
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_is_trained(name: str) -> None:
+    """No dead parameter: with all losses, each gets a gradient that is not zero."""
+    config = MODELS[name]
+    model, (clean, noisy, timestep) = make_model(config), draw(config)
+    output = model(clean, noisy, timestep, return_clean=config.has_clean_stream)
+    outputs = (output.prediction, output.condition, output.clean)
+    sum(x.square().mean() for x in outputs if x is not None).backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    if name == "one block":
+        # nothing attends to the only clean block, and one noise block has nobody else to attend to
+        assert all("clean" in parameter or "boi_skips" not in parameter for parameter in dead)
+    else:
+        assert not dead
+
+
+# Geometry
+
+
+def test_parameter_counts_of_the_paper() -> None:
+    """1.30 B with two towers."""
+    with torch.device("meta"):
+        model = MADFormer(preset("ffhq1024"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.30e9, rel=0.01)
+
+
+def test_blocks_are_squares_in_raster_order() -> None:
+    image = torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6)
+    blocks = to_blocks(image, 9)
+    assert blocks.shape == (2, 9, 4, 3)
+    assert torch.equal(blocks[1, 5, :, 2], image[1, 2, 2:4, 4:6].flatten())
+    assert torch.equal(from_blocks(blocks), image)
+    assert torch.equal(from_maps(to_maps(blocks), 9), blocks)
+    assert torch.equal(to_maps(blocks)[9 + 5, 2], image[1, 2, 2:4, 4:6])
+
+
+def test_token_positions_follow_the_blocks() -> None:
+    config = tiny()
+    rows, columns = token_positions(config)
+    grid = torch.stack((rows, columns)).view(2, 4, 4)
+    assert grid[:, 0].tolist() == [[0, 0, 1, 1], [0, 1, 0, 1]]
+    assert grid[:, 2].tolist() == [[2, 2, 3, 3], [0, 1, 0, 1]]
+    raster = token_positions(config.replace(square_blocks=False))
+    assert raster[:, :5].tolist() == [[0, 0, 0, 0, 1], [0, 1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("unet", [tiny().unet, MODELS["three levels"].unet, UNetConfig((32,), (3,), (True,))])
+def test_skip_shapes(unet: UNetConfig) -> None:
+    config = tiny().replace(unet=unet)
+    model = MADFormer(config)
+    x = torch.randn(1, config.latent_channels, config.block_side, config.block_side)
+    _, skips = model.downsampler(x, torch.zeros(1, unet.time_embed_dim))
+    assert [skip.shape[1] for skip in skips] == skip_channels(config)
+    assert [skip.shape[2] for skip in skips] == [config.block_side // 2**level for level in skip_levels(config)]
+
+
+# Rotary embedding
+
+
+def test_axial_rope_is_a_rotation_that_sees_only_distance() -> None:
+    """Norms are kept, and a score depends on the offset between two tokens alone; the released pairing's does not."""
+    config = tiny().replace(block_size=64, num_blocks=1)
+    cos, sin = rope_tables(config)
+    q, k = torch.randn(2, config.head_dim, generator=torch.Generator().manual_seed(0)).split(1)
+    spread = {}
+    for pairing, axes in (("axial", 2), ("released", 1)):
+        rotated_q, rotated_k = (apply_rope(x.expand(64, -1), cos, sin, axes=axes) for x in (q, k))
+        scores = (rotated_q @ rotated_k.T).view(8, 8, 8, 8)
+        same_offset = torch.stack([scores[row, col, row + 2, col + 1] for row in range(6) for col in range(7)])
+        spread[pairing] = (same_offset.max() - same_offset.min()).item()
+        if pairing == "axial":
+            torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(64))
+    assert spread["axial"] < 1e-4 < 1e-1 < spread["released"]
+
+
+def test_rope_tables_stay_fp32_and_survive_meta() -> None:
+    expected = rope_tables(tiny())[0]
+    model = MADFormer(tiny())
+    assert torch.equal(model.to(torch.bfloat16).rope.cos, expected)
+    with torch.device("meta"):
+        empty = MADFormer(tiny())
+    assert torch.equal(empty.to_empty(device="cpu").rope.cos, expected)
+
+
+def test_neighbouring_timesteps_differ_in_bf16() -> None:
+    """As bf16 numbers 998 and 999 are one; the embedding keeps them apart, under autocast too."""
+    embedding = TimestepEmbedding(32)
+    exact = embedding(torch.tensor([998, 999]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedding(torch.tensor([998, 999])), exact)
+    low = embedding.to(torch.bfloat16)(torch.tensor([998, 999]))
+    assert low.dtype == torch.float32
+    assert not torch.equal(low[0], low[1])
+
+
+# Copies, casts, compilation
+
+
+def test_deepcopy_shares_nothing() -> None:
+    model, arguments = make_model(tiny()), draw(tiny())
+    before = model(*arguments).prediction
+    duplicate = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            parameter.zero_()
+    assert torch.equal(model(*arguments).prediction, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name: str) -> None:
+    model, arguments = make_model(MODELS[name]), draw(MODELS[name])
+    exact = model(*arguments).prediction
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = model(*arguments).prediction
+    assert relative_error(prediction, exact) < 0.05
+    prediction.float().square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["both", "condition only"])
+def test_compile(name: str) -> None:
+    """Traced whole, without a break; forward and backward as in eager."""
+    model, arguments = make_model(MODELS[name]), draw(MODELS[name])
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    for network in (model, compiled):
+        output = network(*arguments)
+        (output.prediction.square().mean() + output.condition.square().mean()).backward()
+    assert relative_error(compiled(*arguments).prediction, model(*arguments).prediction) < 1e-5
+    for (parameter_name, eager), traced in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        assert (eager.grad is None) == (traced.grad is None), parameter_name
+        if eager.grad is not None and eager.grad.norm() > 1e-6:
+            assert relative_error(traced.grad, eager.grad) < 1e-4, parameter_name
+
+
+# Storage
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    model, arguments = make_model(MODELS[name]), draw(MODELS[name])
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded = MADFormer.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert relative_error(loaded(*arguments).prediction, model(*arguments).prediction) < 1e-6
+
+
+def test_stored_dtype_and_overrides(tmp_path: Path) -> None:
+    model = make_model(tiny())
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.dtype == torch.float32
+    assert MADFormer.from_pretrained(tmp_path).dtype == torch.bfloat16
+    loaded = MADFormer.from_pretrained(tmp_path, dtype=torch.float32, prediction_type="sample")
+    assert (loaded.dtype, loaded.config.prediction_type) == (torch.float32, "sample")
+    assert relative_error(loaded.boi, model.boi) < 0.005
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        MADFormer.from_pretrained(tmp_path)
+    make_model(tiny()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit the configuration: .* of another shape"):
+        MADFormer.from_pretrained(tmp_path, hidden_size=128)
+    with pytest.raises(ValueError, match=r"\d+ tensors missing \(layers\.3\.towers\.clean"):
+        MADFormer.from_pretrained(tmp_path, num_layers=4)
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        MADFormer.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no diffusion_pytorch_model"):
+        MADFormer.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("madformer.model.persistence.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_model(tiny()).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_configuration_field_is_read() -> None:
+    """A field that changes nothing would be a switch wired to nothing: names, shapes or numbers must differ."""
+    base = tiny().replace(block_size=16)
+    changes = {
+        "hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 64, "norm_eps": 1e-2,
+        "qk_norm": False, "mlp_bias": True, "num_blocks": 9, "block_size": 4, "diffusion_layers": 1,
+        "latent_channels": 3, "unet": dataclasses.replace(base.unet, norm_groups=4), "context": "condition",
+        "cross_block_attention": False, "shared_towers": True, "rope_pairing": "released",
+        "clean_timestep": "noisy", "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
+        "square_blocks": False,
+    }  # fmt: skip
+    assert changes.keys() | {"prediction_type"} == vars(base).keys()
+    reference = make_model(base)
+    for name, value in changes.items():
+        config = base.replace(**{name: value})
+        model = make_model(config)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        if shapes != {n: p.shape for n, p in reference.named_parameters()} or name in ("num_blocks", "block_size"):
+            continue
+        model.load_state_dict(reference.state_dict())
+        ours, theirs = model(*draw(config)), reference(*draw(base))
+        changed = [relative_error(getattr(ours, part), getattr(theirs, part)) for part in ("prediction", "condition")]
+        assert max(changed) > 1e-5, name
+        assert not any(map(math.isnan, changed))

@@ -1,0 +1,180 @@
+"""The command line as a user meets it: what it writes, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from madformer.cli.main import main
+from madformer.pipeline import MADFormerPipeline
+from testing import GOLDEN, golden_cases
+
+FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released training checkpoint, made of the golden weights."""
+    import argparse
+
+    path = tmp_path_factory.mktemp("released") / "ckpts.pt"
+    arguments = argparse.Namespace(block_size=16, ar_len=4, spatial_len=64, diff_depth=2, square_block=True)
+    weights = golden_cases("ffhq")[0].weights()
+    torch.save({"model": weights, "ema": weights, "opt": {}, "lrs": {}, "args": arguments}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = FOUR_LATENT_CHANNELS / "model_config.json"
+    arguments = ["--checkpoint", checkpoint, "--model-config", config, "--vae", vae, "--out", folder]
+    assert main(["convert", *map(str, arguments)]) == 0
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run, expect status 1, and give the one line on stderr."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("madformer ")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_convert_then_sample(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sample", "--model", model, "--num-images", 3, "--steps", 2, "--seed", 5, "--batch-size", 2]
+    arguments += ["--out", tmp_path / "images", "--grid", tmp_path / "grid.png", "--dtype", "fp32", "--json"]
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["num_images"], record["num_inference_steps"], record["dtype"]) == (3, 2, "float32")
+    assert record["scheduler"] == "DPMSolverMultistepScheduler"
+    assert record["seconds_per_image"] == pytest.approx(record["seconds"] / 3, abs=0.01)
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [f"{seed:08d}.png" for seed in (5, 6, 7)]
+    pictures = [np.asarray(Image.open(tmp_path / "images" / f"{seed:08d}.png")) for seed in (5, 6, 7)]
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (32, 32, 3)
+    assert np.array_equal(grid[:16, 16:], pictures[1])
+    assert np.array_equal(grid[16:, :16], pictures[2])
+    pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    alone = np.asarray(pipeline(1, 2, seed=6).images[0])
+    np.testing.assert_allclose(alone.astype(int), pictures[1].astype(int), atol=1)
+
+
+def test_latents_need_no_autoencoder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["convert", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "model")]) == 0
+    arguments = ["sample", "--model", tmp_path / "model", "--steps", 2, "--out", tmp_path / "out"]
+    assert main([*map(str, arguments), "--latents", "--scheduler", "ddim"]) == 0
+    assert load_file(tmp_path / "out" / "00000000.safetensors")["latents"].shape == (4, 16, 16)
+    message = fails(capsys, *arguments)
+    assert "give --vae FOLDER, or --latents" in message
+
+
+def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["info", "--json", "--model", str(model)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["versions"]["torch"] == torch.__version__
+    backends = {backend["backend"]: backend for backend in record["backends"]}
+    assert backends["reference"]["available"]
+    assert "denoise_step" in backends["cpp"]["ops"]
+    assert record["model"]["rope_pairing"] == "released"
+    assert record["model"]["parameters"] == sum(t.numel() for t in golden_cases("ffhq")[0].weights().values())
+    assert main(["info"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_bad_models(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sample = ["sample", "--grid", tmp_path / "grid.png", "--model"]
+    assert "no folder no/such/model" in fails(capsys, *sample, "no/such/model")
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json" in fails(capsys, *sample, tmp_path / "empty")
+    assert "is a file" in fails(capsys, *sample, model / "model_index.json")
+    assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0, "--grid", "g.png"], "--steps 0 must be at least 1"),
+        (["--steps", 5000, "--grid", "g.png"], "num_inference_steps=5000 must be between 1 and num_train_timesteps"),
+        (["--num-images", -1, "--grid", "g.png"], "--num-images -1 must be at least 1"),
+        ([], "give --out FOLDER, --grid FILE, or both"),
+        (["--device", "cuda:99", "--grid", "g.png"], "--device cuda:99"),
+        (["--grid", "."], "names a file"),
+    ],
+)
+def test_bad_sampling_arguments(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    arguments: list[object], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, "sample", "--model", model, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in fails(capsys, "sample", "--model", model, "--out", tmp_path / "file" / "images")
+    assert "cannot write to" in fails(capsys, "sample", "--model", model, "--grid", tmp_path / "file" / "grid.png")
+
+
+def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown preset 'emoji65'; there are" in fails(capsys, "train", "emoji65", "--out", tmp_path)
+    message = fails(capsys, "train", "emoji64", "--out", tmp_path, "--model.num-blocks", 7)
+    assert "num_blocks=7 must be a square number" in message
+    assert "steps=0" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--steps", 0)
+
+
+def test_bad_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "data", "emoji", "--out", tmp_path / "data", "--font", tmp_path / "none.ttf")
+    assert "fonts-noto-color-emoji" in message
+    assert "--font PATH" in message
+
+
+def test_bad_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    message = fails(capsys, "convert", "--checkpoint", tmp_path / "bad.pt", "--out", tmp_path / "out")
+    assert "bad.pt" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_help_is_fast_and_complete() -> None:
+    """It imports neither torch nor diffusers, and every command teaches an example."""
+    code = "import sys; from madformer.cli.main import build_parser; build_parser(); print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == "False"
+    for command in ("sample", "train", "convert"):
+        shown = subprocess.run(
+            [sys.executable, "-m", "madformer.cli.main", command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "madformer" in shown.split("example")[1], command
