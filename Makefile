@@ -21,7 +21,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 		|| { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) 'setuptools>=77' wheel ninja $(if $(shell command -v cmake),,cmake)
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev,emoji]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev,emoji,hf]'
 	@$(BIN)/python -c 'from madformer.kernels.dispatch import report; print(*(f"{s.backend}: {s.reason}" for s in report()), sep="\n")'
 	@touch $@
 

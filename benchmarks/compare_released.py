@@ -26,6 +26,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import json
 import platform
@@ -166,13 +167,13 @@ def load_released(path: Path, device: str) -> ModuleType:
     return module
 
 
-def use_dense_mask(released: Any, device: torch.device) -> None:
-    """Replace the BlockMask by the same mask as a tensor: the released attention then calls SDPA.
+def dense_mask(released: Any, device: torch.device) -> Tensor:
+    """The BlockMask as numbers to add. With a tensor for a mask, the released attention calls SDPA.
 
-    As numbers to add rather than as bool: SDPA would make them in every layer anew.
+    Not as bool: SDPA would make these numbers of it in every layer anew.
     """
     allowed = released.build_attention_mask(released.ar_len, released.block_size, device)
-    released.flex_attnmask = torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf)
+    return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf)
 
 
 # Two models, one batch
@@ -364,90 +365,93 @@ def tf32(matmul: bool, convolution: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def attention_choices(run: Run, device: torch.device) -> dict[str, Run]:
-    """A run under each attention backend that could be the fastest."""
-
-    def math() -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
-            return run()
-
-    # On a GPU the unfused one keeps all scores of all layers: 130 GB for a training step at full size.
-    return {"default": run, "math": math} if device.type == "cpu" else {"default": run}
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def released_choices(model: Any, run: Run, device: torch.device) -> dict[str, Run]:
-    """The same for the released training step, whose own FlexAttention has no backward on a CPU."""
+def attention_backends(device: torch.device) -> dict[str, Context]:
+    """Those of PyTorch's SDPA that could be the fastest in training."""
+    backends: dict[str, Context] = {"fused": contextlib.nullcontext}
     if device.type == "cpu":
-        return {f"dense mask, {name}": choice for name, choice in attention_choices(run, device).items()}
-    masks = {"flex": model.flex_attnmask}
-    use_dense_mask(model, device)
-    masks["dense mask, default"] = model.flex_attnmask
+        # Not on a GPU, where it keeps all scores of all layers: 130 GB for a step at full size.
+        backends["math"] = functools.partial(sdpa_kernel, SDPBackend.MATH)
+    return backends
 
-    def with_mask(mask: Any) -> Run:
-        def masked() -> Any:
-            model.flex_attnmask = mask
+
+def released_backends(model: Any, device: torch.device) -> dict[str, Context]:
+    """The same for the released model; where FlexAttention trains, its own BlockMask or the dense mask."""
+    if device.type == "cpu":
+        return attention_backends(device)
+
+    @contextlib.contextmanager
+    def masked(mask: Any) -> Iterator[None]:
+        before, model.flex_attnmask = model.flex_attnmask, mask
+        yield
+        model.flex_attnmask = before
+
+    dense = dense_mask(model, device)
+    return {"flex": contextlib.nullcontext, "fused, dense mask": functools.partial(masked, dense)}
+
+
+def under(context: Context, run: Run) -> Run:
+    def wrapped() -> Any:
+        with context():
             return run()
 
-        return masked
-
-    return {name: with_mask(mask) for name, mask in masks.items()}
+    return wrapped
 
 
-@dataclass(frozen=True)
-class Timed:
-    spread: Spread
-    attention: str
+def with_best_attention(run: Run, backends: Mapping[str, Context], device: torch.device) -> tuple[str, Run]:
+    """The backend that is fastest in one run after a warm-up, and the run under it."""
+    runs = {name: under(context, run) for name, context in backends.items()}
+    if len(runs) == 1:
+        return next(iter(runs.items()))
+    trials = interleaved(runs, 1, device)
+    best = min(trials, key=lambda name: trials[name].median)
+    return best, runs[best]
 
 
-def time_best(choices: Mapping[str, Mapping[str, Run]], repeats: int, device: torch.device) -> dict[str, Timed]:
-    """For each name, the choice that is fastest by itself (of two runs); those, interleaved."""
-    best: dict[str, str] = {}
-    for name, runs in choices.items():
-        trials = interleaved(runs, 2, device) if len(runs) > 1 else dict.fromkeys(runs)
-        best[name] = min(runs, key=lambda choice: min(trials[choice].samples) if trials[choice] else 0.0)
-        print(f"{name}: attention {best[name]}", file=sys.stderr)
-    spreads = interleaved({name: choices[name][choice] for name, choice in best.items()}, repeats, device)
-    return {name: Timed(spreads[name], best[name]) for name in choices}
-
-
-def time_sampling(
-    models: Models, plan: Plan, shape: Shape, repeats: int, device: torch.device
-) -> tuple[dict[str, Timed], dict[str, float]]:
-    """Sampling of all three, and what the plan and half precision cost: seconds and relative error."""
-    half = copy.deepcopy(models.native).to(torch.bfloat16).eval()
+def time_sampling(models: Models, plan: Plan, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Sampling of all three by name, and what the plan and half precision cost: seconds and relative error."""
+    half = copy.deepcopy(models.native).to(torch.bfloat16)
     half_plan = Sampler(half, make_scheduler()).plan(shape.batch, shape.steps)
     runs: dict[str, Run] = {
         "released fp32": lambda: sample_released(models.released, shape),
         "ours fp32": lambda: sample_ours(plan, shape),
         "ours bf16": lambda: sample_ours(half_plan, shape),
     }
-    notes = {
+    return {
+        "spreads": interleaved(runs, repeats, device),
         "plan_seconds": seconds(
             lambda: Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps), device
         ),
-        "bf16_relative_error": relative_error([sample_ours(half_plan, shape)], [sample_ours(plan, shape)]),
+        "bf16_relative_error": relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
     }
-    choices = {name: attention_choices(run, device) for name, run in runs.items()}
-    return time_best(choices, repeats, device), notes
 
 
-def time_training(models: Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Timed]:
-    choices = {
-        "released fp32": released_choices(models.released, lambda: released_step(models.released, batch), device),
-        "ours fp32, drop-in": attention_choices(lambda: released_step(models.compat, batch), device),
-        "ours fp32, native": attention_choices(lambda: native_step(models.native, batch), device),
+def time_training(models: Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Training steps of all three by name, and the attention backend of each."""
+    ours = attention_backends(device)
+    candidates: dict[str, tuple[Run, dict[str, Context]]] = {
+        "released fp32": (
+            lambda: released_step(models.released, batch),
+            released_backends(models.released, device),
+        ),
+        "ours fp32, drop-in": (lambda: released_step(models.compat, batch), ours),
+        "ours fp32, native": (lambda: native_step(models.native, batch), ours),
     }
-    # as the released train.py sets it; without influence on a CPU
+    # As the released train.py sets it; a CPU does not care.
     with tf32(matmul=True, convolution=True):
-        return time_best(choices, repeats, device)
+        best = {name: with_best_attention(run, backends, device) for name, (run, backends) in candidates.items()}
+        spreads = interleaved({name: run for name, (_, run) in best.items()}, repeats, device)
+    return {"spreads": spreads, "attention": {name: backend for name, (backend, _) in best.items()}}
 
 
 # The record
 
 
-def metrics(sampling: Mapping[str, Timed], training: Mapping[str, Timed], error: float) -> dict[str, float]:
-    def gain(timed: Mapping[str, Timed], name: str) -> float:
-        return timed["released fp32"].spread.median / timed[name].spread.median
+def metrics(sampling: Mapping[str, Spread], training: Mapping[str, Spread], error: float) -> dict[str, float]:
+    def gain(spreads: Mapping[str, Spread], name: str) -> float:
+        return spreads["released fp32"].median / spreads[name].median
 
     return {
         "sampling_vs_released_fp32": gain(sampling, "ours fp32"),
@@ -497,13 +501,13 @@ def environment(released: Path, device: torch.device) -> dict[str, Any]:
     }
 
 
-def table(title: str, timed: Mapping[str, Timed]) -> str:
-    rows = [f"{title:<22}{'median s':>10}{'quartiles':>20}{'speed':>8}  attention"]
-    baseline = timed["released fp32"].spread.median
-    for name, (spread, attention) in ((name, (t.spread, t.attention)) for name, t in timed.items()):
+def table(title: str, spreads: Mapping[str, Spread], attention: Mapping[str, str] | None = None) -> str:
+    rows = [f"{title:<22}{'median s':>10}{'quartiles':>20}{'speed':>8}"]
+    for name, spread in spreads.items():
         quartiles = f"{spread.first_quartile:.3f} - {spread.third_quartile:.3f}"
-        gain = f"{baseline / spread.median:.2f}x"
-        rows.append(f"  {name:<20}{spread.median:>10.3f}{quartiles:>20}{gain:>8}  {attention}")
+        gain = f"{spreads['released fp32'].median / spread.median:.2f}x"
+        backend = f"  {attention[name]} attention" if attention else ""
+        rows.append(f"  {name:<20}{spread.median:>10.3f}{quartiles:>20}{gain:>8}{backend}")
     return "\n".join(rows)
 
 
@@ -525,7 +529,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     models = make_models(load_released(options.released, options.device), shape, device)
     if device.type == "cpu":
-        use_dense_mask(models.released, device)
+        models.released.flex_attnmask = dense_mask(models.released, device)
     batch = Batch.draw(shape, device)
     plan = Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps)
     with tf32(matmul=False, convolution=False):
@@ -533,20 +537,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     max_error = check(errors)
     print(f"fp32: largest relative error {max_error:.1e} (limit {MAX_RELATIVE_ERROR:g})", flush=True)
 
-    sampling, notes = time_sampling(models, plan, shape, options.repeats, device)
-    print(table("sampling", sampling))
-    print(f"  our plan is made in {notes['plan_seconds']:.3f} s; bf16 differs by {notes['bf16_relative_error']:.1e}")
+    sampling = time_sampling(models, plan, shape, options.repeats, device)
+    print(table(f"sampling, {shape.steps} steps", sampling["spreads"]))
+    print(f"  our plan is made in {sampling['plan_seconds']:.3f} s;", end=" ")
+    print(f"bf16 samples differ by {sampling['bf16_relative_error']:.1e}", flush=True)
     training = time_training(models, batch, options.repeats, device)
-    print(table("training step", training), flush=True)
+    print(table("training step", training["spreads"], training["attention"]), flush=True)
     return {
         **environment(options.released, device),
         "shape": asdict(shape),
         "repeats": options.repeats,
         "relative_errors": errors,
-        "sampling": {name: asdict(timed) for name, timed in sampling.items()} | notes,
-        "training": {name: asdict(timed) for name, timed in training.items()},
-        "metrics": metrics(sampling, training, max_error),
+        "sampling": serializable(sampling),
+        "training": serializable(training),
+        "metrics": metrics(sampling["spreads"], training["spreads"], max_error),
     }
+
+
+def serializable(timed: Mapping[str, Any]) -> dict[str, Any]:
+    return {**timed, "spreads": {name: asdict(spread) for name, spread in timed["spreads"].items()}}
 
 
 def positive(text: str) -> int:

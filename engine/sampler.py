@@ -1,7 +1,7 @@
 """Block-by-block sampling with every key and value computed once.
 
-A *plan* holds what depends on batch size, step count and scheduler: the cache, the tabulated noise schedule and
-the timestep embeddings. Running it costs, for each block, one pass of the clean predecessor through the layers that
+A *plan* holds what depends on batch size, step count and scheduler: the cache and the tabulated noise schedule.
+Running it costs, for each block, one pass of the clean predecessor through the layers that
 read it, one pass of the condition through the autoregressive layers, and for each step the diffusion layers on the
 noisy tokens alone.
 
@@ -31,7 +31,10 @@ NoiseSource = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``block`` and ``step`` count from 0; ``latents_BLC`` is the block after that step."""
+    """Where a run stands: ``block`` and ``step`` count from 0.
+
+    ``latents_BLC`` is the block after that step, in the memory that the next step overwrites.
+    """
 
     block: int
     step: int
@@ -76,11 +79,6 @@ class Plan:
             scheduler.set_timesteps(num_inference_steps, device=model.device)
         timesteps = scheduler.timesteps if self.table is None else self.table.timesteps
         self.timesteps = timesteps.to(model.device)
-        self.down_temb_TE = model.downsampler.time_embedding(self.timesteps)
-        self.up_temb_TE = model.upsampler.time_embedding(self.timesteps)
-        # the released sampler embeds the clean block with the last timestep of the previous block's loop
-        left_over = self.timesteps[-1:] if self.config.clean_timestep == "noisy" else self.timesteps.new_zeros(1)
-        self.clean_temb_E = model.downsampler.time_embedding(left_over)[0]
         self.cache = KeyValueCache(
             self.config.num_layers,
             batch,
@@ -113,6 +111,7 @@ class Plan:
             Clean latents ``(B, M, L, C)`` in fp32.
         """
         self.cache.reset()
+        self._embed_timesteps()
         blocks: list[Tensor] = []
         for block in range(self.config.num_blocks):
             condition = self._condition(block, blocks[-1] if blocks else None)
@@ -122,6 +121,14 @@ class Plan:
                 # the noise stream is its own context: what its layers saw last stays
                 self.cache.advance(self.config.block_size)
         return torch.stack(blocks, dim=1)
+
+    def _embed_timesteps(self) -> None:
+        """Tabulate the timestep embeddings, in every run: the weights may have changed since the last one."""
+        down, up = self.model.downsampler.time_embedding, self.model.upsampler.time_embedding
+        self.down_temb_TE, self.up_temb_TE = down(self.timesteps), up(self.timesteps)
+        # the released sampler embeds the clean block with the last timestep of the previous block's loop
+        left_over = self.timesteps[-1:] if self.config.clean_timestep == "noisy" else self.timesteps.new_zeros(1)
+        self.clean_temb_E = down(left_over)[0]
 
     def _condition(self, block: int, previous_BLC: Tensor | None) -> Tensor | None:
         """Pass the finished block into the cache and, shifted, through the autoregressive layers."""

@@ -177,10 +177,11 @@ class MADFormerPipeline(DiffusionPipeline):
     def plan(self, batch: int, num_inference_steps: int) -> Plan:
         """The engine's plan for this batch size and step count; kept and reused."""
         scheduler = self.scheduler.config
-        key = (batch, num_inference_steps, id(self.transformer), self.transformer.dtype, str(scheduler))
+        model = self.transformer
+        key = (batch, num_inference_steps, id(model), model.dtype, model.device, str(scheduler))
         if key not in self._plans:
             # one plan at a time: each holds a cache of its own
-            self._plans = {key: Sampler(self.transformer, self.scheduler).plan(batch, num_inference_steps)}
+            self._plans = {key: Sampler(model, self.scheduler).plan(batch, num_inference_steps)}
         return self._plans[key]
 
     def decode(self, latents_BCHW: Tensor, output_type: OutputType = "pil") -> Any:

@@ -115,6 +115,7 @@ def emoji64() -> TrainingConfig:
         steps=3_300,
         batch_size=32,
         learning_rate=1e-3,
+        decay_start=0.67,
         ema_decay=0.999,
         save_every=250,
     )

@@ -131,9 +131,8 @@ class Trainer:
                         started, first = time.perf_counter(), self.step
                         metrics.write(json.dumps(record) + "\n")
                         bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"})
-                    if self.step % config.save_every == 0:
+                    if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
                         self.save()
-            self.save()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
