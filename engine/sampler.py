@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from madformer.engine.cache import KeyValueCache
+from madformer.engine.packing import Fingerprint, can_pack, fingerprint, packed
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.kernels.denoise_step import denoise_step
 from madformer.model.layer import Attention, Streams, TransformerLayer
@@ -46,12 +47,16 @@ class Sampler:
 
     Args:
         model: in eval mode, on the device and in the dtype to compute in.
+        backend: of the fused update; see :func:`madformer.kernels.denoise_step.denoise_step`.
+        pack_weights: on a CPU, compute with a second copy of the weights in oneDNN's layout where that is possible
+            (:mod:`madformer.engine.packing`).
         scheduler: any diffusers scheduler; it is copied. DDIM and DPM-Solver++ (orders 1 and 2) are tabulated and
             applied by the fused kernel, every other runs through its own ``step``.
     """
 
-    def __init__(self, model: MADFormer, scheduler: Any, *, backend: str = "auto") -> None:
+    def __init__(self, model: MADFormer, scheduler: Any, *, backend: str = "auto", pack_weights: bool = True) -> None:
         self.model = model
+        self.pack_weights = pack_weights and can_pack(model)
         self.scheduler = copy.deepcopy(scheduler)
         self.backend = backend
 
@@ -63,15 +68,25 @@ class Sampler:
         """
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        return Plan(self.model, self.scheduler, batch, num_inference_steps, self.backend)
+        return Plan(self.model, self.scheduler, batch, num_inference_steps, self.backend, self.pack_weights)
 
 
 class Plan:
     """A batch size and a step count made ready; :meth:`run` may be called again and again."""
 
-    @torch.inference_mode()
-    def __init__(self, model: MADFormer, scheduler: Any, batch: int, num_inference_steps: int, backend: str) -> None:
-        self.model, self.config, self.batch, self.backend = model, model.config, batch, backend
+    def __init__(
+        self,
+        model: MADFormer,
+        scheduler: Any,
+        batch: int,
+        num_inference_steps: int,
+        backend: str,
+        pack_weights: bool,
+    ) -> None:
+        self.source = self.model = model
+        self.config, self.batch, self.backend = model.config, batch, backend
+        self.pack_weights = pack_weights
+        self.packed_from: Fingerprint | None = None
         self.num_inference_steps = num_inference_steps
         self.table: ScheduleTable | None = tabulate(scheduler, num_inference_steps, model.device)
         self.scheduler = scheduler
@@ -111,7 +126,7 @@ class Plan:
             Clean latents ``(B, M, L, C)`` in fp32.
         """
         self.cache.reset()
-        self._embed_timesteps()
+        self._renew()
         blocks: list[Tensor] = []
         for block in range(self.config.num_blocks):
             condition = self._condition(block, blocks[-1] if blocks else None)
@@ -122,8 +137,10 @@ class Plan:
                 self.cache.advance(self.config.block_size)
         return torch.stack(blocks, dim=1)
 
-    def _embed_timesteps(self) -> None:
-        """Tabulate the timestep embeddings, in every run: the weights may have changed since the last one."""
+    def _renew(self) -> None:
+        """What is made of the weights, which may have changed since the last run."""
+        if self.pack_weights and (current := fingerprint(self.source)) != self.packed_from:
+            self.model, self.packed_from = packed(self.source), current
         down, up = self.model.downsampler.time_embedding, self.model.upsampler.time_embedding
         self.down_temb_TE, self.up_temb_TE = down(self.timesteps), up(self.timesteps)
         # the released sampler embeds the clean block with the last timestep of the previous block's loop
