@@ -1,0 +1,120 @@
+"""The comparison with the released code: what it refuses, its statistics, and its record where that code is at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare_released.py"
+RELEASED = os.environ.get("MADFORMER_RELEASED")
+CPU = torch.device("cpu")
+
+# A script in a folder that is no package: imported by its path.
+spec = importlib.util.spec_from_file_location("compare_released", SCRIPT)
+assert spec is not None and spec.loader is not None
+compare_released = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = compare_released
+spec.loader.exec_module(compare_released)
+
+
+def test_path_without_released_code_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "record.json"
+    assert compare_released.main(["--released", str(tmp_path / "nowhere"), "--out", str(out)]) == 1
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert len(stderr.splitlines()) == 1
+    assert "nowhere" in stderr
+    assert not out.exists()
+
+
+def test_package_that_is_not_installed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "models.py").write_text("import a_package_that_nobody_has\n")
+    assert compare_released.main(["--released", str(tmp_path)]) == 1
+    stderr = capsys.readouterr().err
+    assert len(stderr.splitlines()) == 1
+    assert "a_package_that_nobody_has" in stderr
+
+
+@pytest.mark.parametrize("inside", ["", "src"])
+def test_import_leaves_no_trace_and_redirects_the_device(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    (folder / "rope.py").write_text("NAME = 'theirs'\n")
+    (folder / "models.py").write_text("from rope import NAME\nDEVICE = 'cuda'\nWORD = 'cuda core'\n")
+    path, ours = list(sys.path), {"models": object(), "config": object()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in ours.items():
+            patch.setitem(sys.modules, name, module)
+        module = compare_released.load_released(tmp_path, "cpu")
+        assert {name: sys.modules[name] for name in ours} == ours
+    assert (module.NAME, module.DEVICE, module.WORD) == ("theirs", "cpu", "cuda core")
+    assert "rope" not in sys.modules
+    assert sys.path == path
+
+
+def test_spread_is_linear_between_samples() -> None:
+    spread = compare_released.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (spread.first_quartile, spread.median, spread.third_quartile) == (2.0, 3.0, 4.0)
+    spread = compare_released.Spread.of([0.0, 1.0])
+    assert (spread.first_quartile, spread.median, spread.third_quartile) == (0.25, 0.5, 0.75)
+    assert compare_released.Spread.of([7.0]).median == statistics.median([7.0])
+
+
+def test_runs_are_interleaved_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+
+    def run(name: str, duration: float) -> None:
+        order.append(name)
+        clock[0] += duration
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    spreads = compare_released.interleaved({"a": lambda: run("a", 1.0), "b": lambda: run("b", 2.0)}, 3, CPU)
+    assert "".join(order) == "ab" + "ab" * 3
+    assert spreads["a"].samples == (1.0,) * 3
+    assert spreads["b"].samples == (2.0,) * 3
+
+
+def test_relative_error_is_that_of_all_tensors_together() -> None:
+    expected = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
+    actual = [torch.tensor([3.0, 0.3]), torch.tensor([4.4])]
+    assert compare_released.relative_error(actual, expected) == pytest.approx(0.1)
+    assert compare_released.relative_error(expected, expected) == 0
+
+
+@pytest.mark.parametrize("wrong", [4e-3, float("nan"), float("inf")])
+def test_gate_names_what_disagrees(wrong: float) -> None:
+    assert compare_released.check({"loss": 1e-7, "samples": 1e-4}) == 1e-4
+    with pytest.raises(compare_released.CannotCompare, match="samples"):
+        compare_released.check({"loss": 1e-7, "samples": wrong})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RELEASED is None, reason="MADFORMER_RELEASED does not name a clone of the released code")
+def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("einops")
+    out = tmp_path / "record.json"
+    assert compare_released.main(["--released", str(RELEASED), "--tiny", "--repeats", "2", "--out", str(out)]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record == json.loads(out.read_text())
+    assert record.keys() >= {"commit", "device", "threads", "versions", "shape", "repeats", "relative_errors"}
+    assert record["metrics"].keys() == {
+        "sampling_vs_released_fp32",
+        "sampling_vs_released_bf16",
+        "training_vs_released_fp32",
+        "training_compat_vs_released_fp32",
+        "max_relative_error",
+    }
+    assert record["metrics"]["max_relative_error"] < 1e-4
+    medians = {name: spread["median"] for name, spread in record["sampling"]["spreads"].items()}
+    gain = medians["released fp32"] / medians["ours bf16"]
+    assert record["metrics"]["sampling_vs_released_bf16"] == pytest.approx(gain)
+    assert record["training"]["spreads"].keys() == record["training"]["attention"].keys()
