@@ -151,14 +151,16 @@ class Plan:
         """Pass the finished block into the cache and, shifted, through the autoregressive layers."""
         model, config = self.model, self.config
         if previous_BLC is None:
-            shifted = None if config.context == "clean" else model.boi.expand(self.batch, -1, -1)
+            shifted = model.boi.expand(self.batch, -1, -1) if config.has_condition else None
+        elif config.context == "noise":
+            shifted = None
         else:
             temb = self.clean_temb_E.expand(self.batch, -1)
             shifted, _ = model.embed(previous_BLC[:, None].to(model.dtype), temb)
             if config.has_clean_stream:
                 self._layers("clean", shifted, block - 1, range(model.clean_layers), needs_output=False)
                 self.cache.advance(config.block_size)
-        if config.context == "clean" or shifted is None:
+        if not config.has_condition or shifted is None:
             return None
         return self._layers("noise", shifted, block, range(config.ar_layers))
 

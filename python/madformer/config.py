@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-Context = Literal["clean+condition", "clean", "condition"]
+Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
@@ -140,7 +140,7 @@ class MADFormerConfig:
         )
         _require(
             not self.shared_towers or self.has_clean_stream,
-            "shared_towers=True needs a clean stream to share with; context='condition' has none",
+            f"shared_towers=True needs a clean stream to share with; context={self.context!r} has none",
         )
 
     @property
@@ -174,7 +174,12 @@ class MADFormerConfig:
 
     @property
     def has_clean_stream(self) -> bool:
-        return self.context != "condition"
+        return self.context in ("clean+condition", "clean")
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether the noise stream passes the autoregressive layers."""
+        return self.context in ("clean+condition", "condition")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the inverse of :meth:`from_dict`."""

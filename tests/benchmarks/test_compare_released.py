@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 # A script in a folder that is no package: imported by its path.
 spec = importlib.util.spec_from_file_location("compare_released", SCRIPT)
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 compare_released = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = compare_released
 spec.loader.exec_module(compare_released)

@@ -148,8 +148,6 @@ def test_copies_and_casts_keep_the_native_model_in_step() -> None:
 def test_impossible_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="spatial_len=64 must be block_size=16"):
         MADFormer(block_size=16, ar_len=2, spatial_len=64, model_config_path=BASELINE.model_config)
-    with pytest.raises(ValueError, match="exclude each other"):
-        MADFormer(clear_clean=True, clear_cond=True, model_config_path=BASELINE.model_config)
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         MADFormer(model_config_path={"hidden_act": "gelu"})
     with pytest.raises(ValueError, match=r"target_shape=\(2, 4, 16, 4\) must be \(N, 4, 64, 4\)"):

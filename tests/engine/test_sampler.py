@@ -30,6 +30,7 @@ CASES: dict[str, MADFormerConfig] = {
     "both": tiny(),
     "clean only": tiny().replace(context="clean"),
     "condition only": tiny().replace(context="condition"),
+    "noisy blocks only": tiny().replace(context="noise"),
     "block-local": tiny().replace(cross_block_attention=False),
     "block-local, condition only": tiny().replace(cross_block_attention=False, context="condition"),
     "block-local, clean only": tiny().replace(cross_block_attention=False, context="clean"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
-from madformer.config import MADFormerConfig, UNetConfig
+from madformer.config import Context, MADFormerConfig, UNetConfig
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
@@ -26,6 +26,14 @@ from madformer.model.layer import Tower, TransformerLayer
 from madformer.model.persistence import load_weights
 
 STREAMS = ("clean", "noise")
+
+# (clear_clean, clear_cond)
+CONTEXTS: dict[tuple[bool, bool], Context] = {
+    (False, False): "clean+condition",
+    (False, True): "clean",
+    (True, False): "condition",
+    (True, True): "noise",
+}
 
 # What the released configuration falls back to: transformers' LlamaConfig, then its own additions.
 LLAMA_DEFAULTS = {
@@ -49,7 +57,8 @@ class MADFormer(nn.Module):
         block_size, ar_len, spatial_len: tokens of a block, blocks, and tokens of the image (their product).
         hidden_size, depth, num_heads: the Transformer; ``diff_depth`` of its layers are diffusion layers.
         model_config_path: JSON file of the released ``MADFormerConfig`` (a mapping is accepted too).
-        clear_clean, clear_cond, denoising_mlp: the ablations: condition only, clean blocks only, block-local diffusion.
+        clear_clean, clear_cond, denoising_mlp: the ablations: condition only, clean blocks only (with both, nothing but
+            the noisy blocks before), block-local diffusion.
         cache_clean: accepted; the clean blocks' keys and values are always computed once, with the same result.
         patch_size, latent_size, in_channels, mlp_ratio, class_dropout_prob, learn_sigma: accepted and, as in the
             released code, without influence on the network.
@@ -86,8 +95,6 @@ class MADFormer(nn.Module):
             raise ValueError(f"spatial_len={spatial_len} must be block_size={block_size} * ar_len={ar_len}")
         if model_config_path is None:
             raise ValueError("model_config_path must name the JSON file of the released model configuration")
-        if clear_clean and clear_cond:
-            raise ValueError("clear_clean and clear_cond exclude each other: together they leave no context")
         self.patch_size, self.latent_size, self.in_channels = patch_size, latent_size, in_channels
         self.block_size, self.ar_len, self.spatial_len = block_size, ar_len, spatial_len
         self.hidden_size, self.depth, self.diff_depth, self.num_heads = (
@@ -106,7 +113,7 @@ class MADFormer(nn.Module):
             block_size=block_size,
             diffusion_layers=diff_depth,
             qk_norm=not no_qk_norm,
-            context="condition" if clear_clean else "clean" if clear_cond else "clean+condition",
+            context=CONTEXTS[clear_clean, clear_cond],
             cross_block_attention=not denoising_mlp,
             square_blocks=square_block,
             rope_pairing="released",
@@ -122,7 +129,7 @@ class MADFormer(nn.Module):
         # Not registered as a submodule: parameters must appear once, under their released names.
         self.__dict__["native"] = native
         config = native.config
-        if config.context == "clean":
+        if not config.has_condition:
             self.boi_block = nn.Parameter(torch.randn(1, config.block_size, config.hidden_size))
         else:
             self.boi_block = native.boi
@@ -180,7 +187,7 @@ class MADFormer(nn.Module):
     def _possibly_unused(self) -> list[nn.Parameter]:
         """Parameters that a loss may not reach: the released code gives those zero gradients, not None."""
         config = self.config
-        unused = [] if config.context != "clean" else [self.boi_block]
+        unused = [] if config.has_condition else [self.boi_block]
         for index, layer in enumerate(self.blocks):
             assert isinstance(layer, ReleasedLayer)
             last_read = self.to_native().clean_layers - 1

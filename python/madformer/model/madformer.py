@@ -6,8 +6,10 @@ E time embedding.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             TransformerLayer(config, [name for name in ("clean", "noise") if self.has_tower(name, index)])
             for index in range(config.num_layers)
         )
-        if config.context != "clean":
+        if config.has_condition:
             # BOI: what the first block, which has no predecessor, is predicted from
             self.boi = nn.Parameter(torch.empty(1, config.block_size, config.hidden_size))
             if config.hidden_loss_skips == "shifted":
@@ -66,11 +68,28 @@ class MADFormer(PretrainedMixin, nn.Module):
                 )
         self.reset_parameters()
 
+    @classmethod
+    def from_released(
+        cls,
+        checkpoint: str | Path,
+        *,
+        model_config: str | Path | Mapping[str, Any] | None = None,
+        weights: Literal["ema", "model"] = "ema",
+    ) -> MADFormer:
+        """A released training checkpoint as a native model with the quirk fields set.
+
+        See :meth:`madformer.compat.madformer_ffhq.MADFormer.from_released`.
+        """
+        # the one place where the model looks at compat: a constructor is expected on the class
+        from madformer.compat.madformer_ffhq import MADFormer as ReleasedMADFormer
+
+        return ReleasedMADFormer.from_released(checkpoint, model_config=model_config, weights=weights).to_native()
+
     def has_tower(self, stream: str, layer: int) -> bool:
         """Whether a stream passes a layer at all in this configuration."""
         if stream == "clean":
             return self.config.has_clean_stream
-        return self.config.context != "clean" or layer >= self.config.ar_layers
+        return self.config.has_condition or layer >= self.config.ar_layers
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -80,7 +99,7 @@ class MADFormer(PretrainedMixin, nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.config.context != "clean":
+        if self.config.has_condition:
             nn.init.normal_(self.boi)
             for skip in getattr(self, "boi_skips", ()):
                 nn.init.zeros_(skip)
@@ -130,7 +149,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         context_tokens = (num_blocks if return_clean else num_blocks - 1) * config.block_size
         if config.has_clean_stream and context_tokens:
             streams["clean"] = clean[:, :context_tokens]
-        if config.context != "clean":
+        if config.has_condition:
             boi = self.boi.expand(len(clean_BMLC), -1, -1).to(noisy.dtype)
             streams["noise"] = torch.cat((boi, clean[:, : (num_blocks - 1) * config.block_size]), dim=1)
 
@@ -175,7 +194,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             return 0
         if self.config.cross_block_attention:
             return self.config.num_layers
-        return self.config.ar_layers if self.config.context != "clean" else 0
+        return self.config.ar_layers if self.config.has_condition else 0
 
     def layer_pass(self, layer: nn.Module, streams: Streams, outputs: Collection[str], cross_block: bool) -> Streams:
         size = self.config.block_size
@@ -200,7 +219,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         if condition is None:
             return None
         if config.hidden_loss_skips == "shifted":
-            if config.context == "clean":
+            if not config.has_condition:
                 return None
             clean_skips = self.shift_skips(clean_skips, *timestep_BM.shape)
         temb = self.upsampler.time_embedding(self.clean_timestep(timestep_BM).flatten())
