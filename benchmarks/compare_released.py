@@ -123,7 +123,7 @@ class Shape:
 
 
 # batch, hidden, layers, diffusion layers, heads, intermediate, blocks, tokens of a block, U-Net, groups, steps
-SMALL = Shape(2, 512, 12, 6, 8, 1536, 9, 64, (128, 256), 8, steps=4)
+SMALL = Shape(2, 512, 12, 6, 8, 1536, 9, 64, (128, 256), 8, steps=10)
 FFHQ_1024 = Shape(1, 1152, 28, 14, 18, 4096, 16, 256, (512, 1024), 8, steps=20)
 TINY = Shape(2, 128, 4, 2, 2, 64, 4, 4, (16, 32), 4, steps=3)
 
@@ -568,7 +568,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=positive, help="sampling steps of a block (4 on a CPU, 20 on a GPU)")
+    parser.add_argument("--steps", type=positive, help="sampling steps of a block (10 on a CPU, 20 on a GPU)")
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds")
     parser.add_argument("--threads", type=positive, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")

@@ -1,9 +1,8 @@
 """Block-by-block sampling with every key and value computed once.
 
 A *plan* holds what depends on batch size, step count and scheduler: the cache and the tabulated noise schedule.
-Running it costs, for each block, one pass of the clean predecessor through the layers that
-read it, one pass of the condition through the autoregressive layers, and for each step the diffusion layers on the
-noisy tokens alone.
+Running it costs, for each block, one pass of the clean predecessor through the layers that read it, one pass of the
+condition through the autoregressive layers, and for each step the diffusion layers on the noisy tokens alone.
 
 Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a block, E time embedding.
 """
@@ -47,11 +46,11 @@ class Sampler:
 
     Args:
         model: in eval mode, on the device and in the dtype to compute in.
+        scheduler: any diffusers scheduler; it is copied. DDIM and DPM-Solver++ (orders 1 and 2) are tabulated and
+            applied by the fused kernel, every other runs through its own ``step``.
         backend: of the fused update; see :func:`madformer.kernels.denoise_step.denoise_step`.
         pack_weights: on a CPU, compute with a second copy of the weights in oneDNN's layout where that is possible
             (:mod:`madformer.engine.packing`).
-        scheduler: any diffusers scheduler; it is copied. DDIM and DPM-Solver++ (orders 1 and 2) are tabulated and
-            applied by the fused kernel, every other runs through its own ``step``.
     """
 
     def __init__(self, model: MADFormer, scheduler: Any, *, backend: str = "auto", pack_weights: bool = True) -> None:
@@ -123,7 +122,7 @@ class Plan:
             callback: called after every step.
 
         Returns:
-            Clean latents ``(B, M, L, C)`` in fp32.
+            Clean latents ``(B, M, L, C)`` in fp32, made in inference mode.
         """
         self.cache.reset()
         self._renew()

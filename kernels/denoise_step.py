@@ -6,7 +6,7 @@ Shape legend: B samples, each at its own step of its own schedule; ... any furth
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from madformer.kernels import dispatch
 
@@ -32,16 +32,16 @@ def denoise_step_ref(
 
 
 # The compiled kernels register themselves under their device; without them the op is the reference.
-torch.library.define(
+library.define(
     "madformer::denoise_step_",
     "(Tensor(a!) sample, Tensor model_output, Tensor(b!) previous, Tensor coefficients, float? clip=None) -> ()",
 )
-torch.library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_step_ref)
+library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_step_ref)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "cpp", ("cpu",))
 
 
-@torch.library.register_fake("madformer::denoise_step_")
+@library.register_fake("madformer::denoise_step_")
 def _(*args: object, clip: float | None = None) -> None:
     """Nothing is returned, and writing in place changes no shape."""
 

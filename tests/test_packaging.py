@@ -20,6 +20,7 @@ import sys
 sys.modules["madformer._C"] = None  # As if it were not there: importing it raises ModuleNotFoundError.
 
 import torch
+from torch import library
 import madformer, madformer.engine
 from madformer.kernels import dispatch
 from madformer.kernels.denoise_step import denoise_step
@@ -32,7 +33,7 @@ assert (reference.backend, reference.available) == ("reference", True), referenc
 tensors = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 6)
 denoise_step(*tensors)
 assert tensors[0].eq(4).all() and tensors[2].eq(2).all(), tensors
-torch.library.opcheck(torch.ops.madformer.denoise_step_.default, tensors)
+library.opcheck(torch.ops.madformer.denoise_step_.default, tensors)
 try:
     denoise_step(*tensors, backend="cpp")
 except RuntimeError as error:

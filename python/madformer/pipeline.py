@@ -119,7 +119,7 @@ class MADFormerPipeline(DiffusionPipeline):
         with atomic_path(folder / MODEL_INDEX) as path:
             path.write_text(json.dumps(index, indent=2) + "\n")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         num_images: int = 1,

@@ -42,7 +42,7 @@ def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean.float() * scale, posterior.std.float() * scale
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Pictures ``(B, 3, H, W)`` in [0, 1], fp32 on the CPU, of scaled latents.
 

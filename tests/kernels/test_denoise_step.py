@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from madformer.kernels import dispatch
@@ -117,7 +117,7 @@ def test_inference_mode(backend: str) -> None:
 @pytest.mark.parametrize("clip", [None, 1.0])
 @each_dtype
 def test_opcheck(dtype: torch.dtype, clip: float | None) -> None:
-    torch.library.opcheck(torch.ops.madformer.denoise_step_.default, (*make_case(2, 3, 4, dtype=dtype), clip))
+    library.opcheck(torch.ops.madformer.denoise_step_.default, (*make_case(2, 3, 4, dtype=dtype), clip))
 
 
 @each_backend

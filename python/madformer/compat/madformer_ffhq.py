@@ -229,7 +229,8 @@ class MADFormer(nn.Module):
             return randn_tensor(shape, generator=generator, device=self.boi_block.device, dtype=dtype)[:, 0]
 
         plan = Sampler(self.to_native(), scheduler).plan(images, num_inference_steps)
-        return plan.run(noise, generator=generator).to(dtype)
+        # a copy, so that the result is no inference tensor and may be trained on
+        return plan.run(noise, generator=generator).to(dtype, copy=True)
 
     @classmethod
     def from_released(

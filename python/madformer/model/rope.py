@@ -48,10 +48,10 @@ def apply_rope(x_BHLD: Tensor, cos_LD: Tensor, sin_LD: Tensor, *, axes: int) -> 
     ``axes=2`` (axial) pairs channels within each axis' half. ``axes=1`` is the released pairing, which joins
     channel ``j`` (row angle) with ``j + D / 2`` (column angle): not a rotation, but what its weights expect.
     """
-    x = x_BHLD.float()
-    first, second = x.unflatten(-1, (axes, 2, -1)).unbind(-2)
+    first, second = x_BHLD.unflatten(-1, (axes, 2, -1)).unbind(-2)
     turned = torch.stack((-second, first), dim=-2).flatten(-3)
-    return (x * cos_LD + turned * sin_LD).to(x_BHLD.dtype)
+    # the fp32 tables make the products fp32
+    return (x_BHLD * cos_LD + turned * sin_LD).to(x_BHLD.dtype)
 
 
 class RotaryEmbedding2D(nn.Module):
