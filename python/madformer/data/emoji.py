@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, features
 
 from madformer.data.shards import KEY, write_shards
+from madformer.model.persistence import atomic_path
 
 __all__ = ["DEFAULT_FONT", "Emoji", "EmojiRenderer", "caption_of", "read_emoji_list", "write_emoji_shards"]
 
@@ -209,7 +209,8 @@ def write_emoji_shards(
         "made_by": "madformer data emoji",
         "rendering": f"glyph on white, centred in {_CELL[0] + 2 * _MARGIN} px, LANCZOS to {size} px",
     }
-    _write_json(Path(folder) / "dataset.json", description)
+    with atomic_path(Path(folder) / "dataset.json") as path:
+        path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return description
 
 
@@ -219,12 +220,3 @@ def _sample(item: Emoji, image: Image.Image, label: int) -> dict[str, Any]:
     caption = caption_of(item.name)
     record = {"caption": caption, "label": label, "label_name": item.group, "codepoints": item.key}
     return {KEY: item.key, "png": buffer.getvalue(), "txt": caption, "cls": label, "json": record}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ class Trainer:
             first_batch=self.step * config.accumulation_steps,
             num_workers=config.num_workers,
         )
-        # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward; at 1,152 they are even.
+        # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward. At 1,152 it is not.
         attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
         handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
