@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from madformer import kernels
+from madformer.kernels import launch
 
 AUTO = "auto"
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("triton", "cpp", "sdpa", "flex", "flash_attn", "xformers", "reference")
 """Every backend, in the order in which ``auto`` prefers them."""
 
 
@@ -52,22 +53,55 @@ def _load_extension() -> str | None:
 _UNAVAILABLE: dict[str, str] = {}
 if (_why := _load_extension()) is not None:
     _UNAVAILABLE["cpp"] = _why
+if not launch.HAS_TRITON:
+    _UNAVAILABLE["triton"] = "Triton is not installed"
 
 _DESCRIPTION = {
+    "triton": "our Triton kernels" + (", interpreted" if launch.INTERPRETED else ", on CUDA devices"),
     "cpp": "C++ in madformer._C",
+    "sdpa": "PyTorch's scaled_dot_product_attention, one dense call for each run of blocks",
+    "flex": "PyTorch's FlexAttention with a BlockMask, compiled",
+    "flash_attn": "the flash-attn package",
+    "xformers": "the xFormers package",
     "reference": "plain PyTorch, on any device",
 }
 
-# op -> backend -> device types that it runs on, None for all
-_REGISTRY: dict[str, dict[str, tuple[str, ...] | None]] = {}
+
+@dataclass(frozen=True)
+class _Implementation:
+    """Device types that an implementation runs on, and those for which ``auto`` may choose it; None: all."""
+
+    device_types: tuple[str, ...] | None
+    auto: tuple[str, ...] | None
 
 
-def register(op: str, backend: str, device_types: Sequence[str] | None = None) -> None:
-    """Declares that ``op`` has an implementation in ``backend`` for these device types (None: for all)."""
+# op -> backend -> what it runs on
+_REGISTRY: dict[str, dict[str, _Implementation]] = {}
+
+
+def register(
+    op: str, backend: str, device_types: Sequence[str] | None = None, *, auto: Sequence[str] | None = None
+) -> None:
+    """Declares that ``op`` has an implementation in ``backend``.
+
+    Args:
+        device_types: those it runs on; None for all (Triton's own limits are :func:`launch.refusal`'s).
+        auto: those for which ``auto`` may choose it; None for all that it runs on, an empty sequence for none.
+    """
     assert backend in BACKENDS, backend
-    _REGISTRY.setdefault(op, {})[backend] = None if device_types is None else tuple(device_types)
+    implementation = _Implementation(
+        None if device_types is None else tuple(device_types), None if auto is None else tuple(auto)
+    )
+    _REGISTRY.setdefault(op, {})[backend] = implementation
 
 
+def declare_unavailable(backend: str, why: str) -> None:
+    """Refuses ``backend`` from now on, on every device, for a reason of one line."""
+    assert backend in BACKENDS, backend
+    _UNAVAILABLE[backend] = why
+
+
+@torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device: torch.device) -> str:
     """The name of the backend that runs ``op`` on tensors of ``device``.
 
@@ -82,7 +116,7 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     """
     implemented = [name for name in BACKENDS if name in _REGISTRY[op]]
     if backend == AUTO:
-        return next(name for name in implemented if _refusal(op, name, device) is None)
+        return next(name for name in implemented if _is_auto(op, name, device) and not _refusal(op, name, device))
     if backend not in implemented:
         raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *implemented))} for {op}")
     if (why := _refusal(op, backend, device)) is not None:
@@ -90,13 +124,18 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     return backend
 
 
+def _is_auto(op: str, backend: str, device: torch.device) -> bool:
+    auto = _REGISTRY[op][backend].auto
+    return auto is None or device.type in auto
+
+
 def _refusal(op: str, backend: str, device: torch.device) -> str | None:
     if backend in _UNAVAILABLE:
         return _UNAVAILABLE[backend]
-    device_types = _REGISTRY[op][backend]
+    device_types = _REGISTRY[op][backend].device_types
     if device_types is not None and device.type not in device_types:
         return f"it is for {', '.join(device_types)}"
-    return None
+    return launch.refusal(device) if backend == "triton" else None
 
 
 def report() -> tuple[BackendStatus, ...]:

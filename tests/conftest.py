@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when Triton is imported, so before anything of madformer is.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 NO_GPU = "no CUDA device: the GPU tier is NOT tested here"
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result") -> None:
+def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, *, name: str = "result", rows: int = 1) -> None:
     """Asserts that a kernel is about as accurate as eager PyTorch is in the kernel's working dtype.
 
     The largest error may be twice that of ``eager`` plus one rounding of the largest value. A fixed tolerance
@@ -28,6 +31,8 @@ def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, *, name:
         oracle: the same computed in float64 (or float32 for a kernel that works in less).
         eager: the same computed by plain PyTorch in the working dtype of the kernel.
         name: what the message calls the result.
+        rows: how many rows were summed into it in float32, in an order that is the kernel's own: the rounding
+            grows with its square root.
     """
     assert actual.shape == oracle.shape == eager.shape, (actual.shape, oracle.shape, eager.shape)
     assert actual.isfinite().all(), f"{name} is not finite"
@@ -35,13 +40,89 @@ def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, *, name:
         return
     error = _largest(actual.double() - oracle.double())
     eager_error = _largest(eager.double() - oracle.double())
-    band = torch.finfo(actual.dtype).eps * _largest(oracle.double())
+    rounding = torch.finfo(actual.dtype).eps + (rows**0.5 if rows > 1 else 0) * torch.finfo(torch.float32).eps
+    band = rounding * _largest(oracle.double())
     budget = 2 * eager_error + band
     assert error <= budget, f"{name}: error {error:.3e} > 2 x eager's {eager_error:.3e} + rounding {band:.3e}"
 
 
 def _largest(values: Tensor) -> float:
     return values.abs().max().item()
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels are tested: compiled on a GPU where there is one, else in Triton's interpreter on the CPU."""
+
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+
+# Tracing is what a test on the CPU is about, and takes a second; Inductor's code is for the GPU.
+COMPILER = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+
+
+def assert_op_matches(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    rows: Mapping[str, int] | None = None,
+    grads: Callable[[Tensor], Tensor] = torch.clone,
+) -> None:
+    """Asserts that results and gradients of a kernel are within the error budget.
+
+    Args:
+        op: called as ``op(**inputs)``; gives a tensor or a tuple of tensors.
+        reference: the same in plain PyTorch, which works in the dtype of its inputs: it is run in float64 for the
+            truth and as it is for the budget.
+        inputs: arguments by name. Tensors that require a gradient are differentiated, with the layout they have
+            here.
+        rows: by the name of an input, how many rows were summed into its gradient.
+        grads: gives the incoming gradient of a result the layout to test, as in ``lambda g: g.mT.clone().mT``.
+    """
+    actual, dtypes = _run(op, inputs, grads)
+    eager, _ = _run(reference, inputs, grads, dtypes)
+    oracle, _ = _run(reference, inputs, grads, dtypes, double=True)
+    assert oracle.keys() == actual.keys()
+    for name in oracle:
+        summed = (rows or {}).get(name.removeprefix("grad of "), 1)
+        assert_within_budget(actual[name], oracle[name], eager[name], name=name, rows=summed)
+
+
+def _run(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    grads: Callable[[Tensor], Tensor],
+    dtypes: list[torch.dtype] | None = None,
+    *,
+    double: bool = False,
+) -> tuple[dict[str, Tensor], list[torch.dtype]]:
+    """Results and gradients by name; incoming gradients are random values that ``dtypes`` can hold."""
+
+    def prepare(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(x, Tensor) for x in value):
+            return type(value)(prepare(x) for x in value)
+        if not isinstance(value, Tensor):
+            return value
+        floating = value.dtype.is_floating_point
+        return (value.double() if double and floating else value).detach().requires_grad_(value.requires_grad)
+
+    arguments = {name: prepare(value) for name, value in inputs.items()}
+    outputs = function(**arguments)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    named = {f"result {index}": output for index, output in enumerate(outputs) if output is not None}
+    differentiable = [x for x in named.values() if x.requires_grad]
+    dtypes = dtypes or [x.dtype for x in differentiable]
+    if differentiable:
+        generator = torch.Generator().manual_seed(1)
+        incoming = [torch.randn(x.shape, generator=generator) for x in differentiable]
+        incoming = [grads(g.to(dtype).to(x)) for g, dtype, x in zip(incoming, dtypes, differentiable, strict=True)]
+        torch.autograd.backward(differentiable, incoming)
+    for name, value in arguments.items():
+        for index, x in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(x, Tensor) and x.requires_grad:
+                assert x.grad is not None, f"{name} got no gradient"
+                named[f"grad of {name}" + (f" {index}" if isinstance(value, (list, tuple)) else "")] = x.grad
+    return {name: x.detach() for name, x in named.items()}, dtypes
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,0 +1,56 @@
+"""What a kernel is checked and timed on: one op at one shape, with its work counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Operation = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: its name, under which the record's metrics stand.
+        label: the shape in words.
+        inputs: makes the arguments of ``run`` on a device; those that require a gradient are differentiated.
+        run: ``run(*inputs, backend=...)``: the public function; returns a tensor or a tuple of tensors.
+        forward_bytes, backward_bytes: the least that must move through device memory (each input read once, each
+            output written once); 0 where the op is bound by arithmetic or has no backward.
+        forward_flops, backward_flops: the arithmetic that must be done; 0 where the op is bound by memory.
+        peers: other implementations of the same, by name, called as ``peer(*inputs)``.
+    """
+
+    op: str
+    label: str
+    inputs: Callable[[torch.device], tuple[Any, ...]]
+    run: Operation
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+    peers: Mapping[str, Operation] = field(default_factory=dict)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a result that a gradient can flow into."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [x for x in results if isinstance(x, Tensor) and x.requires_grad]
+
+
+def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The inputs that a gradient is asked of; lists of tensors are looked into."""
+    flat = [x for entry in inputs for x in (entry if isinstance(entry, (list, tuple)) else (entry,))]
+    return [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
+
+
+def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
+    """A standard normal leaf; uninitialised on a CPU, where kernels are compiled but not run."""
+    make = torch.empty if device.type == "cpu" else torch.randn
+    return make(shape, device=device, dtype=dtype, requires_grad=grad)

@@ -1,0 +1,119 @@
+"""Launching Triton kernels: the one place that knows Triton, the GPU, and whether either is there.
+
+A kernel file takes ``jit`` and ``tl`` from here, so that it imports where Triton is not installed. Its launchers ask
+:func:`target` what they launch on and call :func:`launch`. ``benchmarks/kernel_check.py`` replaces the launch with a
+compilation (:func:`compiling_for`), so what it checks is what a GPU would be given, argument for argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter, on any device; Triton reads the variable when it is imported."""
+
+if HAS_TRITON:
+    import triton.language as tl
+    from triton import jit
+
+    if INTERPRETED:
+        from madformer.kernels import interpreter
+
+        interpreter.install()
+else:
+    tl = None
+
+    def jit(function: Callable[..., Any]) -> Any:
+        """Leaves the kernel a plain function, which no launcher will call: the dispatcher refuses first."""
+        return function
+
+
+MIN_CAPABILITY = 80
+"""Compute capability that the kernels need, times ten: bf16 matrix units and asynchronous copies."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch heuristic may look at.
+
+    Attributes:
+        capability: compute capability times ten, so 90 for Hopper.
+        num_sms: streaming multiprocessors.
+    """
+
+    capability: int
+    num_sms: int
+
+
+# The interpreter takes any settings. Few SMs keep split reductions short and still split.
+_INTERPRETER = Target(capability=MIN_CAPABILITY, num_sms=4)
+_compiler: tuple[Target, Callable[..., None]] | None = None
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def target(device: torch.device) -> Target:
+    """What a kernel launched for tensors on ``device`` runs on."""
+    if _compiler is not None:
+        return _compiler[0]
+    if device.type != "cuda" or INTERPRETED:
+        return _INTERPRETER
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device``, in one line; None where they can."""
+    if _compiler is not None or INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return "it needs a CUDA device (TRITON_INTERPRET=1 runs it slowly on any)"
+    capability = target(device).capability
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability / 10} is below {MIN_CAPABILITY / 10}"
+    return None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any) -> None:
+    """Runs ``kernel`` over ``grid`` on the device of its tensors; an empty grid is no launch.
+
+    Args:
+        args: the kernel's arguments in order.
+        settings: its ``constexpr`` arguments by name, ``num_warps`` and ``num_stages``.
+    """
+    if 0 in grid:
+        return
+    if _compiler is not None:
+        _compiler[1](kernel, grid, *args, **settings)
+    elif device.type == "cuda" and not INTERPRETED:
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors'.
+            kernel[grid](*args, **settings)
+    else:
+        kernel[grid](*args, **settings)
+
+
+@contextlib.contextmanager
+def compiling_for(compile_target: Target, compile_kernel: Callable[..., None]) -> Iterator[None]:
+    """Within it, launches call ``compile_kernel(kernel, grid, *args, **settings)`` and run nothing.
+
+    Results of the ops are then whatever memory held. Tensors may be on the CPU.
+    """
+    global _compiler
+    assert _compiler is None, "does not nest"
+    _compiler = (compile_target, compile_kernel)
+    try:
+        yield
+    finally:
+        _compiler = None

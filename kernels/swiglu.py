@@ -1,0 +1,142 @@
+"""SwiGLU: ``silu(gate) * up`` in one pass, forward and backward (arXiv:2002.05202, eq. 6).
+
+Shape legend: R rows (all dimensions but the last, flattened), I columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from madformer.kernels import dispatch
+from madformer.kernels.checks import check_floating, check_same, rows_of
+from madformer.kernels.launch import jit, launch, tl
+
+OP = "swiglu"
+
+
+def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
+    """:func:`swiglu` in plain PyTorch, in the dtype of its arguments: in float64 it is the oracle."""
+    return F.silu(gate) * up
+
+
+@jit
+def _forward_kernel(gate_ptr, up_ptr, out_ptr, num_cols, stride_gr, stride_ur, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = cols < num_cols
+    gate = tl.load(gate_ptr + row * stride_gr + cols, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_ur + cols, mask=live, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * num_cols + cols, out.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@jit
+def _backward_kernel(
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, num_cols, stride_dr, stride_gr, stride_ur, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = cols < num_cols
+    grad = tl.load(grad_ptr + row * stride_dr + cols, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gr + cols, mask=live, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_ur + cols, mask=live, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dup = grad * silu
+    dgate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(dgate_ptr + row * num_cols + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=live)
+    tl.store(dup_ptr + row * num_cols + cols, dup.to(dup_ptr.dtype.element_ty), mask=live)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a launch is cut: columns of a program, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def choose_settings(num_cols: int) -> Settings:
+    """Eight elements a thread (16 bytes of bf16), so that every load is as wide as the hardware has."""
+    block = min(2048, max(32, 1 << (num_cols - 1).bit_length()))
+    return Settings(block, num_warps=max(1, min(8, block // 256)))
+
+
+def _launch(kernel: object, tensors: list[Tensor], strides: list[int], like: Tensor) -> None:
+    rows, cols = like.shape
+    settings = choose_settings(cols)
+    grid = (rows, -(-cols // settings.block))
+    launch(kernel, grid, like.device, *tensors, cols, *strides, BLOCK=settings.block, num_warps=settings.num_warps)
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    gate_RI, up_RI = rows_of(gate), rows_of(up)
+    out = gate.new_empty(gate.shape)
+    _launch(_forward_kernel, [gate_RI, up_RI, out], [gate_RI.stride(0), up_RI.stride(0)], gate_RI)
+    return out
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_RI, gate_RI, up_RI = (rows_of(x) for x in (grad, gate, up))
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    strides = [grad_RI.stride(0), gate_RI.stride(0), up_RI.stride(0)]
+    _launch(_backward_kernel, [grad_RI, gate_RI, up_RI, dgate, dup], strides, gate_RI)
+    return dgate, dup
+
+
+library.define("madformer::swiglu", "(Tensor gate, Tensor up) -> Tensor")
+library.define("madformer::swiglu_backward", "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+library.impl("madformer::swiglu", ("cpu", "cuda"), _forward)
+library.impl("madformer::swiglu_backward", ("cpu", "cuda"), _backward)
+
+
+@library.register_fake("madformer::swiglu")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@library.register_fake("madformer::swiglu_backward")
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.madformer.swiglu_backward(grad, *ctx.saved_tensors)
+
+
+library.register_autograd("madformer::swiglu", _autograd_backward, setup_context=_setup_context)
+dispatch.register(OP, "reference")
+dispatch.register(OP, "triton", auto=("cuda",))
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """``silu(gate) * up``, differentiable, computed in float32 (float64 stays on the reference).
+
+    Args:
+        gate, up: (..., I) of one shape, dtype (float32, bfloat16, float16) and device. They may be halves of one
+            packed tensor: only the last dimension is copied where it is not contiguous.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        (..., I) contiguous, in the dtype of ``gate``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    chosen = dispatch.resolve(OP, backend, gate.device)
+    if chosen == "reference":
+        check_same("up", up, "gate", gate)
+        return swiglu_ref(gate, up)
+    check_floating("gate", gate)
+    check_same("up", up, "gate", gate)
+    return torch.ops.madformer.swiglu(gate, up)

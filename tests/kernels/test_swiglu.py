@@ -1,0 +1,97 @@
+"""SwiGLU's kernel against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, library
+
+from madformer.kernels.swiglu import swiglu, swiglu_ref
+from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+
+
+def make_inputs(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = 2 * torch.randn(2, *shape, generator=generator)
+    return {name: x.to(DEVICE, dtype).requires_grad_() for name, x in {"gate": gate, "up": up}.items()}
+
+
+def triton(gate: Tensor, up: Tensor) -> Tensor:
+    return swiglu(gate, up, backend="triton")
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (5,), (3, 7), (2, 3, 96), (2, 2, 3, 2049)])
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_op_matches(triton, swiglu_ref, make_inputs(*shape, dtype=dtype))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "halves of one projection": lambda x: dict(zip(("gate", "up"), x.chunk(2, dim=-1), strict=True)),
+    "transposed": lambda x: {"gate": x.mT, "up": x.mT},
+    "rows skipped": lambda x: {"gate": x[:, ::2], "up": x[:, 1::2]},
+    "expanded": lambda x: {"gate": x[:, :1].expand(-1, 6, -1), "up": x},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    x = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    inputs = {name: x.requires_grad_() for name, x in LAYOUTS[layout](x).items()}
+    assert_op_matches(triton, swiglu_ref, inputs)
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [lambda g: g.mT.contiguous().mT, lambda g: g[:1, :1].expand(g.shape), lambda g: g.repeat(1, 1, 2)[..., ::2]],
+    ids=["transposed", "stride 0", "strided columns"],
+)
+def test_layouts_of_the_gradient(grads: Callable[[Tensor], Tensor]) -> None:
+    assert_op_matches(triton, swiglu_ref, make_inputs(4, 5, 33), grads=grads)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    assert triton(**make_inputs(*shape)).shape == shape
+
+
+@each_dtype
+def test_opcheck(dtype: torch.dtype) -> None:
+    library.opcheck(torch.ops.madformer.swiglu.default, tuple(make_inputs(3, 40, dtype=dtype).values()))
+
+
+def test_compiles_whole() -> None:
+    compiled = torch.compile(triton, fullgraph=True, backend=COMPILER)
+    for rows in (3, 3, 5):
+        assert_op_matches(compiled, swiglu_ref, make_inputs(rows, 40))
+
+
+def test_autocast() -> None:
+    """No op that autocast casts: the result has the dtype of the arguments."""
+    inputs = make_inputs(3, 40, dtype=torch.bfloat16)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        assert_op_matches(triton, swiglu_ref, inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": torch.zeros(3, 5)}, r"up must have gate's shape"),
+        ({"up": torch.zeros(3, 4).half()}, r"up must have gate's dtype torch.float32, got torch.float16"),
+        ({"up": torch.zeros(3, 4, device="meta")}, "up must have gate's device"),
+        ({"backend": "cpp"}, "backend='cpp' must be one of auto, triton, reference for swiglu"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments(change: dict[str, object], message: str) -> None:
+    arguments = {"gate": torch.zeros(3, 4, device=DEVICE), "up": torch.zeros(3, 4, device=DEVICE), **change}
+    with pytest.raises(ValueError, match=message):
+        swiglu(**arguments)
+
+
+def test_integers_are_refused() -> None:
+    gate = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"gate must be torch\.float32 or"):
+        swiglu(gate, gate, backend="triton")
