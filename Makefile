@@ -1,4 +1,4 @@
-# make install | demo | test | lint | format.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | lint | format | kernel-check | gpu-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --num-images 16 --seed 0 --grid samples/grid.png
 
-.PHONY: install demo test lint format typecheck-tree
+.PHONY: install demo test lint format kernel-check gpu-check package-tree
 
 install: $(STAMP)
 
@@ -31,7 +31,7 @@ demo: install
 test: install
 	$(BIN)/pytest
 
-lint: install typecheck-tree
+lint: install package-tree
 	$(BIN)/ruff check $(FOLDERS)
 	$(BIN)/ruff format --check $(FOLDERS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
@@ -42,8 +42,17 @@ format: install
 	$(BIN)/ruff format $(FOLDERS)
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# mypy does not follow an editable install with mapped folders (setuptools' strict mode, which it does follow,
-# misses new files). So the folders are laid out by links as they are installed.
-typecheck-tree:
-	@rm -rf build/typecheck && mkdir -p build/typecheck/madformer
-	@ln -s "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" build/typecheck/madformer/
+# Every Triton kernel as it would be launched, compiled for sm_80, sm_90 and sm_100: no GPU, no spills, all fit.
+kernel-check: install
+	$(BIN)/python benchmarks/kernel_check.py
+
+# On a machine with a GPU: the kernels' tests, then the record. It needs no install where $(PYTHON) has what it imports.
+gpu-check: package-tree
+	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" \
+		$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+
+# The folders laid out by links as they are installed: for mypy, which does not follow an editable install with mapped
+# folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install.
+package-tree:
+	@rm -rf build/package && mkdir -p build/package/madformer
+	@ln -s "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" build/package/madformer/

@@ -27,14 +27,9 @@ import ast
 import contextlib
 import copy
 import functools
-import importlib.metadata
 import json
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,17 +45,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import to_maps
-from madformer.model.persistence import atomic_path, check_writable
+from madformer.model.persistence import check_writable
 from madformer.training.losses import training_losses
+from record import environment, git_commit, write
+from timing import Run, Spread, interleaved, seconds
 
 MAX_RELATIVE_ERROR = 3e-3
 HIDDEN_WEIGHT = 0.1
 LATENT_CHANNELS = 4
 SEED = 0
-ROOT = Path(__file__).resolve().parent.parent
 RELEASED_MODULES = ("models", "rope", "config")
-
-Run = Callable[[], Any]
 
 
 class CannotCompare(Exception):
@@ -318,43 +312,6 @@ def check(errors: Mapping[str, float], limit: float = MAX_RELATIVE_ERROR) -> flo
 # Timing
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a list of seconds, by linear interpolation between the values."""
-
-    median: float
-    first_quartile: float
-    third_quartile: float
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], tuple(samples))
-        first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, first, third, tuple(samples))
-
-
-def seconds(run: Run, device: torch.device) -> float:
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
-    started = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, Spread]:
-    """Every run once to warm up, then ``repeats`` rounds of all: what slows the machine slows them alike."""
-    for run in runs.values():
-        run()
-    rounds = [[seconds(run, device) for run in runs.values()] for _ in range(repeats)]
-    return {name: Spread.of(column) for name, column in zip(runs, zip(*rounds, strict=True), strict=True)}
-
-
 @contextlib.contextmanager
 def tf32(matmul: bool, convolution: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -462,45 +419,6 @@ def metrics(sampling: Mapping[str, Spread], training: Mapping[str, Spread], erro
     }
 
 
-def git_commit(folder: Path) -> str:
-    """HEAD of the repository, with ``+dirty`` where the work tree differs; ``unknown`` outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(released: Path, device: torch.device) -> dict[str, Any]:
-    return {
-        "benchmark": "compare_released",
-        "commit": git_commit(ROOT),
-        "released_commit": git_commit(released),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            **{name: importlib.metadata.version(name) for name in ("diffusers", "transformers")},
-        },
-    }
-
-
 def table(title: str, spreads: Mapping[str, Spread], attention: Mapping[str, str] | None = None) -> str:
     rows = [f"{title:<22}{'median s':>10}{'quartiles':>20}{'speed':>8}"]
     for name, spread in spreads.items():
@@ -544,7 +462,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     training = time_training(models, batch, options.repeats, device)
     print(table("training step", training["spreads"], training["attention"]), flush=True)
     return {
-        **environment(options.released, device),
+        **environment("compare_released", device, ("diffusers", "transformers")),
+        "released_commit": git_commit(options.released),
         "shape": asdict(shape),
         "repeats": options.repeats,
         "relative_errors": errors,
@@ -581,8 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = run(options)
         if options.out is not None:
-            with atomic_path(options.out) as path:
-                path.write_text(json.dumps(record, indent=2) + "\n")
+            write(record, options.out)
     except (CannotCompare, OSError) as error:
         print(f"compare_released: {error}", file=sys.stderr)
         return 1

@@ -7,28 +7,25 @@ arguments, specialisations and launch settings are those a GPU would get. Run it
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # Read when Triton is imported: here kernels are compiled.
 
-import ops
 import torch
 import triton
-from ops.case import Case, leaves_of, tensors_of
 from triton.backends.compiler import GPUTarget
 
 from madformer.kernels.launch import Target, compiling_for
+from ops.case import Case, every_case, leaves_of, tensors_of
 
 TARGETS = {80: Target(80, num_sms=108), 90: Target(90, num_sms=132), 100: Target(100, num_sms=148)}
 # What one program may use, from the CUDA programming guide's table of compute capabilities: 1 KiB less than the SM has.
@@ -70,12 +67,6 @@ class OfflineDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-
-def every_case() -> Iterator[Case]:
-    """The cases of all files in ``benchmarks/ops`` that have some."""
-    for info in pkgutil.iter_modules(ops.__path__, "ops."):
-        yield from getattr(importlib.import_module(info.name), "cases", list)()
 
 
 def compile_case(case: Case, target: Target, compile_kernel: Callable[..., None]) -> None:
@@ -132,8 +123,8 @@ def check(cases: list[Case], capabilities: list[int]) -> list[Compiled]:
 
             def compile_kernel(kernel: Any, grid: tuple, *args: Any, case: Case = case, **settings: Any) -> None:
                 compiled = kernel.warmup(*args, grid=grid, **settings)
-                result = inspect(kernel, compiled, case.op, settings, driver.capability)
-                results.setdefault((compiled.hash, driver.capability), result)
+                if (key := (compiled.hash, driver.capability)) not in results:
+                    results[key] = inspect(kernel, compiled, case.op, settings, driver.capability)
 
             compile_case(case, TARGETS[capability], compile_kernel)
     return list(results.values())

@@ -11,6 +11,7 @@ namespace madformer {
 // Shapes and errors: kernels/denoise_step.py, whose public function has already named bad arguments.
 void denoise_step_cpu(const torch::stable::Tensor& sample, const torch::stable::Tensor& model_output,
                       const torch::stable::Tensor& previous, const torch::stable::Tensor& coefficients,
-                      std::optional<double> clip);
+                      std::optional<double> clip, std::optional<torch::stable::Tensor> unconditional,
+                      std::optional<torch::stable::Tensor> guidance_scale);
 
 }  // namespace madformer

@@ -21,8 +21,9 @@ from torch import Tensor
 from madformer.engine.cache import KeyValueCache
 from madformer.engine.packing import Fingerprint, can_pack, fingerprint, packed
 from madformer.engine.schedule import ScheduleTable, tabulate
+from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.denoise_step import denoise_step
-from madformer.model.layer import Attention, Streams, TransformerLayer
+from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.madformer import MADFormer
 
 NoiseSource = Callable[[int], Tensor]
@@ -101,6 +102,7 @@ class Plan:
             self.config.head_dim,
             dtype=model.dtype,
             device=model.device,
+            backend=model.backend,
         )
         # oneDNN and cuDNN convolve channels-last fastest, and blocks of latents arrive so
         model.downsampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -178,14 +180,15 @@ class Plan:
 
     def _attention(self, index: int) -> Attention:
         cross_block = self.config.cross_block_attention or index < self.config.ar_layers
+        own_block = BlockLayout(self.config.block_size, noise_blocks=1)
 
-        def attend(queries: Streams, keys: Streams, values: Streams) -> Streams:
-            ((stream, k),) = keys.items()
-            if not cross_block:
-                own = torch.nn.functional.scaled_dot_product_attention(queries[stream], k, values[stream])
-                return {stream: own}
-            self.cache.write(index, k, values[stream])
-            return {name: self.cache.attend(index, q) for name, q in queries.items()}
+        def attend(projections: Projections) -> Tensor | None:
+            if cross_block:
+                return self.cache.attend(index, projections)
+            q, k, v = projections.heads()
+            return (
+                block_causal_attention(q, k, v, own_block, backend=self.model.attention_backend) if q.shape[2] else None
+            )
 
         return attend
 

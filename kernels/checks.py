@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute on; they convert to float32 after a load."""
+from madformer.kernels.launch import DTYPES
 
 
 def check_floating(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:

@@ -1,6 +1,6 @@
-"""The update of a denoising step: prediction type, clamp and multistep solver in one pass, in place.
+"""The update of a denoising step: guidance, prediction type, clamp and multistep solver in one pass, in place.
 
-Shape legend: B samples, each at its own step of its own schedule; ... any further dimensions.
+Shape legend: B samples, each at its own step of its own schedule; ... any further dimensions, L together.
 """
 
 from __future__ import annotations
@@ -9,19 +9,30 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
+from madformer.kernels.checks import DTYPES
+from madformer.kernels.launch import jit, launch, tl
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
-OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def denoise_step_ref(
-    sample: Tensor, model_output: Tensor, previous: Tensor, coefficients: Tensor, clip: float | None = None
+    sample: Tensor,
+    model_output: Tensor,
+    previous: Tensor,
+    coefficients: Tensor,
+    clip: float | None = None,
+    unconditional: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
 ) -> None:
     """:func:`denoise_step` in plain PyTorch, in the dtype of ``sample``: in float64 it is the oracle."""
-    c = coefficients.to(sample.dtype).unflatten(1, (NUM_COEFFICIENTS, *(1,) * (sample.dim() - 1)))
+    per_sample = (1,) * (sample.dim() - 1)
+    c = coefficients.to(sample.dtype).unflatten(1, (NUM_COEFFICIENTS, *per_sample))
     to_x0_sample, to_x0_output, to_sample, to_output, to_x0, to_previous = c.unbind(1)
     m = model_output.to(sample.dtype)
+    if unconditional is not None and guidance_scale is not None:
+        u = unconditional.to(sample.dtype)
+        m = u + guidance_scale.to(sample.dtype).unflatten(0, (-1, *per_sample)) * (m - u)
     x0 = to_x0_sample * sample + to_x0_output * m
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
@@ -31,18 +42,87 @@ def denoise_step_ref(
     previous.copy_(x0)
 
 
-# The compiled kernels register themselves under their device; without them the op is the reference.
-library.define(
-    "madformer::denoise_step_",
-    "(Tensor(a!) sample, Tensor model_output, Tensor(b!) previous, Tensor coefficients, float? clip=None) -> ()",
+@jit
+def _kernel(
+    sample_ptr, output_ptr, previous_ptr, coefficients_ptr, unconditional_ptr, scale_ptr, row_size, clip,
+    stride_s, stride_o, stride_p, stride_c, stride_u, stride_g, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = cols < row_size
+    x = tl.load(sample_ptr + row * stride_s + cols, live, 0.0)
+    m = tl.load(output_ptr + row * stride_o + cols, live, 0.0).to(tl.float32)
+    if GUIDED:
+        u = tl.load(unconditional_ptr + row * stride_u + cols, live, 0.0).to(tl.float32)
+        m = u + tl.load(scale_ptr + row * stride_g) * (m - u)
+    coefficients_ptr += row * stride_c
+    to_previous = tl.load(coefficients_ptr + 5)
+    # Not read where its coefficient is 0: there it may be uninitialised, and 0 * NaN is NaN.
+    previous = tl.load(previous_ptr + row * stride_p + cols, live & (to_previous != 0), 0.0)
+    x0 = tl.load(coefficients_ptr) * x + tl.load(coefficients_ptr + 1) * m
+    # Comparisons in this order let a NaN through, as torch.clamp does.
+    x0 = tl.where(x0 < -clip, -clip, tl.where(x0 > clip, clip, x0))
+    next_x = tl.load(coefficients_ptr + 2) * x + tl.load(coefficients_ptr + 3) * m
+    next_x += tl.load(coefficients_ptr + 4) * x0 + to_previous * previous
+    tl.store(sample_ptr + row * stride_s + cols, next_x, live)
+    tl.store(previous_ptr + row * stride_p + cols, x0, live)
+
+
+# A step of one sample is latency and nothing else: short programs spread its few kilobytes over many multiprocessors.
+BLOCK, NUM_WARPS = 512, 4
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As (B, L) rows with contiguous columns: a view where its layout allows one, else a copy."""
+    rows = tensor.reshape(len(tensor), -1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _denoise_step_triton(
+    sample: Tensor,
+    model_output: Tensor,
+    previous: Tensor,
+    coefficients: Tensor,
+    clip: float | None = None,
+    unconditional: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+) -> None:
+    if sample.numel() == 0:
+        return
+    x, x0, m = _rows(sample), _rows(previous), _rows(model_output)
+    c = coefficients if coefficients.stride(1) == 1 else coefficients.contiguous()
+    # Without guidance the kernel does not look at its arguments.
+    u = m if unconditional is None else _rows(unconditional)
+    scale = c[:, 0] if guidance_scale is None else guidance_scale
+    row_size = x.shape[1]
+    launch(
+        _kernel, (len(x), -(-row_size // BLOCK)), x.device, x, m, x0, c, u, scale, row_size,
+        float("inf") if clip is None else clip, *(tensor.stride(0) for tensor in (x, m, x0, c, u, scale)),
+        GUIDED=unconditional is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    for written, rows in ((sample, x), (previous, x0)):
+        if rows.data_ptr() != written.data_ptr():
+            written.copy_(rows.view(written.shape))
+
+
+_SCHEMA = (
+    "(Tensor(a!) sample, Tensor model_output, Tensor(b!) previous, Tensor coefficients, float? clip=None, "
+    "Tensor? unconditional=None, Tensor? guidance_scale=None) -> ()"
 )
+# C++ registers itself for the CPU; without it this op is the reference.
+library.define("madformer::denoise_step_", _SCHEMA)
 library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_step_ref)
+# An op of its own, because on the CPU, interpreted, it stands beside the other.
+library.define("madformer::denoise_step_triton_", _SCHEMA)
+library.impl("madformer::denoise_step_triton_", ("cpu", "cuda"), _denoise_step_triton)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "cpp", ("cpu",))
+dispatch.register(OP, "triton", auto=("cuda",))
 
 
 @library.register_fake("madformer::denoise_step_")
-def _(*args: object, clip: float | None = None) -> None:
+@library.register_fake("madformer::denoise_step_triton_")
+def _(*args: object, **kwargs: object) -> None:
     """Nothing is returned, and writing in place changes no shape."""
 
 
@@ -53,18 +133,23 @@ def denoise_step(
     coefficients: Tensor,
     *,
     clip: float | None = None,
+    unconditional: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of a deterministic sampler, in place and in float32, each sample with its own coefficients.
 
-    With ``c`` the sample's row of coefficients::
+    With ``c`` the sample's row of coefficients, and ``s`` its guidance scale::
 
-        x0     = clamp(c[0] * sample + c[1] * model_output, -clip, clip)
-        sample = c[2] * sample + c[3] * model_output + c[4] * x0 + c[5] * previous
+        m        = unconditional + s * (model_output - unconditional)    (model_output where there is no guidance)
+        x0       = clamp(c[0] * sample + c[1] * m, -clip, clip)
+        sample   = c[2] * sample + c[3] * m + c[4] * x0 + c[5] * previous
         previous = x0
 
     This covers DDIM (arXiv:2010.02502, eq. 12) and DPM-Solver++ of orders one and two (arXiv:2211.01095,
-    algorithm 2) for every prediction type; ``madformer.engine.schedule.tabulate`` makes the coefficients.
+    algorithm 2) for every prediction type; ``madformer.engine.schedule.tabulate`` makes the coefficients. Guidance is
+    classifier-free (arXiv:2207.12598; the scale is diffusers' ``guidance_scale``, 1 for none). Nothing is read on the
+    host, so a CUDA graph can hold the step.
 
     Args:
         sample: (B, ...) float32, the noisy sample; replaced by that of the next step.
@@ -73,28 +158,50 @@ def denoise_step(
             It is not read where ``c[5]`` is 0, so at a first step it may be uninitialised.
         coefficients: (B, 6) float32.
         clip: bound of the predicted clean sample; None for no bound.
-        backend: ``"auto"``, ``"reference"`` or ``"cpp"``.
+        unconditional: the model's output without the condition, like ``model_output``; with ``guidance_scale`` or not
+            at all.
+        guidance_scale: (B,) float32.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _validate(sample, model_output, previous, coefficients, clip)
-    if dispatch.resolve(OP, backend, sample.device) == "reference":
-        denoise_step_ref(sample, model_output, previous, coefficients, clip)
-    else:
-        torch.ops.madformer.denoise_step_(sample, model_output, previous, coefficients, clip)
+    chosen = dispatch.resolve(OP, backend, sample.device)
+    _validate(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
+    implementation = {
+        "reference": denoise_step_ref,
+        "cpp": torch.ops.madformer.denoise_step_,
+        "triton": torch.ops.madformer.denoise_step_triton_,
+    }[chosen]
+    implementation(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
 
 
-def _validate(sample: Tensor, model_output: Tensor, previous: Tensor, coefficients: Tensor, clip: float | None) -> None:
+def _validate(
+    sample: Tensor,
+    model_output: Tensor,
+    previous: Tensor,
+    coefficients: Tensor,
+    clip: float | None,
+    unconditional: Tensor | None,
+    guidance_scale: Tensor | None,
+) -> None:
     if sample.dim() < 1:
         raise ValueError("sample must have a batch dimension, got a scalar")
     expected = {
         "sample": (sample, sample.shape, (torch.float32,)),
-        "model_output": (model_output, sample.shape, OUTPUT_DTYPES),
+        "model_output": (model_output, sample.shape, DTYPES),
         "previous": (previous, sample.shape, (torch.float32,)),
-        "coefficients": (coefficients, (sample.shape[0], NUM_COEFFICIENTS), (torch.float32,)),
+        "coefficients": (coefficients, (len(sample), NUM_COEFFICIENTS), (torch.float32,)),
     }
+    if (unconditional is None) != (guidance_scale is None):
+        given, missing = (
+            ("unconditional", "guidance_scale") if guidance_scale is None else ("guidance_scale", "unconditional")
+        )
+        raise ValueError(f"{given} needs {missing}: guidance takes both")
+    if unconditional is not None and guidance_scale is not None:
+        expected["unconditional"] = (unconditional, sample.shape, (model_output.dtype,))
+        expected["guidance_scale"] = (guidance_scale, (len(sample),), (torch.float32,))
     for name, (tensor, shape, dtypes) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")

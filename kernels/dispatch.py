@@ -7,6 +7,7 @@ the one to call. A backend that is asked for by name is never replaced by anothe
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from madformer.kernels import launch
 AUTO = "auto"
 BACKENDS = ("triton", "cpp", "sdpa", "flex", "flash_attn", "xformers", "reference")
 """Every backend, in the order in which ``auto`` prefers them."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name that cannot run here; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,16 @@ if (_why := _load_extension()) is not None:
     _UNAVAILABLE["cpp"] = _why
 if not launch.HAS_TRITON:
     _UNAVAILABLE["triton"] = "Triton is not installed"
+# Optional packages take seconds to import: they are, and may fail to, when an op first calls them.
+for _name, _package in (("flash_attn", "flash-attn"), ("xformers", "xFormers")):
+    if importlib.util.find_spec(_name) is None:
+        _UNAVAILABLE[_name] = f"{_package} is not installed"
 
 _DESCRIPTION = {
     "triton": "our Triton kernels" + (", interpreted" if launch.INTERPRETED else ", on CUDA devices"),
     "cpp": "C++ in madformer._C",
     "sdpa": "PyTorch's scaled_dot_product_attention, one dense call for each run of blocks",
-    "flex": "PyTorch's FlexAttention with a BlockMask, compiled",
+    "flex": "PyTorch's FlexAttention with a BlockMask, compiled on CUDA, forward-only on the CPU",
     "flash_attn": "the flash-attn package",
     "xformers": "the xFormers package",
     "reference": "plain PyTorch, on any device",
@@ -102,25 +111,28 @@ def declare_unavailable(backend: str, why: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def resolve(op: str, backend: str, device: torch.device) -> str:
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The name of the backend that runs ``op`` on tensors of ``device``.
 
     Args:
         op: an op that its file has registered.
         backend: ``"auto"`` for the best one here, or a name, which is then either returned or refused.
         device: where the tensors are.
+        dtype: theirs, if ``auto`` shall pass over kernels that do not compute in it (which then refuse it by
+            themselves when they are asked for by name).
 
     Raises:
         ValueError: the op has no implementation of that name.
-        RuntimeError: it has one, but not one that can run here on this device; the message says why.
+        BackendUnavailableError: it has one, but not one that can run here on this device; the message says why.
     """
-    implemented = [name for name in BACKENDS if name in _REGISTRY[op]]
+    names = [name for name in BACKENDS if name in _REGISTRY[op]]
     if backend == AUTO:
-        return next(name for name in implemented if _is_auto(op, name, device) and not _refusal(op, name, device))
-    if backend not in implemented:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *implemented))} for {op}")
+        suitable = (name for name in names if name != "triton" or dtype in (None, *launch.DTYPES))
+        return next(name for name in suitable if _is_auto(op, name, device) and not _refusal(op, name, device))
+    if backend not in names:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *names))} for {op}")
     if (why := _refusal(op, backend, device)) is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run {op} on {device.type}: {why}")
+        raise BackendUnavailableError(f"backend={backend!r} cannot run {op} on {device.type}: {why}")
     return backend
 
 

@@ -37,6 +37,9 @@ else:
         return function
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take; they convert to float32 after a load."""
+
 MIN_CAPABILITY = 80
 """Compute capability that the kernels need, times ten: bf16 matrix units and asynchronous copies."""
 
@@ -84,6 +87,16 @@ def refusal(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability / 10} is below {MIN_CAPABILITY / 10}"
     return None
+
+
+def tensor_descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
+    """What a kernel loads blocks of ``tensor`` through by the copy engine (TMA, from capability 90 on).
+
+    The last dimension must be contiguous, the address and the other strides multiples of 16 bytes.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any) -> None:

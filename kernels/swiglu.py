@@ -119,7 +119,7 @@ dispatch.register(OP, "triton", auto=("cuda",))
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """``silu(gate) * up``, differentiable, computed in float32 (float64 stays on the reference).
+    """``silu(gate) * up``, differentiable, computed in float32 (by the reference in float64, for float64).
 
     Args:
         gate, up: (..., I) of one shape, dtype (float32, bfloat16, float16) and device. They may be halves of one
@@ -133,7 +133,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    chosen = dispatch.resolve(OP, backend, gate.device)
+    chosen = dispatch.resolve(OP, backend, gate.device, gate.dtype)
     if chosen == "reference":
         check_same("up", up, "gate", gate)
         return swiglu_ref(gate, up)

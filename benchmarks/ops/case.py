@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,3 +57,9 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
     """A standard normal leaf; uninitialised on a CPU, where kernels are compiled but not run."""
     make = torch.empty if device.type == "cpu" else torch.randn
     return make(shape, device=device, dtype=dtype, requires_grad=grad)
+
+
+def every_case() -> Iterator[Case]:
+    """The cases of all files beside this one that have some."""
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        yield from getattr(importlib.import_module(f"ops.{info.name}"), "cases", list)()

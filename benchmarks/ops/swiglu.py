@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from ops.case import Case, random
 
 from madformer.kernels.swiglu import swiglu, swiglu_ref
+from ops.case import Case, random
 
 ROWS, COLS = 8192, 4096
 

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare_released.py"
-RELEASED = os.environ.get("MADFORMER_RELEASED")
-CPU = torch.device("cpu")
+import compare_released
 
-# A script in a folder that is no package: imported by its path.
-spec = importlib.util.spec_from_file_location("compare_released", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-compare_released = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = compare_released
-spec.loader.exec_module(compare_released)
+RELEASED = os.environ.get("MADFORMER_RELEASED")
 
 
 def test_path_without_released_code_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,28 +48,6 @@ def test_import_leaves_no_trace_and_redirects_the_device(tmp_path: Path, inside:
     assert (module.NAME, module.DEVICE, module.WORD) == ("theirs", "cpu", "cuda core")
     assert "rope" not in sys.modules
     assert sys.path == path
-
-
-def test_spread_is_linear_between_samples() -> None:
-    spread = compare_released.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (spread.first_quartile, spread.median, spread.third_quartile) == (2.0, 3.0, 4.0)
-    spread = compare_released.Spread.of([0.0, 1.0])
-    assert (spread.first_quartile, spread.median, spread.third_quartile) == (0.25, 0.5, 0.75)
-    assert compare_released.Spread.of([7.0]).median == statistics.median([7.0])
-
-
-def test_runs_are_interleaved_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = [0.0], []
-
-    def run(name: str, duration: float) -> None:
-        order.append(name)
-        clock[0] += duration
-
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    spreads = compare_released.interleaved({"a": lambda: run("a", 1.0), "b": lambda: run("b", 2.0)}, 3, CPU)
-    assert "".join(order) == "ab" + "ab" * 3
-    assert spreads["a"].samples == (1.0,) * 3
-    assert spreads["b"].samples == (2.0,) * 3
 
 
 def test_relative_error_is_that_of_all_tensors_together() -> None:

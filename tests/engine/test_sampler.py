@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -21,7 +22,8 @@ from madformer.config import MADFormerConfig, tiny
 from madformer.engine.cache import KeyValueCache
 from madformer.engine.sampler import Progress, Sampler
 from madformer.model import MADFormer
-from testing import perturb, relative_error
+from madformer.model.layer import Projections
+from testing import DEVICE, perturb, relative_error
 
 BATCH, STEPS = 2, 3
 TOLERANCE = 1e-4
@@ -189,20 +191,37 @@ def test_empty_batch() -> None:
         Sampler(make_model(tiny()), DDIMScheduler()).plan(0, 1)
 
 
-def test_cache_overwrites_until_it_advances() -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_cache_overwrites_until_it_advances(backend: str) -> None:
     """Attention sees the finished prefix and the newest write, whatever the memory held before."""
-    cache = KeyValueCache(1, 2, 3, 6, 8, dtype=torch.float32, device="cpu")
-    cache.keys_BHLD.fill_(float("nan"))
-    cache.values_BHLD.fill_(float("nan"))
+    cache = KeyValueCache(1, 2, 3, 6, 8, dtype=torch.float32, device=DEVICE, backend=backend)
+    cache.keys_BHSD.fill_(float("nan"))
+    cache.values_BHSD.fill_(float("nan"))
     generator = torch.Generator().manual_seed(0)
-    k, v, q = (torch.randn(2, 3, 6, 8, generator=generator) for _ in range(3))
+    k, v, q = (torch.randn(2, 3, 6, 8, generator=generator).to(DEVICE) for _ in range(3))
     for start in (0, 2, 4):
-        cache.write(0, torch.full((2, 3, 2, 8), 7.0), torch.full((2, 3, 2, 8), 7.0))
-        cache.write(0, k[:, :, start : start + 2], v[:, :, start : start + 2])
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, start : start + 2], k[:, :, : start + 2], v[:, :, : start + 2]
-        )
-        torch.testing.assert_close(cache.attend(0, q[:, :, start : start + 2]), expected)
+        block = slice(start, start + 2)
+        cache.attend(0, unrotated(*torch.full((3, 2, 3, 2, 8), 7.0, device=DEVICE), backend=backend))
+        attended = cache.attend(0, unrotated(q[:, :, block], k[:, :, block], v[:, :, block], backend=backend))
+        expected = F.scaled_dot_product_attention(q[:, :, block], k[:, :, : start + 2], v[:, :, : start + 2])
+        assert attended is not None
+        torch.testing.assert_close(attended, expected)
         cache.advance(2)
     with pytest.raises(AssertionError):
         cache.advance(1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_cache_takes_keys_and_values_without_queries(backend: str) -> None:
+    cache = KeyValueCache(1, 1, 3, 4, 8, dtype=torch.float32, device=DEVICE, backend=backend)
+    k, v = torch.randn(2, 1, 3, 2, 8, device=DEVICE)
+    assert cache.attend(0, unrotated(k, v, backend=backend)) is None
+    torch.testing.assert_close(cache.keys_BHSD[0, :, :, :2], k)
+    torch.testing.assert_close(cache.values_BHSD[0, :, :, :2], v)
+
+
+def unrotated(*heads_BHLD: Tensor, backend: str) -> Projections:
+    """A projection to these heads, with neither norm nor rotation to come."""
+    packed = torch.stack([x.transpose(1, 2) for x in heads_BHLD], dim=2).flatten(2)
+    ones = torch.ones(heads_BHLD[0].shape[2], heads_BHLD[0].shape[3], device=packed.device)
+    return Projections([packed], [None], [None], [(ones, torch.zeros_like(ones))], 3, axes=1, backend=backend)

@@ -46,9 +46,7 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    # the ops register themselves where they are defined
-    import madformer.kernels.block_causal_attention
-    import madformer.kernels.denoise_step
+    import madformer
     from madformer.kernels import dispatch
     from madformer.pipeline import default_dtype
 

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MADFORMER_TRACEBACK"):
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("MADFORMER_TRACEBACK") or not _is_for_the_user(error):
             raise
         print(f"madformer {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -38,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Of the errors of running code, the one that means a wrong option."""
+    from madformer.kernels.dispatch import BackendUnavailableError
+
+    return not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailableError)
 
 
 if __name__ == "__main__":

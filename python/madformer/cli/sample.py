@@ -24,6 +24,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 DTYPES = ("auto", "fp32", "bf16")
+BACKENDS = ("auto", "triton", "reference")
 
 EXAMPLES = """examples:
   madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png
@@ -52,6 +53,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto takes bf16 where it is faster")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="of the kernels; auto takes the best one here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end and no progress bar")
     parser.set_defaults(run=run)
 
@@ -118,6 +122,7 @@ def _load(args: argparse.Namespace) -> MADFormerPipeline:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     pipeline = MADFormerPipeline.from_pretrained(args.model, vae=args.vae, dtype=dtype, device=device)
+    pipeline.transformer.set_backend(args.backend)
     if pipeline.vae is None and not args.latents:
         try:
             pipeline.vae = load_vae(RELEASED_VAE, device, pipeline.transformer.dtype)
@@ -140,10 +145,11 @@ def _describe(pipeline: MADFormerPipeline) -> str:
 
     model = pipeline.transformer
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    layers = dispatch.resolve("cached_attention", model.backend, model.device, model.dtype)
     update = dispatch.resolve("denoise_step", "auto", model.device)
     return (
         f"{parameters:.1f} M parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
-        f"{type(pipeline.scheduler).__name__}; attention: reference, denoise_step: {update}"
+        f"{type(pipeline.scheduler).__name__}; layers: {layers}, denoise_step: {update}"
     )
 
 

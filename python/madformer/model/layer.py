@@ -6,41 +6,109 @@ Shape legend: B batch, L tokens, C channels, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
+from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
+from madformer.kernels.rms_norm import rms_norm
+from madformer.kernels.swiglu import swiglu
 from madformer.model.rope import RotaryEmbedding2D
 
 Streams = dict[str, Tensor]
 """Tensors by stream name; ``clean`` before ``noise``."""
 
+# The released code leaves the per-head norms at their own default, whatever the model's epsilon.
+QK_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What the towers of a layer project their streams to; per-head norm and rotation are still to come.
+
+    Whoever attends does those, and so decides where queries, keys and values are put. Every list has one entry a
+    stream, in the order of the streams.
+
+    Attributes:
+        qkv: ``(B, L, 3 * H * D)``; keys and values alone, ``(B, L, 2 * H * D)``, where nobody reads the output.
+        q_weights, k_weights: of the per-head norms, None without them.
+        tables: cosines and sines of the tokens.
+        num_heads: H.
+        axes: the pairing of rotated channels, see :func:`madformer.kernels.qk_norm_rope.qk_norm_rope`.
+        backend: of the kernel.
+    """
+
+    qkv: list[Tensor]
+    q_weights: list[Tensor | None]
+    k_weights: list[Tensor | None]
+    tables: list[tuple[Tensor, Tensor]]
+    num_heads: int
+    axes: int
+    backend: str
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all streams, joined along the tokens: ``(B, H, L, D)`` each."""
+        cos, sin = ([table[part] for table in self.tables] for part in (0, 1))
+        return qk_norm_rope(
+            self.qkv,
+            self.q_weights,
+            self.k_weights,
+            cos,
+            sin,
+            num_heads=self.num_heads,
+            axes=self.axes,
+            eps=QK_NORM_EPS,
+            backend=self.backend,
+        )
+
+    def heads_into(self, k_cache_BHSD: Tensor, v_cache_BHSD: Tensor, positions_B: Tensor) -> Tensor | None:
+        """Writes keys and values of the one stream to the cache at ``positions_B``; returns the queries, if any."""
+        ((cos, sin),) = self.tables
+        return qk_norm_rope_cached(
+            self.qkv[0],
+            self.q_weights[0],
+            self.k_weights[0],
+            cos,
+            sin,
+            k_cache_BHSD,
+            v_cache_BHSD,
+            positions_B,
+            num_heads=self.num_heads,
+            axes=self.axes,
+            eps=QK_NORM_EPS,
+            backend=self.backend,
+        )
+
 
 class Attention(Protocol):
     """How a layer's queries meet its keys. The model brings the training mask, the engine its cache.
 
-    Takes and returns ``(B, H, L, D)`` by stream; streams without queries are absent from the result.
+    Returns ``(B, H, L, D)`` for the tokens of the streams that have queries, or None where none has.
     """
 
-    def __call__(self, queries: Streams, keys: Streams, values: Streams) -> Streams: ...
+    def __call__(self, projections: Projections) -> Tensor | None: ...
 
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension in fp32, as Llama's; the result has the input's dtype."""
 
     eps: float
+    backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        # half the passes over memory of F.rms_norm on a CPU, where that is no fused kernel
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
-        return (x * scale * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, backend=self.backend)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + residual``, and that sum."""
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual, backend=self.backend)
 
 
 class SwiGLU(nn.Module):
+    backend = "auto"
+
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -48,51 +116,47 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=self.backend))
 
 
 class Tower(nn.Module):
     """The weights that one stream passes in one layer."""
 
-    # The released code leaves the per-head norms at their own default, whatever the model's epsilon.
-    QK_NORM_EPS = 1e-6
-
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.head_dim
+        hidden, head_dim = config.hidden_size, config.head_dim
         self.input_norm = RMSNorm(hidden, eps=config.norm_eps)
         self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.q_norm = RMSNorm(self.head_dim, eps=self.QK_NORM_EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=self.QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(head_dim, eps=QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, eps=QK_NORM_EPS) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden, hidden)
         self.post_attention_norm = RMSNorm(hidden, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def query_key_value(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._heads(self.qkv(self.input_norm(x_BLC)), 3)
-        return self.q_norm(q), self.k_norm(k), v
+    def query_key_value(self, x_BLC: Tensor) -> Tensor:
+        """Packed, ``(B, L, 3 * C)``."""
+        return self.qkv(self.input_norm(x_BLC))
 
-    def key_value(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values alone, for a stream whose own output nobody reads."""
+    def key_value(self, x_BLC: Tensor) -> Tensor:
+        """Keys and values alone, ``(B, L, 2 * C)``, for a stream whose own output nobody reads."""
         hidden = x_BLC.shape[-1]
-        k, v = self._heads(F.linear(self.input_norm(x_BLC), self.qkv.weight[hidden:], self.qkv.bias[hidden:]), 2)
-        return self.k_norm(k), v
-
-    def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        return packed.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.linear(self.input_norm(x_BLC), self.qkv.weight[hidden:], self.qkv.bias[hidden:])
 
     def output(self, x_BLC: Tensor, attended_BHLD: Tensor) -> Tensor:
         """Both residual branches: the projected attention, then the MLP."""
-        x = x_BLC + self.proj(attended_BHLD.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.post_attention_norm(x))
+        branch = self.proj(attended_BHLD.transpose(1, 2).flatten(2))
+        normed, x = self.post_attention_norm.add(branch, x_BLC)
+        return x + self.mlp(normed)
 
 
 class TransformerLayer(nn.Module):
     """Towers by stream name; with shared towers both streams pass the one named ``image``."""
 
+    backend = "auto"
+
     def __init__(self, config: MADFormerConfig, streams: Collection[str]) -> None:
         super().__init__()
-        self.shared = config.shared_towers
+        self.shared, self.num_heads = config.shared_towers, config.num_heads
         names = ["image"] if self.shared else streams
         self.towers = nn.ModuleDict({name: Tower(config) for name in names})
 
@@ -115,15 +179,22 @@ class TransformerLayer(nn.Module):
             streams: ``(B, L, C)`` by name.
             tables: cosines and sines by stream name, for its tokens.
         """
-        queries: Streams = {}
-        keys: Streams = {}
-        values: Streams = {}
-        for name, x in streams.items():
-            if name in outputs:
-                q, keys[name], values[name] = self.tower(name).query_key_value(x)
-                queries[name] = rope(q, tables[name])
-            else:
-                keys[name], values[name] = self.tower(name).key_value(x)
-            keys[name] = rope(keys[name], tables[name])
-        attended = attention(queries, keys, values)
-        return {name: self.tower(name).output(streams[name], attended[name]) for name in queries}
+        towers = {name: self.tower(name) for name in streams}
+        projections = Projections(
+            [
+                towers[name].query_key_value(x) if name in outputs else towers[name].key_value(x)
+                for name, x in streams.items()
+            ],
+            [getattr(tower.q_norm, "weight", None) for tower in towers.values()],
+            [getattr(tower.k_norm, "weight", None) for tower in towers.values()],
+            [tables[name] for name in streams],
+            self.num_heads,
+            rope.axes,
+            self.backend,
+        )
+        attended = attention(projections)
+        queried = [name for name in streams if name in outputs]
+        if attended is None:
+            return {}
+        parts = attended.split([streams[name].shape[1] for name in queried], dim=2)
+        return {name: towers[name].output(streams[name], part) for name, part in zip(queried, parts, strict=True)}

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
+from madformer.kernels import dispatch
+from madformer.kernels.block_causal_attention import OP as ATTENTION
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from madformer.kernels.cached_attention import OP as CACHED_ATTENTION
 from madformer.model.blocks import from_maps, to_maps
-from madformer.model.layer import Attention, Streams, TransformerLayer
+from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.persistence import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding2D
 from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
@@ -46,8 +49,11 @@ class MADFormer(PretrainedMixin, nn.Module):
         config: geometry and switches.
 
     :meth:`forward` is the training pass over all blocks. ``madformer.engine`` drives :meth:`embed`, the layers
-    and :meth:`decode` block by block to sample.
+    and :meth:`decode` block by block to sample. Kernels are chosen by :meth:`set_backend`.
     """
+
+    backend = "auto"
+    attention_backend = "auto"
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
@@ -84,6 +90,24 @@ class MADFormer(PretrainedMixin, nn.Module):
         from madformer.compat.madformer_ffhq import MADFormer as ReleasedMADFormer
 
         return ReleasedMADFormer.from_released(checkpoint, model_config=model_config, weights=weights).to_native()
+
+    def set_backend(self, backend: str = "auto", attention: str | None = None) -> Self:
+        """Choose the implementation of the kernels.
+
+        Args:
+            backend: ``"auto"`` for the best one on the device at hand, ``"triton"`` or ``"reference"`` for that one.
+            attention: of block-causal attention; ``backend`` where it is None. See
+                :func:`madformer.kernels.block_causal_attention.block_causal_attention` for its further choices.
+
+        Raises:
+            ValueError: there is no backend of that name.
+            BackendUnavailableError: it cannot run on the device where the model is.
+        """
+        dispatch.resolve(CACHED_ATTENTION, backend, self.device)
+        dispatch.resolve(ATTENTION, attention or backend, self.device)
+        set_backend(self, backend)
+        self.attention_backend = attention or backend
+        return self
 
     def has_tower(self, stream: str, layer: int) -> bool:
         """Whether a stream passes a layer at all in this configuration."""
@@ -207,7 +231,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             clean_queries="clean" in outputs,
         )
         tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
-        return layer(streams, self.rope, tables, masked_attention(layout), outputs)
+        return layer(streams, self.rope, tables, masked_attention(layout, self.attention_backend), outputs)
 
     def decode_condition(
         self, condition: Tensor | None, noisy_BSC: Tensor, timestep_BM: Tensor, clean_skips: Skips
@@ -246,13 +270,18 @@ class MADFormer(PretrainedMixin, nn.Module):
         return self.upsampler.conv_out.weight.dtype
 
 
-def masked_attention(layout: BlockLayout) -> Attention:
+def set_backend(module: nn.Module, backend: str) -> None:
+    """Choose the implementation of every kernel but attention in ``module``."""
+    for part in module.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend
+
+
+def masked_attention(layout: BlockLayout, backend: str) -> Attention:
     """Attention over the packed streams under the training mask."""
 
-    def attend(queries: Streams, keys: Streams, values: Streams) -> Streams:
-        q, k, v = (torch.cat(list(streams.values()), dim=2) for streams in (queries, keys, values))
-        attended = block_causal_attention(q, k, v, layout)
-        return dict(zip(queries, attended.split([x.shape[2] for x in queries.values()], dim=2), strict=True))
+    def attend(projections: Projections) -> Tensor:
+        return block_causal_attention(*projections.heads(), layout, backend=backend)
 
     return attend
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
+from madformer.kernels.group_norm_silu import group_norm_silu
 
 Skips = tuple[Tensor, ...]
 
@@ -29,6 +31,35 @@ class TimestepEmbedding(nn.Module):
         with torch.autocast(timestep_N.device.type, enabled=False):
             hidden = F.linear(timestep_N.float()[:, None], self.linear_1.weight.float())
             return F.linear(F.silu(hidden), self.linear_2.weight.float())
+
+
+class ResnetBlock(ResnetBlock2D):
+    """diffusers' block as the U-Net uses it (time embedding added, nothing resampled), its norms fused with SiLU."""
+
+    backend = "auto"
+
+    @classmethod
+    def adopt(cls, blocks: nn.ModuleList) -> None:
+        """Make these resnets of a diffusers block ones of this class, weights and names untouched."""
+        for block in blocks:
+            assert type(block) is ResnetBlock2D
+            assert block.time_embedding_norm == "default"
+            assert block.upsample is None
+            assert block.downsample is None
+            block.__class__ = cls
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        hidden = self.conv1(self._norm_silu(self.norm1, input_tensor))
+        temb = self.time_emb_proj(F.silu(temb))
+        hidden = self.conv2(self._norm_silu(self.norm2, hidden, temb))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return (input_tensor + hidden) / self.output_scale_factor
+
+    def _norm_silu(self, norm: nn.GroupNorm, x_NCHW: Tensor, temb_NC: Tensor | None = None) -> Tensor:
+        return group_norm_silu(
+            x_NCHW, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, temb_NC=temb_NC, backend=self.backend
+        )
 
 
 class UNetDownsampler(nn.Module):
@@ -56,6 +87,7 @@ class UNetDownsampler(nn.Module):
                 block = AttnDownBlock2D(**common, attention_head_dim=head_dim, downsample_type=downsample)
             else:
                 block = DownBlock2D(**common, add_downsample=not last)
+            ResnetBlock.adopt(block.resnets)
             self.down_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
@@ -95,6 +127,7 @@ class UNetUpsampler(nn.Module):
                 block = AttnUpBlock2D(**common, attention_head_dim=head_dim, upsample_type=upsample)
             else:
                 block = UpBlock2D(**common, add_upsample=not last)
+            ResnetBlock.adopt(block.resnets)
             self.up_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(unet.time_embed_dim)

@@ -28,6 +28,8 @@ class TrainingConfig:
         precision: dtype of the autocast region; weights and optimiser stay fp32.
         keep_checkpoints: how many of the newest to keep.
         compile: pass the network through ``torch.compile``.
+        backend, attention_backend: of the kernels, see :meth:`madformer.model.MADFormer.set_backend`; an empty
+            ``attention_backend`` is the same as ``backend``.
         num_threads: of torch on a CPU; 0 leaves torch's choice.
     """
 
@@ -56,6 +58,8 @@ class TrainingConfig:
 
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = False
+    backend: str = "auto"
+    attention_backend: str = ""
     device: str = "auto"
     num_threads: int = 0
     seed: int = 0

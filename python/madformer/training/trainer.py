@@ -59,6 +59,7 @@ class Trainer:
         self.images = open_dataset(config.data, config.image_size, on_error="skip")
         self._check_latents()
         self.model = MADFormer(config.model).to(self.device).train()
+        self.model.set_backend(config.backend, config.attention_backend or None)
         for unet in (self.model.downsampler, self.model.upsampler):
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = ExponentialMovingAverage(self.model, config.ema_decay)

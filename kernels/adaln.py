@@ -1,0 +1,273 @@
+"""AdaLN-Zero: gated residual, norm, scale and shift in one pass, forward and backward (DiT, arXiv:2212.09748, sec. 3.2).
+
+Shape legend: B samples, M blocks of a sample with a row of modulation each, T tokens of a block, L = M * T tokens,
+C columns. The kernels are ``norm_common``'s, which ``rms_norm`` has too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from madformer.kernels import dispatch
+from madformer.kernels.checks import check_device, check_floating, check_same, rows_of
+from madformer.kernels.norm_common import check_norm, norm_backward, norm_forward, with_contiguous_columns
+
+OP = "adaln"
+Norm = Literal["layer", "rms"]
+
+
+def adaln_ref(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`adaln` in plain PyTorch, in float32 or, for the oracle, in float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def by_token(rows: Tensor) -> Tensor:
+        """(B, C) or (B, M, C) as it broadcasts against (B, M, T, C)."""
+        return rows.to(dtype).view(rows.shape[0], -1, 1, rows.shape[-1])
+
+    blocks = 1 if shift.dim() == 2 else shift.shape[1]
+    total = x.unflatten(1, (blocks, -1))
+    if residual is not None:
+        branch = total.to(dtype) if gate is None else total.to(dtype) * by_token(gate)
+        total = (residual.unflatten(1, (blocks, -1)).to(dtype) + branch).to(residual.dtype)
+    weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (weight, bias))
+    if norm == "layer":
+        y = F.layer_norm(total.to(dtype), total.shape[-1:], weight, bias, eps)
+    else:
+        y = F.rms_norm(total.to(dtype), total.shape[-1:], weight, eps)
+        y = y if bias is None else y + bias
+    y = (y * (1 + by_token(scale)) + by_token(shift)).to(x.dtype).flatten(1, 2)
+    return y if residual is None else (y, total.flatten(1, 2))
+
+
+def _forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    y, total = norm_forward(
+        with_contiguous_columns(x),
+        residual=None if residual is None else with_contiguous_columns(residual),
+        gate=None if gate is None else rows_of(gate),
+        weight=weight,
+        bias=bias,
+        shift=rows_of(shift),
+        scale=rows_of(scale),
+        centred=centred,
+        eps=eps,
+    )
+    return y, x.new_empty(0) if total is None else total
+
+
+def _empty_gradients(
+    grad_y: Tensor,
+    total: Tensor,
+    scale: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Those of the arguments in their order, without elements where not ``wanted``."""
+    likes = (grad_y, scale, scale, weight, bias, total, gate)
+    return tuple(
+        like.new_empty(like.shape) if is_wanted and like is not None else total.new_empty(0)
+        for like, is_wanted in zip(likes, wanted, strict=True)
+    )
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    x: Tensor | None,
+    scale: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centred: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    gradients = _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
+    names = ("x", "shift", "scale", "weight", "bias", "total", "gate")
+    norm_backward(
+        with_contiguous_columns(grad_y),
+        None if grad_total is None else with_contiguous_columns(grad_total),
+        with_contiguous_columns(total),
+        x=None if x is None else with_contiguous_columns(x),
+        gate=None if gate is None else rows_of(gate),
+        weight=weight,
+        bias=bias,
+        scale=rows_of(scale),
+        centred=centred,
+        eps=eps,
+        out={name: x for name, x, is_wanted in zip(names, gradients, wanted, strict=True) if is_wanted},
+    )
+    return gradients
+
+
+library.define(
+    "madformer::adaln",
+    "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
+    " bool centred, float eps) -> (Tensor, Tensor)",
+)
+library.define(
+    "madformer::adaln_backward",
+    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? x, Tensor scale, Tensor? gate, Tensor? weight,"
+    " Tensor? bias, bool centred, float eps, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+library.impl("madformer::adaln", ("cpu", "cuda"), _forward)
+library.impl("madformer::adaln_backward", ("cpu", "cuda"), _backward)
+
+
+@library.register_fake("madformer::adaln")
+def _(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+
+
+@library.register_fake("madformer::adaln_backward")
+def _(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    x: Tensor | None,
+    scale: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centred: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, scale, weight, bias, residual, gate, ctx.centred, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.has_residual = x.dtype, residual is not None
+    gate_needs_x = ctx.needs_input_grad[6]
+    total = output[1] if ctx.has_residual else x
+    ctx.save_for_backward(total, x if gate_needs_x else None, scale, gate, weight, bias)
+
+
+def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, x, scale, gate, weight, bias = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:7])
+    needs_x, needs_residual = wanted[0], wanted[5]
+    if grad_y is None:
+        grad_y = torch.zeros_like(total, dtype=ctx.dtype)
+    shared = needs_x and needs_residual and gate is None and ctx.dtype == total.dtype
+    wanted[0] = needs_x and not shared
+    grad_total = grad_total if ctx.has_residual else None
+    arguments = (grad_y, grad_total, total, x, scale, gate, weight, bias, ctx.centred, ctx.eps, wanted)
+    gradients = torch.ops.madformer.adaln_backward(*arguments)
+    results = [x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)]
+    if shared:
+        results[0] = results[5]
+    return (*results, None, None)
+
+
+library.register_autograd("madformer::adaln", _autograd_backward, setup_context=_setup_context)
+dispatch.register(OP, "reference")
+dispatch.register(OP, "triton", auto=("cuda",))
+
+
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``total = residual + gate * x``, then ``norm(total) * (1 + scale) + shift``, differentiable.
+
+    Computed in float32 and rounded once (by the reference in float64, for float64). The sum is rounded to its dtype before
+    it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
+
+    Args:
+        x: (B, L, C), a branch's output, C at most 8192; float32, bfloat16 or float16. Any strides: only the last
+            dimension is copied where it is not contiguous.
+        shift, scale: (B, C), one row for each sample, or (B, M, C), one for each of M runs of L / M tokens; of one
+            dtype. They may be chunks of one projection.
+        norm: ``"layer"``, less the mean and over the standard deviation, or ``"rms"``, over the root mean square.
+        weight, bias: (C,), the affine part of the norm, before the modulation.
+        eps: added to the variance or mean square; positive.
+        residual: (B, L, C), the stream that the branch is added to; its dtype may differ from ``x``'s.
+        gate: as ``shift``; only with ``residual``. None adds ``x`` as it is.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``y`` (B, L, C) contiguous, in the dtype of ``x``; with ``residual`` the pair of ``y`` and ``total``, which has
+        the dtype of ``residual``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
+    _check(x, shift, scale, norm, residual, gate)
+    check_norm(x, {"weight": weight, "bias": bias}, residual, eps, compiled=chosen == "triton")
+    if chosen == "reference":
+        return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
+    check_floating("shift", shift)
+    rows = [m if m is None or m.dim() == 3 else m.unsqueeze(1) for m in (shift, scale, gate)]
+    y, total = torch.ops.madformer.adaln(x, rows[0], rows[1], weight, bias, residual, rows[2], norm == "layer", eps)
+    return y if residual is None else (y, total)
+
+
+def _check(x: Tensor, shift: Tensor, scale: Tensor, norm: str, residual: Tensor | None, gate: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, L, C), got the shape {tuple(x.shape)}")
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm={norm!r} must be 'layer' or 'rms'")
+    samples, length, cols = x.shape
+    shape = tuple(shift.shape)
+    if shift.dim() not in (2, 3) or (shape[0], shape[-1]) != (samples, cols):
+        raise ValueError(f"shift must be ({samples}, {cols}) or ({samples}, M, {cols}), got the shape {shape}")
+    if shift.dim() == 3 and (shape[1] == 0 or length % shape[1]):
+        raise ValueError(f"shift must have a number of rows that divides the {length} tokens of x, got {shape[1]}")
+    check_device("shift", shift, x.device)
+    check_same("scale", scale, "shift", shift)
+    if gate is not None:
+        if residual is None:
+            raise ValueError("gate needs a residual to add x to")
+        check_same("gate", gate, "shift", shift)

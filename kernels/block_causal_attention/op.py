@@ -1,0 +1,123 @@
+"""``madformer::block_causal_attention`` and its backward as torch operators over the Triton kernels.
+
+A layout crosses the operator's schema as a list of integers, in the order of its fields.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from madformer.kernels.block_causal_attention import backward as backward_kernels
+from madformer.kernels.block_causal_attention import forward as forward_kernel
+from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked, packed_empty
+from madformer.kernels.block_causal_attention.layout import BlockLayout
+from madformer.kernels.launch import target
+
+MAX_HEAD_DIM = 128
+
+
+def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capability: int) -> Settings:
+    """Tiles by registers, shared memory and what ptxas says of them; no spills, no serialised matrix products.
+
+    Not timed yet. Candidates to sweep on an H200 with heads of 64, all without spills:
+
+    - forward: 128 x 64 with 8 warps (106 registers), 128 x 128 with 8 (154), 128 x 64 with 4 and no limit (188), 2 to
+      4 stages. 128 x 128 with 4 warps fits, but its products are serialised.
+    - dQ: 128 x 64 with 8 warps (122), 64 x 64 with 4 (122), 128 x 128 with 8 and 2 stages (189).
+    - dK/dV: 128 x 64 with 8 warps (173), 128 x 32 with 4 (242). 128 x 128 spills.
+    """
+    if dtype == torch.float32:
+        return Settings(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), tma=False)
+    masked, tma = is_masked(layout, 64, 64), capability >= 90
+    # Blocks of 64 or 192 are not cut by tiles of 64; where tiles must cut blocks, long ones cut fewer.
+    rows = 128 if layout.block_size % 128 == 0 or (masked and layout.block_size > 128) else 64
+    if capability < 90:
+        if head_dim <= 64:
+            return Settings(Tile(rows, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), tma)
+        return Settings(Tile(rows, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), tma)
+    if head_dim <= 64:
+        # 168 registers: three programs of 128 threads on an SM in place of two.
+        limit = 168 if capability < 100 and rows == 128 and not masked else None
+        dq = Tile(64 if masked else rows, 64, 4, 3)
+        return Settings(Tile(rows, 64, 4, 3, limit), dq, Tile(64, 64, 4, 3), tma)
+    return Settings(Tile(rows, 64, 8, 2), Tile(rows, 64, 8, 2), Tile(64, 32 if masked else 64, 4, 2), tma)
+
+
+def _settings(q: Tensor, layout: BlockLayout) -> Settings:
+    return choose_settings(q.shape[-1], q.dtype, layout, target(q.device).capability)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    blocks = BlockLayout(*layout)
+    q, k, v = (_contiguous_rows(x) for x in (q, k, v))
+    return forward_kernel.forward(q, k, v, blocks, scale, _settings(q, blocks))
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = BlockLayout(*layout)
+    grad, q, k, v, out = (_contiguous_rows(x) for x in (grad, q, k, v, out))
+    return backward_kernels.backward(grad, q, k, v, out, lse.contiguous(), blocks, scale, _settings(q, blocks))
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """The kernels take any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+library.define(
+    "madformer::block_causal_attention", "(Tensor q, Tensor k, Tensor v, int[] layout, float scale) -> (Tensor, Tensor)"
+)
+library.define(
+    "madformer::block_causal_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] layout, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+library.impl("madformer::block_causal_attention", ("cpu", "cuda"), _forward)
+library.impl("madformer::block_causal_attention_backward", ("cpu", "cuda"), _backward)
+
+
+@library.register_fake("madformer::block_causal_attention")
+def _(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    return packed_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@library.register_fake("madformer::block_causal_attention_backward")
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return packed_empty(q), packed_empty(k), packed_empty(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.layout, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.madformer.block_causal_attention_backward(grad, *ctx.saved_tensors, ctx.layout, ctx.scale)
+    return *grads, None, None
+
+
+library.register_autograd("madformer::block_causal_attention", _autograd_backward, setup_context=_setup_context)
+
+
+def block_causal_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under ``layout``: the output, ``(B, H, Lq, D)`` over ``(B, Lq, H, D)`` memory, and, where asked for,
+    the natural log-sum-exp of the scaled scores, ``(B, H, Lq)`` in float32, which no gradient flows into."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for backend='triton', got {q.shape[-1]}")
+    if scale <= 0:
+        raise ValueError(f"scale must be above 0 for backend='triton', got {scale}")
+    out, lse = torch.ops.madformer.block_causal_attention(q, k, v, [int(x) for x in astuple(layout)], scale)
+    return out, lse * math.log(2) if return_lse else None

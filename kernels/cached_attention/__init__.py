@@ -1,0 +1,117 @@
+"""Attention of a block to a cached prefix and to itself, without a mask and without concatenating them.
+
+Sampling reads the cache in every layer of every step. How much of it is filled is known on the device alone, for each
+sample: one captured graph then serves every block, and samples at different blocks can share a step.
+
+Shape legend: B batch, H heads, L queries, N own keys, S capacity of the cache, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from madformer.kernels import dispatch
+from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS
+from madformer.kernels.cached_attention.reference import cached_attention_ref
+from madformer.kernels.checks import DTYPES, check_device, check_floating, check_same, check_shape
+
+__all__ = ["cached_attention", "cached_attention_ref"]
+
+OP = "cached_attention"
+LENGTH_DTYPES = (torch.int32, torch.int64)
+
+dispatch.register(OP, "reference")
+dispatch.register(OP, "triton", auto=("cuda",))
+
+
+def cached_attention(
+    q_BHLD: Tensor,
+    k_cache_BHSD: Tensor,
+    v_cache_BHSD: Tensor,
+    lengths_B: Tensor,
+    k_BHND: Tensor | None = None,
+    v_BHND: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of every query to the first ``lengths_B[b]`` keys of the cache and to all of the own block.
+
+    For inference: there is no backward. Nothing waits for the device, and nothing depends on the values of
+    ``lengths_B`` but the result, so a captured CUDA graph serves all lengths.
+
+    Args:
+        q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128 for the kernel. Any strides, as for all of
+            these, but the last dimension contiguous.
+        k_cache_BHSD, v_cache_BHSD: (B, H, S, D) in the dtype of ``q_BHLD``. What lies behind a sample's length is
+            never used, and may be uninitialised.
+        lengths_B: (B,) int32 or int64, on the device of the rest. Clamped to 0..S.
+        k_BHND, v_BHND: (B, H, N, D), the own block, where it is not in the cache already; both or neither.
+        scale: of the scores, positive; None for ``1 / sqrt(D)``.
+        num_splits: into how many shares the keys of a sample are cut, 1 to 32; None for a number that fits the GPU.
+            The reference does without.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        (B, H, L, D), from the kernel as a view of (B, L, H, D), which an output projection takes without a copy. A
+        sample with nothing to attend to gets 0.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device, layout or value, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    _validate(q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND)
+    if scale is None:
+        scale = q_BHLD.shape[-1] ** -0.5
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} must be positive and finite")
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits={num_splits} must be in 1..{MAX_SPLITS}")
+    chosen = dispatch.resolve(OP, backend, q_BHLD.device)
+    if chosen == "triton" and backend == dispatch.AUTO and not _fits(q_BHLD):
+        chosen = "reference"
+    if chosen == "reference":
+        return cached_attention_ref(q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale=scale)
+    check_floating("q", q_BHLD)
+    if not _fits(q_BHLD):
+        raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
+    out_BLHD = torch.ops.madformer.cached_attention(
+        q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale, num_splits
+    )
+    return out_BLHD.transpose(1, 2)
+
+
+def _fits(q: Tensor) -> bool:
+    """Whether the kernel takes it; where it does not, ``auto`` means the reference."""
+    return q.dtype in DTYPES and q.shape[-1] <= MAX_HEAD_DIM
+
+
+def _validate(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    if q.dim() != 4 or q.shape[-1] == 0:
+        raise ValueError(f"q must have the shape (B, H, L, D), got {tuple(q.shape)}")
+    if (k is None) != (v is None):
+        raise ValueError(f"{'k' if k is None else 'v'} is missing: the own block needs both k and v")
+    B, H, _, D = q.shape
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | ({} if k is None or v is None else {"k": k, "v": v})
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have four dimensions, got {tuple(tensor.shape)}")
+        check_shape(name, tensor, (B, H, tensor.shape[2], D))
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+        check_device(name, tensor, q.device)
+        if tensor.stride(-1) != 1 and D > 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
+    check_same("v_cache", v_cache, "k_cache", k_cache)
+    if k is not None and v is not None:
+        check_same("v", v, "k", k)
+    check_shape("lengths", lengths, (B,))
+    if lengths.dtype not in LENGTH_DTYPES:
+        raise ValueError(f"lengths must be {' or '.join(map(str, LENGTH_DTYPES))}, got {lengths.dtype}")
+    check_device("lengths", lengths, q.device)

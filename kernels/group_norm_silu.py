@@ -1,0 +1,514 @@
+"""GroupNorm and SiLU of channels-last maps, with an optional time embedding added first, forward and backward.
+
+It is what a residual block of a U-Net does before each of its convolutions (diffusers' ``ResnetBlock2D``). A group of
+one map, its *slab*, is P rows of K neighbouring values. Where the slabs alone fill the GPU, one program takes one slab:
+it reads it once from memory and a second time, backwards, from the caches. Where they do not (one map has 8 groups, an
+H200 132 multiprocessors), each slab is split over programs, and a first launch leaves partial sums that every program
+of the second one merges.
+
+Shape legend: N maps, C channels, H rows, W columns, P = H * W pixels, G groups, K = C / G channels of a group,
+S splits of a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from madformer.kernels import dispatch
+from madformer.kernels.checks import check_device, check_floating, check_shape
+from madformer.kernels.launch import Target, jit, launch, target, tl
+
+OP = "group_norm_silu"
+MAX_GROUP_CHANNELS = 4096
+"""Channels of a group that one program can hold: it takes whole pixels of a slab."""
+
+
+def group_norm_silu_ref(
+    x_NCHW: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    temb_NC: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """:func:`group_norm_silu` in plain PyTorch, in the dtype of ``x_NCHW``: in float64 it is the oracle."""
+    if temb_NC is not None:
+        x_NCHW = x_NCHW + temb_NC.to(x_NCHW.dtype)[:, :, None, None]
+    # One dtype, because CUDA's group_norm takes no other; the wider, which is what autocast makes of the two.
+    wide = torch.promote_types(x_NCHW.dtype, weight.dtype)
+    y = F.group_norm(x_NCHW.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    return (F.silu(y) if silu else y).to(x_NCHW.dtype)
+
+
+@jit
+def _channels(ptr, PRESENT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One value for each channel of a group, in float32; zeros where there are none."""
+    if PRESENT:
+        cols = tl.arange(0, BLOCK_K)
+        values = tl.load(ptr + cols, cols < K, 0.0).to(tl.float32)
+    else:
+        values = tl.zeros((BLOCK_K,), tl.float32)
+    return values[None, :]
+
+
+@jit
+def _live(pixel, last, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr):
+    """Which places of the tile at ``pixel`` are there."""
+    if RAGGED:
+        live = (tl.arange(0, BLOCK_P) < last - pixel)[:, None] & (tl.arange(0, BLOCK_K) < K)[None, :]
+    else:
+        live = tl.full((BLOCK_P, BLOCK_K), 1, tl.int1)
+    return live
+
+
+@jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    if EXACT:
+        sigmoid = tl.sigmoid(x)
+    else:
+        # 5 instructions in place of 12: no guards of exp and division, for arguments that give 0 or 1 without them. At
+        # the speed of memory there is time for about 20 an element. An error of 2^-22 drowns in 16 bits.
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        sigmoid = root * root
+    return sigmoid
+
+
+@jit
+def _moments(
+    x_ptr, temb, first, last, stride_xp,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred sum of squares of ``x + temb`` over the pixels [first, last) of a slab.
+
+    Every place of the tile runs Welford's update by itself, and they are merged once, at the end (Chan, Golub and
+    LeVeque, 1979). A plain sum of squares would cancel where the mean is large beside the deviation.
+    """
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    tile = rows[:, None] * stride_xp + cols[None, :]
+    mean = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for index in range(tl.cdiv(last - first, BLOCK_P)):
+        pixel = first + index * BLOCK_P
+        live = _live(pixel, last, K, BLOCK_P, BLOCK_K, RAGGED)
+        # The caches are to keep it for the second reading.
+        x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile, live, 0.0, eviction_policy="evict_last")
+        x = x.to(tl.float32)
+        delta = tl.where(live, x - mean, 0.0)
+        mean += delta * (1.0 / (index + 1))
+        squares += delta * (x - mean)
+    seen = ((last - first - rows + BLOCK_P - 1) // BLOCK_P)[:, None] * (cols < K).to(tl.int32)[None, :]
+    count = seen.to(tl.float32)
+    mean += temb
+    slab_mean = tl.sum(count * mean) / ((last - first) * K)
+    apart = mean - slab_mean
+    return slab_mean, tl.sum(squares + count * apart * apart)
+
+
+@jit
+def _merged_moments(partial_ptr, num_splits, num_pixels, chunk, K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Mean and centred sum of squares of a slab from those of its splits."""
+    split = tl.arange(0, BLOCK_S)
+    live = split < num_splits
+    means = tl.load(partial_ptr + split, live, 0.0)
+    squares = tl.load(partial_ptr + num_splits + split, live, 0.0)
+    count = tl.where(live, tl.minimum(chunk, num_pixels - split * chunk) * K, 0).to(tl.float32)
+    mean = tl.sum(count * means) / (num_pixels * K)
+    apart = means - mean
+    return mean, tl.sum(squares + count * apart * apart)
+
+
+@jit
+def _forward_kernel(
+    x_ptr, temb_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, partial_ptr,
+    num_groups, num_pixels, chunk, eps, stride_xn, stride_xp, stride_tn,
+    K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr, MOMENTS: tl.constexpr, OUTPUT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Grid (N * G, S): the moments of one split of one slab, its output from all splits' moments, or both (S = 1)."""
+    slab, split = tl.program_id(0), tl.program_id(1)
+    num_splits, num_channels = tl.num_programs(1), num_groups * K
+    n, channel = (slab // num_groups).to(tl.int64), slab % num_groups * K
+    x_ptr += n * stride_xn + channel
+    temb = _channels(temb_ptr + n * stride_tn + channel, HAS_TEMB, K, BLOCK_K)
+    partial_ptr += 2 * slab * num_splits
+    first = split * chunk
+    last = tl.minimum(first + chunk, num_pixels)
+    if MOMENTS:
+        mean, squares = _moments(x_ptr, temb, first, last, stride_xp, K, BLOCK_P, BLOCK_K, RAGGED)
+        if not OUTPUT:
+            tl.store(partial_ptr + split, mean)
+            tl.store(partial_ptr + num_splits + split, squares)
+            return
+    else:
+        mean, squares = _merged_moments(partial_ptr, num_splits, num_pixels, chunk, K, BLOCK_S)
+    rstd = 1.0 / tl.sqrt_rn(squares / (num_pixels * K) + eps)
+    if split == 0:
+        tl.store(mean_ptr + slab, mean)
+        tl.store(rstd_ptr + slab, rstd)
+
+    y_ptr += n * num_pixels * num_channels + channel
+    scale = _channels(weight_ptr + channel, True, K, BLOCK_K) * rstd
+    shift = _channels(bias_ptr + channel, True, K, BLOCK_K) + (temb - mean) * scale
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    tile_x = rows[:, None] * stride_xp + cols[None, :]
+    tile_y = rows[:, None] * num_channels + cols[None, :]
+    num_tiles = tl.cdiv(last - first, BLOCK_P)
+    for index in range(num_tiles):
+        # Backwards: what was read last is what the caches still have.
+        pixel = first + (num_tiles - 1 - index) * BLOCK_P
+        live = _live(pixel, last, K, BLOCK_P, BLOCK_K, RAGGED)
+        x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile_x, live, 0.0, eviction_policy="evict_first")
+        y = x.to(tl.float32) * scale + shift
+        if SILU:
+            y *= _sigmoid(y, x.dtype == tl.float32)
+        tl.store(y_ptr + pixel.to(tl.int64) * num_channels + tile_y, y.to(y_ptr.dtype.element_ty), live)
+
+
+@jit
+def _affine_gradient(grad, x, shift, rstd, weight, bias, SILU: tl.constexpr):
+    """``normed``, the normalised value, and ``dout``, the gradient of ``normed * weight + bias``."""
+    normed = x.to(tl.float32) * rstd + shift
+    dout = grad.to(tl.float32)
+    if SILU:
+        out = normed * weight + bias
+        sigmoid = _sigmoid(out, x.dtype == tl.float32)
+        dout *= sigmoid * (1.0 + out * (1.0 - sigmoid))
+    return normed, dout
+
+
+@jit
+def _channel_sums(
+    grad_ptr, x_ptr, sums_ptr, shift, rstd, weight, bias, first, last, stride_gp, stride_xp, num_channels,
+    K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Sums over the pixels [first, last) of ``dout``, ``dout * normed`` and ``normed``, for each channel."""
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    tile_g = rows[:, None] * stride_gp + cols[None, :]
+    tile_x = rows[:, None] * stride_xp + cols[None, :]
+    sum_dout = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    sum_product = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    sum_normed = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for index in range(tl.cdiv(last - first, BLOCK_P)):
+        pixel = first + index * BLOCK_P
+        live = _live(pixel, last, K, BLOCK_P, BLOCK_K, RAGGED)
+        grad = tl.load(grad_ptr + pixel.to(tl.int64) * stride_gp + tile_g, live, 0.0, eviction_policy="evict_last")
+        x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile_x, live, 0.0, eviction_policy="evict_last")
+        normed, dout = _affine_gradient(grad, x, shift, rstd, weight, bias, SILU)
+        sum_dout += dout
+        sum_product += dout * normed
+        if HAS_TEMB:
+            sum_normed += tl.where(live, normed, 0.0)
+    dout, product, normed = tl.sum(sum_dout, 0), tl.sum(sum_product, 0), tl.sum(sum_normed, 0)
+    tl.store(sums_ptr + cols, dout, cols < K)
+    tl.store(sums_ptr + num_channels + cols, product, cols < K)
+    if HAS_TEMB:
+        tl.store(sums_ptr + 2 * num_channels + cols, normed, cols < K)
+    return dout[None, :], product[None, :], normed[None, :]
+
+
+@jit
+def _merged_sums(ptr, stride_split, num_splits, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One of the sums of :func:`_channel_sums` over all splits of a slab."""
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for index in range(tl.cdiv(num_splits, BLOCK_P)):
+        split = index * BLOCK_P + rows
+        live = (split < num_splits)[:, None] & (cols < K)[None, :]
+        total += tl.load(ptr + split[:, None] * stride_split + cols[None, :], live, 0.0)
+    return tl.sum(total, 0)[None, :]
+
+
+@jit
+def _backward_kernel(
+    grad_ptr, x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dtemb_ptr, sums_ptr,
+    num_groups, num_pixels, chunk, stride_gn, stride_gp, stride_xn, stride_xp, stride_tn,
+    K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr, OUTPUT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Grid (N * G, S): the sums of one split of one slab, its dx from all splits' sums, or both (S = 1).
+
+    With ``scale = weight * rstd`` the gradient of what is normalised is
+    ``scale * dout - mean(scale * dout) - normed * mean(scale * dout * normed)``, with means over the slab. They follow
+    from the channels' sums, and so do the gradients of weight, bias and temb.
+    """
+    slab, split = tl.program_id(0), tl.program_id(1)
+    num_splits, num_channels = tl.num_programs(1), num_groups * K
+    n, channel = (slab // num_groups).to(tl.int64), slab % num_groups * K
+    stride_split = num_channels * (3 if HAS_TEMB else 2)
+    grad_ptr += n * stride_gn + channel
+    x_ptr += n * stride_xn + channel
+    sums_ptr += n * num_splits * stride_split + channel
+    rstd = tl.load(rstd_ptr + slab)
+    shift = (_channels(temb_ptr + n * stride_tn + channel, HAS_TEMB, K, BLOCK_K) - tl.load(mean_ptr + slab)) * rstd
+    weight = _channels(weight_ptr + channel, True, K, BLOCK_K)
+    bias = _channels(bias_ptr + channel, True, K, BLOCK_K)
+    first = split * chunk
+    last = tl.minimum(first + chunk, num_pixels)
+    if SUMS:
+        sum_dout, sum_product, sum_normed = _channel_sums(
+            grad_ptr, x_ptr, sums_ptr + split * stride_split, shift, rstd, weight, bias,
+            first, last, stride_gp, stride_xp, num_channels, K, HAS_TEMB, SILU, BLOCK_P, BLOCK_K, RAGGED,
+        )  # fmt: skip
+        if not OUTPUT:
+            return
+    else:
+        sum_dout = _merged_sums(sums_ptr, stride_split, num_splits, K, BLOCK_P, BLOCK_K)
+        sum_product = _merged_sums(sums_ptr + num_channels, stride_split, num_splits, K, BLOCK_P, BLOCK_K)
+        if HAS_TEMB:
+            sum_normed = _merged_sums(sums_ptr + 2 * num_channels, stride_split, num_splits, K, BLOCK_P, BLOCK_K)
+    scale = weight * rstd
+    mean_dout = tl.sum(scale * sum_dout) / (num_pixels * K)
+    mean_product = tl.sum(scale * sum_product) / (num_pixels * K)
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    if HAS_TEMB:
+        dtemb = scale * sum_dout - (num_pixels * mean_dout + sum_normed * mean_product)
+        mask = (cols < K)[None, :] & (split == 0)
+        tl.store(dtemb_ptr + n * num_channels + channel + cols[None, :], dtemb.to(dtemb_ptr.dtype.element_ty), mask)
+
+    dx_ptr += n * num_pixels * num_channels + channel
+    tile_g = rows[:, None] * stride_gp + cols[None, :]
+    tile_x = rows[:, None] * stride_xp + cols[None, :]
+    tile_dx = rows[:, None] * num_channels + cols[None, :]
+    num_tiles = tl.cdiv(last - first, BLOCK_P)
+    for index in range(num_tiles):
+        # Backwards, as in the forward kernel.
+        pixel = first + (num_tiles - 1 - index) * BLOCK_P
+        live = _live(pixel, last, K, BLOCK_P, BLOCK_K, RAGGED)
+        grad = tl.load(grad_ptr + pixel.to(tl.int64) * stride_gp + tile_g, live, 0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile_x, live, 0.0, eviction_policy="evict_first")
+        normed, dout = _affine_gradient(grad, x, shift, rstd, weight, bias, SILU)
+        dx = scale * dout - (mean_dout + normed * mean_product)
+        tl.store(dx_ptr + pixel.to(tl.int64) * num_channels + tile_dx, dx.to(dx_ptr.dtype.element_ty), live)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a launch is cut.
+
+    Attributes:
+        block_pixels: rows of a tile; a tile has all channels of a group.
+        chunk: pixels of a program, a multiple of ``block_pixels``. Where it covers a slab, one launch does all.
+        num_warps: warps of a program.
+    """
+
+    block_pixels: int
+    chunk: int
+    num_warps: int
+
+    def ragged(self, num_pixels: int, group_channels: int) -> bool:
+        """Whether some tile reaches beyond its slab, so that masks are needed."""
+        return num_pixels % self.block_pixels != 0 or next_power_of_2(group_channels) != group_channels
+
+
+def choose_settings(slabs: int, num_pixels: int, group_channels: int, on: Target, *, backward: bool) -> Settings:
+    """One program a slab where those fill most of the multiprocessors, else enough to fill them four times over.
+
+    To keep up with its share of HBM, a multiprocessor needs about 32 KiB under way (4.8 TB/s, 0.8 us: Little's law):
+    16 warps, each thread with four loads of 16 bytes. Two programs share them, so that one reads while the other
+    writes, where there are as many slabs and the caches hold that many until they are read again.
+    """
+    columns = next_power_of_2(group_channels)
+    slab = columns * next_power_of_2(num_pixels)
+    whole = slab <= 4096 or 4 * slabs >= 3 * on.num_sms
+    # The backward loads two tensors, and keeps two or three sums for each element of a tile.
+    per_thread = 16 if backward or not whole else 32
+    shared = slabs >= 2 * on.num_sms and slab <= (32768 if backward else 65536)
+    num_warps = 4 if not whole else 8 if shared else 16
+    block_pixels = max(1, min(slab, 32 * num_warps * per_thread) // columns)
+    num_warps = min(num_warps, max(1, block_pixels * columns // (32 * per_thread)))
+    tiles = -(-num_pixels // block_pixels)
+    splits = 1 if whole else -(-4 * on.num_sms // slabs)
+    return Settings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _rows(x_NCHW: Tensor) -> Tensor:
+    """As (N, P, C) with neighbouring channels: a view of channels-last memory, a copy of other layouts."""
+    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+    return (x_NHWC if x_NHWC.stride(-1) == 1 else x_NHWC.contiguous()).flatten(1, 2)
+
+
+def _unit_stride(temb_NC: Tensor) -> Tensor:
+    return temb_NC if temb_NC.stride(-1) == 1 else temb_NC.contiguous()
+
+
+def _channels_last(x_NCHW: Tensor) -> Tensor:
+    return torch.empty_like(x_NCHW, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_NPC, y = _rows(x), _channels_last(x)
+    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
+    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
+    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=False)
+    splits = -(-num_pixels // settings.chunk)
+    partial = x.new_empty(slabs, 2, splits, dtype=torch.float32) if splits > 1 else mean
+    temb_NC = weight[None] if temb is None else _unit_stride(temb)
+    tensors = (x_NPC, temb_NC, weight.contiguous(), bias.contiguous(), y, mean, rstd, partial)
+    numbers = (num_groups, num_pixels, settings.chunk, eps, x_NPC.stride(0), x_NPC.stride(1), temb_NC.stride(0))
+    for moments, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
+        launch(
+            _forward_kernel, (slabs, splits), x.device, *tensors, *numbers,
+            K=group_channels, HAS_TEMB=temb is not None, SILU=silu, MOMENTS=moments, OUTPUT=output,
+            BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels), BLOCK_S=next_power_of_2(splits),
+            RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    temb: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_NPC, x_NPC, dx = _rows(grad), _rows(x), _channels_last(x)
+    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
+    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=True)
+    splits = -(-num_pixels // settings.chunk)
+    sums = x.new_empty(len(x), splits, 2 if temb is None else 3, x.shape[1], dtype=torch.float32)
+    temb_NC = weight[None] if temb is None else _unit_stride(temb)
+    dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
+    weights = (weight.contiguous(), bias.contiguous(), mean, rstd)
+    tensors = (grad_NPC, x_NPC, temb_NC, *weights, dx, dtemb, sums)
+    strides = (*grad_NPC.stride()[:2], *x_NPC.stride()[:2], temb_NC.stride(0))
+    for take_sums, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
+        launch(
+            _backward_kernel, (slabs, splits), x.device, *tensors, num_groups, num_pixels, settings.chunk, *strides,
+            K=group_channels, HAS_TEMB=temb is not None, SILU=silu, SUMS=take_sums, OUTPUT=output,
+            BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels),
+            RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps,
+        )  # fmt: skip
+    dbias, dweight = sums[:, :, 0].sum((0, 1)).to(bias.dtype), sums[:, :, 1].sum((0, 1)).to(weight.dtype)
+    return dx, dtemb, dweight, dbias
+
+
+library.define(
+    "madformer::group_norm_silu",
+    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+library.define(
+    "madformer::group_norm_silu_backward",
+    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups, "
+    "bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+library.impl("madformer::group_norm_silu", ("cpu", "cuda"), _forward)
+library.impl("madformer::group_norm_silu_backward", ("cpu", "cuda"), _backward)
+
+
+@library.register_fake("madformer::group_norm_silu")
+def _(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
+    return _channels_last(x), mean, rstd
+
+
+@library.register_fake("madformer::group_norm_silu_backward")
+def _(
+    grad: Tensor, x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
+    return _channels_last(x), dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, temb, weight, bias, ctx.num_groups, _, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, temb, weight, bias, mean, rstd)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    temb = ctx.saved_tensors[1]
+    dx, dtemb, dweight, dbias = torch.ops.madformer.group_norm_silu_backward(
+        grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu
+    )
+    return dx, None if temb is None else dtemb, dweight, dbias, None, None, None
+
+
+library.register_autograd("madformer::group_norm_silu", _autograd_backward, setup_context=_setup_context)
+dispatch.register(OP, "reference")
+dispatch.register(OP, "triton", auto=("cuda",))
+
+
+def group_norm_silu(
+    x_NCHW: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    temb_NC: Tensor | None = None,
+    silu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """``silu(group_norm(x + temb))``, differentiable, computed in float32 (by the reference in float64, for float64).
+
+    The kernel reads and writes channels-last memory. An input that is not laid out so is copied first; channels that
+    are a slice of such a map are read where they are. Its result and the gradient of ``x_NCHW`` are channels-last.
+
+    Args:
+        x_NCHW: (N, C, H, W), float32, bfloat16 or float16; N may be 0.
+        num_groups: G, a divisor of C, with at most 4096 channels in a group.
+        weight, bias: (C,), of any of these dtypes, as ``nn.GroupNorm`` has them.
+        eps: added to the variance.
+        temb_NC: (N, C) of any of these dtypes, added to every pixel before the norm.
+        silu: False for the norm alone.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        (N, C, H, W) in the dtype of ``x_NCHW``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    chosen = dispatch.resolve(OP, backend, x_NCHW.device, x_NCHW.dtype)
+    _validate(x_NCHW, num_groups, weight, bias, eps, temb_NC)
+    if chosen == "reference":
+        return group_norm_silu_ref(x_NCHW, num_groups, weight, bias, eps=eps, temb_NC=temb_NC, silu=silu)
+    for name, tensor in (("x_NCHW", x_NCHW), ("weight", weight), ("bias", bias), ("temb_NC", temb_NC)):
+        if tensor is not None:
+            check_floating(name, tensor)
+    if x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
+        raise ValueError(f"num_groups={num_groups} puts more than {MAX_GROUP_CHANNELS} channels into a group")
+    y, _, _ = torch.ops.madformer.group_norm_silu(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu)
+    return y
+
+
+def _validate(
+    x_NCHW: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, temb_NC: Tensor | None
+) -> None:
+    if x_NCHW.dim() != 4 or 0 in x_NCHW.shape[1:]:
+        raise ValueError(f"x_NCHW must be (N, C, H, W) with channels and pixels, got {tuple(x_NCHW.shape)}")
+    channels = x_NCHW.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide the {channels} channels of x_NCHW")
+    if not eps > 0:  # Not `eps <= 0`, which lets NaN pass.
+        raise ValueError(f"eps={eps} must be positive")
+    expected = [("weight", weight, (channels,)), ("bias", bias, (channels,))]
+    if temb_NC is not None:
+        expected.append(("temb_NC", temb_NC, (len(x_NCHW), channels)))
+    for name, tensor, shape in expected:
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, x_NCHW.device)

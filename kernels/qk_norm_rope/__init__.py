@@ -1,0 +1,234 @@
+"""Queries, keys and values ready for attention in one pass over the packed projection of each stream.
+
+Per head: RMSNorm over the head dimension (arXiv:1910.07467, on queries and keys arXiv:2302.05442), then rotary position
+embedding (arXiv:2104.09864), both in fp32, rounded once.
+
+Shape legend: B batch, L tokens (of one stream, or of all packed), H heads, D head dim, S cache slots,
+C packed channels: 3 * H * D (queries, keys, values) or 2 * H * D (keys, values).
+
+Results are ``(B, H, L, D)`` views of ``(B, L, H, D)`` memory. That is the order of the packed projection, so this pass
+reads and writes whole rows of tokens, where head-major memory would scatter one side of it. Attention reads rows of D
+channels either way (128 bytes at D = 64, a whole cache line), and flash attention, cuDNN and the projection that
+follows take this order too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from madformer.kernels import dispatch
+from madformer.kernels.checks import check_device, check_floating, check_shape
+from madformer.kernels.launch import DTYPES
+from madformer.kernels.qk_norm_rope import ops  # noqa: F401  registers the ops
+from madformer.kernels.qk_norm_rope.reference import (
+    Optionals,
+    axes_of,
+    head_dim_of,
+    qk_norm_rope_cached_ref,
+    qk_norm_rope_ref,
+)
+
+__all__ = ["qk_norm_rope", "qk_norm_rope_cached", "qk_norm_rope_cached_ref", "qk_norm_rope_ref"]
+
+OP, CACHED_OP = "qk_norm_rope", "qk_norm_rope_cached"
+for _op in (OP, CACHED_OP):
+    dispatch.register(_op, "reference")
+    dispatch.register(_op, "triton", auto=("cuda",))
+
+
+def qk_norm_rope(
+    qkv: Sequence[Tensor],
+    q_weight: Optionals,
+    k_weight: Optionals,
+    cos: Optionals,
+    sin: Optionals,
+    *,
+    num_heads: int,
+    axes: int | Sequence[int],
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised and rotated queries and keys, and values, of streams packed one after the other; differentiable.
+
+    Every argument but the scalars has one entry a stream.
+
+    Args:
+        qkv: (B, L_s, C), as one linear layer gives it: ``unflatten(-1, (3, H, D))``, or ``(2, H, D)`` for a stream
+            that gives keys and values only. Any strides; rows of contiguous channels are not copied.
+        q_weight, k_weight: (D,), of any floating dtype, or None for no norm. Without queries ``q_weight`` is ignored.
+        cos, sin: (L_s, D), or (B, L_s, D) for positions of each sample, in float32; or None for no rotation. They are
+            not differentiated.
+        num_heads: H.
+        axes: into how many parts the head dimension falls, each of which is paired half with half: 2 is axial RoPE on
+            images; 1 is RoPE on text, and the released pairing on images. One number, or one a stream.
+        eps: added to the mean square.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        q (B, H, sum of L_s over streams with queries, D), k and v (B, H, sum of L_s, D), in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    if not qkv:
+        raise ValueError("qkv must have at least one stream, got none")
+    chosen = dispatch.resolve(OP, backend, qkv[0].device, qkv[0].dtype)
+    pairings = axes_of(axes, len(qkv))
+    for name, entries in (
+        ("q_weight", q_weight),
+        ("k_weight", k_weight),
+        ("cos", cos),
+        ("sin", sin),
+        ("axes", pairings),
+    ):
+        if len(entries) != len(qkv):
+            raise ValueError(f"{name} must have one entry a stream, {len(qkv)}, got {len(entries)}")
+    _check_numbers(num_heads, eps)
+    head_dim = head_dim_of(qkv, num_heads, q_weight, k_weight, cos)
+    for index, stream in enumerate(zip(qkv, q_weight, k_weight, cos, sin, pairings, strict=True)):
+        _check_stream(f"[{index}]", *stream, qkv[0], num_heads, head_dim)
+    if chosen == "reference":
+        return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, axes=axes, eps=eps)
+    check_floating("qkv[0]", qkv[0])
+    arguments = _op_arguments(qkv, q_weight, k_weight, cos, sin, pairings, num_heads, head_dim)
+    return torch.ops.madformer.qk_norm_rope(*arguments, num_heads, head_dim, eps)
+
+
+def qk_norm_rope_cached(
+    qkv_BLC: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache_BHSD: Tensor,
+    v_cache_BHSD: Tensor,
+    positions_B: Tensor,
+    *,
+    num_heads: int,
+    axes: int,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor | None:
+    """:func:`qk_norm_rope` of one stream with keys and values written into a cache; not differentiable.
+
+    Args:
+        qkv_BLC, q_weight, k_weight, cos, sin, num_heads, axes, eps, backend: one stream's, as there.
+        k_cache_BHSD, v_cache_BHSD: written in the slots ``[positions_B[b], positions_B[b] + L)`` of every sample, and
+            nowhere else: tokens whose slot is not in ``[0, S)`` are dropped. Of one layout, with contiguous channels.
+        positions_B: int32 or int64, on the device, where it stays.
+
+    Returns:
+        q (B, H, L, D), or None for a stream of keys and values only.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    chosen = dispatch.resolve(CACHED_OP, backend, qkv_BLC.device, qkv_BLC.dtype)
+    _check_numbers(num_heads, eps)
+    head_dim = head_dim_of([qkv_BLC], num_heads, [q_weight], [k_weight], [cos])
+    _check_stream("", qkv_BLC, q_weight, k_weight, cos, sin, axes, qkv_BLC, num_heads, head_dim)
+    _check_cache(qkv_BLC, k_cache_BHSD, v_cache_BHSD, positions_B, num_heads, head_dim)
+    caches = k_cache_BHSD, v_cache_BHSD, positions_B
+    if chosen == "reference":
+        stream = qkv_BLC, q_weight, k_weight, cos, sin
+        return qk_norm_rope_cached_ref(*stream, *caches, num_heads=num_heads, axes=axes, eps=eps)
+    check_floating("qkv", qkv_BLC)
+    arguments = _op_arguments([qkv_BLC], [q_weight], [k_weight], [cos], [sin], [axes], num_heads, head_dim)
+    q = torch.ops.madformer.qk_norm_rope_cached(*arguments, num_heads, head_dim, eps, *caches)
+    return q if _has_queries(qkv_BLC, num_heads, head_dim) else None
+
+
+def _has_queries(qkv_BLC: Tensor, num_heads: int, head_dim: int) -> bool:
+    return qkv_BLC.shape[2] == 3 * num_heads * head_dim
+
+
+def _op_arguments(
+    qkv: Sequence[Tensor],
+    q_weight: Optionals,
+    k_weight: Optionals,
+    cos: Optionals,
+    sin: Optionals,
+    axes: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[bool], list[int]]:
+    """The lists that the ops take: without None, with a flag a stream for what is there."""
+    weights = [
+        weight
+        for x, of_q, of_k in zip(qkv, q_weight, k_weight, strict=True)
+        for weight in ((of_q, of_k) if _has_queries(x, num_heads, head_dim) else (of_k,))
+        if weight is not None
+    ]
+    tables = [table for pair in zip(cos, sin, strict=True) for table in pair if table is not None]
+    rotated = [pairing if table is not None else 0 for pairing, table in zip(axes, cos, strict=True)]
+    return list(qkv), weights, tables, [weight is not None for weight in k_weight], rotated
+
+
+def _check_numbers(num_heads: int, eps: float) -> None:
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be positive, got {num_heads}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+
+
+def _check_stream(
+    at: str,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    axes: int,
+    first: Tensor,
+    num_heads: int,
+    head_dim: int,
+) -> None:
+    """One stream, whose arguments are called ``name + at``, against the head dimension and the first stream."""
+    widths = [parts * num_heads * head_dim for parts in (2, 3)]
+    if qkv.ndim != 3 or qkv.shape[0] != first.shape[0] or qkv.shape[2] not in widths:
+        expected = f"({first.shape[0]}, L, {widths[1]} or {widths[0]})"
+        raise ValueError(
+            f"qkv{at} must have the shape {expected} for {num_heads} heads of {head_dim}, got {tuple(qkv.shape)}"
+        )
+    if qkv.dtype != first.dtype:
+        raise ValueError(f"qkv{at} must have the dtype {first.dtype} of the first stream, got {qkv.dtype}")
+    check_device(f"qkv{at}", qkv, first.device)
+    if axes < 1 or head_dim % (2 * axes):
+        raise ValueError(f"axes{at}={axes} must be positive, and twice it must divide the head dimension {head_dim}")
+    if _has_queries(qkv, num_heads, head_dim) and (q_weight is None) != (k_weight is None):
+        raise ValueError(f"q_weight{at} and k_weight{at} must both be given or both be None")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"cos{at} and sin{at} must both be given or both be None")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check_floating(name + at, weight, (*DTYPES, torch.float64))
+            check_shape(name + at, weight, (head_dim,))
+            check_device(name + at, weight, first.device)
+    if cos is not None and sin is not None:
+        for name, table in (("cos", cos), ("sin", sin)):
+            check_floating(name + at, table, (torch.float32, torch.float64))
+            # Of the dimensions that the cosines have, the sines must have as many.
+            check_shape(name + at, table, (*qkv.shape[0 if cos.ndim == 3 else 1 : 2], head_dim))
+            check_device(name + at, table, first.device)
+
+
+def _check_cache(
+    qkv_BLC: Tensor, k_cache: Tensor, v_cache: Tensor, positions_B: Tensor, num_heads: int, head_dim: int
+) -> None:
+    batch, num_tokens, _ = qkv_BLC.shape
+    if k_cache.ndim != 4 or k_cache.shape[2] < num_tokens:
+        raise ValueError(f"k_cache must be (B, H, S, D) with S of at least {num_tokens}, got {tuple(k_cache.shape)}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_shape(name, cache, (batch, num_heads, k_cache.shape[2], head_dim))
+        check_floating(name, cache, (qkv_BLC.dtype,))
+        check_device(name, cache, qkv_BLC.device)
+        if cache.stride(-1) != 1 or cache.stride() != k_cache.stride():
+            raise ValueError(f"{name} must have contiguous channels and k_cache's strides, got {cache.stride()}")
+    check_shape("positions", positions_B, (batch,))
+    check_floating("positions", positions_B, (torch.int32, torch.int64))
+    check_device("positions", positions_B, qkv_BLC.device)
