@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import layer
 from ops.case import Case, every_case, leaves_of, tensors_of
 from record import ROOT, environment, results_folder, write
 from timing import Captured, calls_for, capture, rounds
@@ -251,7 +252,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.config.recompile_limit = 64
     roof = roofs(device)
     print("  ".join(f"{name} {value:.2f}" for name, value in roof.items()), flush=True)
-    cases = [case for case in every_case() if not options.op or case.op in options.op]
+    cases = [case for case in (*every_case(), *layer.cases()) if not options.op or case.op in options.op]
     first = {case.op: case for case in reversed(cases)}
     errors = {op: check(case, device) for op, case in first.items()}
     rows: list[dict[str, Any]] = []

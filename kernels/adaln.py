@@ -1,4 +1,4 @@
-"""AdaLN-Zero: gated residual, norm, scale and shift in one pass, forward and backward (DiT, arXiv:2212.09748, sec. 3.2).
+"""AdaLN-Zero: gated residual, norm, scale and shift in one pass, forward and backward (arXiv:2212.09748, sec. 3.2).
 
 Shape legend: B samples, M blocks of a sample with a row of modulation each, T tokens of a block, L = M * T tokens,
 C columns. The kernels are ``norm_common``'s, which ``rms_norm`` has too.
@@ -220,8 +220,8 @@ def adaln(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``total = residual + gate * x``, then ``norm(total) * (1 + scale) + shift``, differentiable.
 
-    Computed in float32 and rounded once (by the reference in float64, for float64). The sum is rounded to its dtype before
-    it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
+    Computed in float32 and rounded once (by the reference in float64, for float64). The sum is rounded to its dtype
+    before it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
 
     Args:
         x: (B, L, C), a branch's output, C at most 8192; float32, bfloat16 or float16. Any strides: only the last

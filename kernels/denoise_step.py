@@ -43,7 +43,7 @@ def denoise_step_ref(
 
 
 @jit
-def _kernel(
+def _step_kernel(
     sample_ptr, output_ptr, previous_ptr, coefficients_ptr, unconditional_ptr, scale_ptr, row_size, clip,
     stride_s, stride_o, stride_p, stride_c, stride_u, stride_g, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _kernel(
     coefficients_ptr += row * stride_c
     to_previous = tl.load(coefficients_ptr + 5)
     # Not read where its coefficient is 0: there it may be uninitialised, and 0 * NaN is NaN.
-    previous = tl.load(previous_ptr + row * stride_p + cols, live & (to_previous != 0), 0.0)
+    previous = tl.load(previous_ptr + row * stride_p + cols, cols < tl.where(to_previous == 0, 0, row_size), 0.0)
     x0 = tl.load(coefficients_ptr) * x + tl.load(coefficients_ptr + 1) * m
     # Comparisons in this order let a NaN through, as torch.clamp does.
     x0 = tl.where(x0 < -clip, -clip, tl.where(x0 > clip, clip, x0))
@@ -96,7 +96,7 @@ def _denoise_step_triton(
     scale = c[:, 0] if guidance_scale is None else guidance_scale
     row_size = x.shape[1]
     launch(
-        _kernel, (len(x), -(-row_size // BLOCK)), x.device, x, m, x0, c, u, scale, row_size,
+        _step_kernel, (len(x), -(-row_size // BLOCK)), x.device, x, m, x0, c, u, scale, row_size,
         float("inf") if clip is None else clip, *(tensor.stride(0) for tensor in (x, m, x0, c, u, scale)),
         GUIDED=unconditional is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -169,12 +169,13 @@ def denoise_step(
     """
     chosen = dispatch.resolve(OP, backend, sample.device)
     _validate(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
-    implementation = {
-        "reference": denoise_step_ref,
-        "cpp": torch.ops.madformer.denoise_step_,
-        "triton": torch.ops.madformer.denoise_step_triton_,
-    }[chosen]
-    implementation(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
+    arguments = (sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
+    if chosen == "triton":
+        torch.ops.madformer.denoise_step_triton_(*arguments)
+    elif chosen == "cpp":
+        torch.ops.madformer.denoise_step_(*arguments)
+    else:
+        denoise_step_ref(*arguments)
 
 
 def _validate(
@@ -195,10 +196,7 @@ def _validate(
         "coefficients": (coefficients, (len(sample), NUM_COEFFICIENTS), (torch.float32,)),
     }
     if (unconditional is None) != (guidance_scale is None):
-        given, missing = (
-            ("unconditional", "guidance_scale") if guidance_scale is None else ("guidance_scale", "unconditional")
-        )
-        raise ValueError(f"{given} needs {missing}: guidance takes both")
+        raise ValueError("unconditional and guidance_scale must be given together, got one of them")
     if unconditional is not None and guidance_scale is not None:
         expected["unconditional"] = (unconditional, sample.shape, (model_output.dtype,))
         expected["guidance_scale"] = (guidance_scale, (len(sample),), (torch.float32,))

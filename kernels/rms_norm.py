@@ -1,11 +1,12 @@
 """RMSNorm with a fused residual addition, forward and backward (arXiv:1910.07467, eq. 4).
 
-Shape legend: R rows (all dimensions but the last, flattened), C columns. The kernels are ``norm_common``'s, which
-``adaln`` has too.
+Shape legend: B samples, L rows of a sample (or all rows, as those of one sample), C columns. The kernels
+are ``norm_common``'s, which ``adaln`` has too.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, overload
 
@@ -31,25 +32,28 @@ def rms_norm_ref(
     return y if residual is None else (y, total)
 
 
-def _in_samples(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors of one shape as (B, L, C) with contiguous columns; B is 1 where all have evenly spaced rows."""
-    tensors = tuple(None if x is None else with_contiguous_columns(x) for x in tensors)
-    shape = next(x.shape for x in tensors if x is not None)
-    even = all(x is None or _has_even_rows(x) for x in tensors)
-    length = math.prod(shape[:-1]) if even else shape[-2]
-    samples = 1 if even else math.prod(shape[:-2])
-    return [None if x is None else x.reshape(samples, length, shape[-1]) for x in tensors]
+def _sample_shape(*tensors: Tensor | None) -> tuple[int, int, int]:
+    """Tensors of one shape as (B, L, C); B is 1 where each of them has evenly spaced rows."""
+    given = [x for x in tensors if x is not None]
+    *sizes, cols = given[0].shape
+    if all(x.stride(-1) != 1 or _has_even_rows(x) for x in given):
+        return 1, math.prod(sizes), cols
+    return math.prod(sizes[:-1]), sizes[-1], cols
 
 
 def _has_even_rows(x: Tensor) -> bool:
-    sizes, strides = x.shape[:-1], x.stride()[:-1]
-    pairs = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(pairs, pairs[1:], strict=False))
+    rows = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(rows))
+
+
+def _in_samples(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return with_contiguous_columns(x).reshape(shape)
 
 
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    x_BLC, residual_BLC = _in_samples(x, residual)
-    y, total = norm_forward(x_BLC, residual=residual_BLC, weight=weight, centred=False, eps=eps)
+    shape = _sample_shape(x, residual)
+    residual_BLC = None if residual is None else _in_samples(residual, shape)
+    y, total = norm_forward(_in_samples(x, shape), residual=residual_BLC, weight=weight, centred=False, eps=eps)
     return y.view(x.shape), x.new_empty(0) if total is None else total.view(x.shape)
 
 
@@ -71,8 +75,16 @@ def _backward(
     gradients = _empty_gradients(grad_y, total, weight, wanted)
     names = ("x", "weight", "total")
     out = {name: x for name, x, is_wanted in zip(names, gradients, wanted, strict=True) if is_wanted}
-    grad_y, grad_total, total = _in_samples(grad_y, grad_total, total)
-    norm_backward(grad_y, grad_total, total, weight=weight, centred=False, eps=eps, out=out)
+    shape = _sample_shape(grad_y, grad_total, total)
+    norm_backward(
+        _in_samples(grad_y, shape),
+        None if grad_total is None else _in_samples(grad_total, shape),
+        _in_samples(total, shape),
+        weight=weight,
+        centred=False,
+        eps=eps,
+        out=out,
+    )
     return gradients
 
 
@@ -137,8 +149,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``total = x + residual``, then ``total / sqrt(mean(total ** 2) + eps) * weight``, differentiable.
 
-    Computed in float32 and rounded once (by the reference in float64, for float64). The sum is rounded to its dtype before
-    it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
+    Computed in float32 and rounded once (by the reference in float64, for float64). The sum is rounded to its dtype
+    before it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
 
     Args:
         x: (..., C), C at most 8192; float32, bfloat16 or float16. Rows may be spaced as a slice of a packed tensor's

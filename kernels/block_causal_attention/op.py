@@ -39,13 +39,16 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
     if capability < 90:
         if head_dim <= 64:
             return Settings(Tile(rows, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), tma)
-        return Settings(Tile(rows, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), tma)
+        dq, dkdv = Tile(64, 32 if masked else 64, 8, 2), Tile(64, 32, 8, 1 if masked else 2)
+        return Settings(Tile(rows, 64, 8, 2), dq, dkdv, tma)
     if head_dim <= 64:
         # 168 registers: three programs of 128 threads on an SM in place of two.
         limit = 168 if capability < 100 and rows == 128 and not masked else None
-        dq = Tile(64 if masked else rows, 64, 4, 3)
-        return Settings(Tile(rows, 64, 4, 3, limit), dq, Tile(64, 64, 4, 3), tma)
-    return Settings(Tile(rows, 64, 8, 2), Tile(rows, 64, 8, 2), Tile(64, 32 if masked else 64, 4, 2), tma)
+        forward = Tile(rows, 64, 4, 3 if rows == 128 else 2, limit)
+        return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), Tile(64, 64, 4, 3), tma)
+    # Blackwell's accumulators have a memory of their own, and 4 warps are enough.
+    queries = Tile(rows, 64, 8 if capability < 100 else 4, 2)
+    return Settings(queries, queries, Tile(64, 32 if masked else 64, 4, 2), tma)
 
 
 def _settings(q: Tensor, layout: BlockLayout) -> Settings:
@@ -67,8 +70,8 @@ def _backward(
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The kernels take any strides but the last. Offsets inside a tile of 128 rows have 32 bits, all others 64."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
 library.define(

@@ -16,7 +16,7 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS
 from madformer.kernels.cached_attention.reference import cached_attention_ref
-from madformer.kernels.checks import DTYPES, check_device, check_floating, check_same, check_shape
+from madformer.kernels.checks import check_device, check_floating, check_same, check_shape
 
 __all__ = ["cached_attention", "cached_attention_ref"]
 
@@ -45,8 +45,8 @@ def cached_attention(
     ``lengths_B`` but the result, so a captured CUDA graph serves all lengths.
 
     Args:
-        q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128 for the kernel. Any strides, as for all of
-            these, but the last dimension contiguous.
+        q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128; the reference takes any. Any strides, as for
+            all of these, but the last dimension contiguous.
         k_cache_BHSD, v_cache_BHSD: (B, H, S, D) in the dtype of ``q_BHLD``. What lies behind a sample's length is
             never used, and may be uninitialised.
         lengths_B: (B,) int32 or int64, on the device of the rest. Clamped to 0..S.
@@ -71,23 +71,17 @@ def cached_attention(
         raise ValueError(f"scale={scale} must be positive and finite")
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be in 1..{MAX_SPLITS}")
-    chosen = dispatch.resolve(OP, backend, q_BHLD.device)
-    if chosen == "triton" and backend == dispatch.AUTO and not _fits(q_BHLD):
-        chosen = "reference"
-    if chosen == "reference":
+    chosen = dispatch.resolve(OP, backend, q_BHLD.device, q_BHLD.dtype)
+    too_wide = q_BHLD.shape[-1] > MAX_HEAD_DIM
+    if chosen == "reference" or (backend == dispatch.AUTO and too_wide):
         return cached_attention_ref(q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale=scale)
     check_floating("q", q_BHLD)
-    if not _fits(q_BHLD):
+    if too_wide:
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
     out_BLHD = torch.ops.madformer.cached_attention(
         q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale, num_splits
     )
     return out_BLHD.transpose(1, 2)
-
-
-def _fits(q: Tensor) -> bool:
-    """Whether the kernel takes it; where it does not, ``auto`` means the reference."""
-    return q.dtype in DTYPES and q.shape[-1] <= MAX_HEAD_DIM
 
 
 def _validate(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None) -> None:

@@ -29,7 +29,7 @@ def _rows_of_head(ptr, strides, sample, head, UNIT: tl.constexpr):
 @jit
 def _load_rows(ptr, stride, first, stop, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
     """Rows ``first .. first + ROWS`` of one head; those from ``stop`` on (if MASKED) and columns from D on are 0."""
-    rows = (first + tl.arange(0, ROWS))[:, None]
+    rows = (first + tl.arange(0, ROWS).to(tl.int64))[:, None]
     cols = tl.arange(0, COLS)[None, :]
     ptrs = ptr + rows * stride + cols
     if MASKED:

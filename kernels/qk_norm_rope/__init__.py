@@ -89,8 +89,9 @@ def qk_norm_rope(
             raise ValueError(f"{name} must have one entry a stream, {len(qkv)}, got {len(entries)}")
     _check_numbers(num_heads, eps)
     head_dim = head_dim_of(qkv, num_heads, q_weight, k_weight, cos)
-    for index, stream in enumerate(zip(qkv, q_weight, k_weight, cos, sin, pairings, strict=True)):
-        _check_stream(f"[{index}]", *stream, qkv[0], num_heads, head_dim)
+    for i, x in enumerate(qkv):
+        of_stream = x, q_weight[i], k_weight[i], cos[i], sin[i], pairings[i]
+        _check_stream(f"[{i}]", *of_stream, qkv[0], num_heads, head_dim)
     if chosen == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, axes=axes, eps=eps)
     check_floating("qkv[0]", qkv[0])
@@ -212,7 +213,6 @@ def _check_stream(
     if cos is not None and sin is not None:
         for name, table in (("cos", cos), ("sin", sin)):
             check_floating(name + at, table, (torch.float32, torch.float64))
-            # Of the dimensions that the cosines have, the sines must have as many.
             check_shape(name + at, table, (*qkv.shape[0 if cos.ndim == 3 else 1 : 2], head_dim))
             check_device(name + at, table, first.device)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from madformer.kernels.qk_norm_rope import kernels
-from madformer.kernels.qk_norm_rope.kernels import Stream
+from madformer.kernels.qk_norm_rope import launchers
+from madformer.kernels.qk_norm_rope.launchers import Stream
 
 
 def _streams(
@@ -62,7 +62,7 @@ def _empty_outputs(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, 
 def _forward(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _empty_outputs(qkv, *arguments)
     for stream, queries, tokens in _spans(_streams(qkv, *arguments)):
-        kernels.forward(stream, q[:, :, queries], k[:, :, tokens], v[:, :, tokens], positions_B=None)
+        launchers.forward(stream, q[:, :, queries], k[:, :, tokens], v[:, :, tokens], positions_B=None)
     return q, k, v
 
 
@@ -71,22 +71,22 @@ def _backward(
 ) -> tuple[list[Tensor], Tensor]:
     streams = _streams(qkv, weights, *arguments)
     # As many programs for every stream, so that one sum finishes the weights of all.
-    num_programs = max(kernels.num_backward_programs(stream) for stream in streams)
+    num_programs = max(launchers.num_backward_programs(stream) for stream in streams)
     partial_NPD = dk.new_empty(len(weights), num_programs, dk.shape[3], dtype=torch.float32)
     dqkv, row = [], 0
     for stream, queries, tokens in _spans(streams):
         partial = partial_NPD[row : row + stream.num_weights] if needs_weights and stream.num_weights else None
         row += stream.num_weights
         gradients = dq[:, :, queries], dk[:, :, tokens], dv[:, :, tokens]
-        dqkv.append(kernels.backward(stream, *gradients, partial, num_programs))
+        dqkv.append(launchers.backward(stream, *gradients, partial, num_programs))
     return dqkv, partial_NPD.sum(1) if needs_weights else partial_NPD.new_empty(0, dk.shape[3])
 
 
 def _cached(qkv: list[Tensor], *arguments: Any) -> Tensor:
-    *arguments, k_cache, v_cache, positions = arguments
-    (stream,) = _streams(qkv, *arguments)
+    *of_stream, k_cache, v_cache, positions = arguments
+    (stream,) = _streams(qkv, *of_stream)
     q = _empty_heads(stream, stream.qkv.shape[1] if stream.has_queries else 0)
-    kernels.forward(stream, q, k_cache, v_cache, positions)
+    launchers.forward(stream, q, k_cache, v_cache, positions)
     return q
 
 

@@ -42,8 +42,8 @@ def qk_norm_rope_ref(
     for packed_BLC, q_scale, k_scale, cosines, sines, pairing in streams:
         heads = packed_BLC.unflatten(-1, (-1, num_heads, head_dim)).permute(2, 0, 3, 1, 4)
         *q, k, v = heads.unbind(0)
-        queries += [_rotate(_normalise(x, q_scale, eps), cosines, sines, pairing) for x in q]
-        keys.append(_rotate(_normalise(k, k_scale, eps), cosines, sines, pairing))
+        queries += [apply_rope(_normalise(x, q_scale, eps), cosines, sines, pairing) for x in q]
+        keys.append(apply_rope(_normalise(k, k_scale, eps), cosines, sines, pairing))
         values.append(v)
     q, k, v = (_join(parts) for parts in (queries or [keys[0][:, :, :0]], keys, values))
     return q, k, v
@@ -90,7 +90,13 @@ def _normalise(x_BHLD: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (x_BHLD * scale * weight).to(x_BHLD.dtype)
 
 
-def _rotate(x_BHLD: Tensor, cos: Tensor | None, sin: Tensor | None, axes: int) -> Tensor:
+def apply_rope(x_BHLD: Tensor, cos: Tensor | None, sin: Tensor | None, axes: int) -> Tensor:
+    """Rotate pairs of channels by the tabulated angles, in fp32; the result has ``x``'s dtype.
+
+    ``axes=2`` (axial) pairs channels within each axis' half. ``axes=1`` pairs channel ``j`` with ``j + D / 2``: RoPE
+    as Llama has it on the table of one axis; on a table of two axes the released pairing, which joins row and column
+    angles: not a rotation, but what its weights expect.
+    """
     if cos is None or sin is None:
         return x_BHLD
     cos, sin = (table if table.ndim == 2 else table[:, None] for table in (cos, sin))

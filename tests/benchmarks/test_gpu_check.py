@@ -12,6 +12,11 @@ import torch
 
 import gpu_check
 import report
+import timing
+from madformer.kernels import launch
+from madformer.kernels.swiglu import swiglu, swiglu_ref
+from ops.case import Case
+from testing import DEVICE
 
 ROOF = {"copy_tb_per_s": 4.0, "matmul_tflops": 800.0}
 
@@ -67,6 +72,74 @@ def test_no_speed_on_a_red_test(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 1
     assert capsys.readouterr().err == "gpu-check: PyTorch sees no CUDA device\n"
+
+
+def swiglu_case(**changes: Any) -> Case:
+    def inputs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        gate, up = torch.randn(2, 4, 32, device=device, dtype=torch.bfloat16)
+        return gate.requires_grad_(), up.requires_grad_()
+
+    values = {"op": "swiglu", "label": "batch 1", "inputs": inputs, "run": swiglu}
+    return Case(**{**values, "forward_bytes": 768, "backward_bytes": 1280, "peers": {"eager": swiglu_ref}, **changes})
+
+
+@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+def test_a_wrong_result_is_red() -> None:
+    """Compared in results and in gradients, whichever is wrong."""
+    assert 0 < gpu_check.check(swiglu_case(), DEVICE) < 1e-2
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return 1.1 * grad
+
+    def off(gate: torch.Tensor, up: torch.Tensor, *, backend: str) -> torch.Tensor:
+        out = swiglu(gate, up, backend=backend)
+        return out * 1.1 if backend == "triton" else out
+
+    def off_backward(gate: torch.Tensor, up: torch.Tensor, *, backend: str) -> torch.Tensor:
+        return swiglu(Wrong.apply(gate) if backend == "triton" else gate, up, backend=backend)
+
+    for wrong in (off, off_backward):
+        with pytest.raises(gpu_check.RedError, match="swiglu, batch 1: error"):
+            gpu_check.check(swiglu_case(run=wrong), DEVICE)
+
+
+@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_row_of_the_record(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With calls timed as they are where there is no GPU to capture them on; a peer that fails is named."""
+
+    class Eager:
+        def __init__(self, run: timing.Run) -> None:
+            self.run = run
+
+        def time(self) -> float:
+            return timing.seconds(self.run, DEVICE)
+
+    def broken(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand more")
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(gpu_check, "capture", lambda prepare, calls: Eager(prepare()))
+    monkeypatch.setattr(gpu_check, "SECONDS_A_ROW", 0.01)
+    # Prepared outside of a capture a forward pass runs inside of it.
+    peers = {"eager": swiglu_ref} | ({"broken": broken} if direction == "backward" else {})
+    measured = gpu_check.measure(swiglu_case(peers=peers), direction, DEVICE)
+    assert measured["seconds"].keys() == {"ours", "eager"}
+    assert all(spread["median"] > 0 for spread in measured["seconds"].values())
+    assert measured["failed"] == ({"broken": "RuntimeError: no kernel for this"} if "broken" in peers else {})
+    assert set(gpu_check.metrics([measured], ROOF)) == {
+        *ROOF,
+        f"swiglu_{direction}_bandwidth_fraction",
+        f"swiglu_{direction}_vs_eager",
+    }
+    gpu_check.print_row(measured, ROOF)
 
 
 def record() -> dict[str, Any]:

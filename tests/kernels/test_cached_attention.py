@@ -190,9 +190,12 @@ def test_result_is_a_view_for_the_projection() -> None:
         assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("strides", [(64, 16, 2**31, 1), (16, 2**31, 32, 1), (2**31, 16, 32, 1)], ids=str)
+FAR = 2**30 + 1  # Twice this is beyond 32 bits, once it is not; odd, so that strides cannot be given in larger units.
+
+
+@pytest.mark.parametrize("strides", [(FAR, 16, 48, 1), (16, FAR, 48, 1), (16, 48, FAR, 1)], ids=["B", "H", "S"])
 def test_addresses_beyond_32_bits(strides: tuple[int, ...]) -> None:
-    inputs = make_inputs([2, 2], 2, 3, heads=2)
+    inputs = make_inputs([3, 3, 3], 3, 5, heads=3)
     for name in ("k_cache_BHSD", "v_cache_BHSD"):
         inputs[name] = spread_out(inputs[name], strides)
     assert_op_matches(triton(), cached_attention_ref, inputs)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, library, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels.launch import Target
 from madformer.kernels.qk_norm_rope import (
-    kernels,
+    launchers,
     qk_norm_rope,
     qk_norm_rope_cached,
     qk_norm_rope_cached_ref,
     qk_norm_rope_ref,
 )
+from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model.layer import QK_NORM_EPS, Tower
-from madformer.model.rope import apply_rope, rope_tables
+from madformer.model.rope import rope_tables
 from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 triton = partial(qk_norm_rope, backend="triton")
@@ -105,11 +105,11 @@ def test_streams(streams: str) -> None:
     assert q.shape[2] == sum(length for length, count in zip(lengths, parts, strict=True) if count == 3)
 
 
-@pytest.mark.parametrize(("length", "num_heads"), [(17, 6), (3, 5)], ids=["tiles by tiles", "heads divided unevenly"])
-def test_programs_take_several_tiles(length: int, num_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of heads in the forward, and of tokens in the backward, as on a GPU with one multiprocessor."""
-    monkeypatch.setattr(kernels, "target", lambda device: Target(capability=80, num_sms=1))
-    assert_matches(make_inputs((length,), (2,), num_heads=num_heads, head_dim=128))
+def test_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads in the forward and of tokens in the backward, as many as do not divide evenly."""
+    settings = launchers.Settings(tokens=2, heads=2, cols=4, heads_per_program=4, num_programs=2)
+    monkeypatch.setattr(launchers, "choose_settings", lambda stream: settings)
+    assert_matches(make_inputs((5,), num_heads=6))
 
 
 def test_text_beside_images() -> None:

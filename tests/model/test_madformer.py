@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from madformer.config import MADFormerConfig, UNetConfig, preset, tiny
+from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
 from madformer.model.madformer import skip_channels, skip_levels
-from madformer.model.rope import apply_rope, rope_tables, token_positions
+from madformer.model.rope import rope_tables, token_positions
 from madformer.model.unet import TimestepEmbedding
 from testing import perturb, relative_error
 

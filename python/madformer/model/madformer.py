@@ -274,7 +274,7 @@ def set_backend(module: nn.Module, backend: str) -> None:
     """Choose the implementation of every kernel but attention in ``module``."""
     for part in module.modules():
         if hasattr(part, "backend"):
-            part.backend = backend
+            part.backend = backend  # type: ignore[assignment]
 
 
 def masked_attention(layout: BlockLayout, backend: str) -> Attention:

@@ -1,6 +1,6 @@
 """Two-dimensional rotary position embedding over the tokens of an image, in block order.
 
-Shape legend: B batch, H heads, L tokens, D head dim.
+Shape legend: L tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -42,18 +42,6 @@ def rope_tables(config: MADFormerConfig) -> tuple[Tensor, Tensor]:
     return table.cos(), table.sin()
 
 
-def apply_rope(x_BHLD: Tensor, cos_LD: Tensor, sin_LD: Tensor, *, axes: int) -> Tensor:
-    """Rotate pairs of channels by the tabulated angles, in fp32; the result has ``x``'s dtype.
-
-    ``axes=2`` (axial) pairs channels within each axis' half. ``axes=1`` is the released pairing, which joins
-    channel ``j`` (row angle) with ``j + D / 2`` (column angle): not a rotation, but what its weights expect.
-    """
-    first, second = x_BHLD.unflatten(-1, (axes, 2, -1)).unbind(-2)
-    turned = torch.stack((-second, first), dim=-2).flatten(-3)
-    # the fp32 tables make the products fp32
-    return (x_BHLD * cos_LD + turned * sin_LD).to(x_BHLD.dtype)
-
-
 class RotaryEmbedding2D(nn.Module):
     """The tables of :func:`rope_tables` as buffers that stay fp32 whatever dtype the model is cast to."""
 
@@ -79,6 +67,3 @@ class RotaryEmbedding2D(nn.Module):
         size = self.config.block_size
         span = slice(first_block * size, (first_block + num_blocks) * size)
         return self.cos[span], self.sin[span]
-
-    def forward(self, x_BHLD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        return apply_rope(x_BHLD, *tables, axes=self.axes)

@@ -1,0 +1,266 @@
+"""What ``rms_norm`` and ``adaln`` share: checks, launch settings, and launchers of the kernels beside this file.
+
+Both ops are ``total = residual + gate * x``, ``n = normalise(total) * weight + bias``, ``y = n * (1 + scale) + shift``
+with parts left out.
+
+Shape legend: B samples, M blocks of a sample that share a row of shift, scale and gate, T tokens of a block,
+L = M * T tokens, C columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from madformer.kernels.checks import check_device, check_floating, check_shape
+from madformer.kernels.launch import launch, target
+from madformer.kernels.norm_common.kernels import norm_backward_kernel, norm_forward_kernel, norm_reduce_kernel
+
+MAX_COLS = 8192
+"""Widest row: its chunks stay in the registers of one program."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a launch is cut: a program's tile of rows, the chunks of a row, and its warps.
+
+    ``num_stages`` and ``programs_per_sm`` are the backward pass's: tiles in flight, and programs that run at once.
+    """
+
+    rows: int
+    chunk: int
+    num_warps: int
+    num_stages: int = 1
+    programs_per_sm: int = 0
+
+
+def _chunk_of(num_cols: int, widest: int) -> int:
+    """The widest chunk that leaves at most an eighth of the lanes without a column."""
+    whole = min(widest, 1 << (num_cols - 1).bit_length())
+    chunks = [whole >> shift for shift in range(8) if whole >> shift >= 64]
+    return next((chunk for chunk in chunks if -num_cols % chunk * 8 <= num_cols), whole)
+
+
+def choose_forward_settings(num_cols: int) -> Settings:
+    """A warp to a row of up to 1536 columns, so that no sum leaves its warp; 16 bytes of bf16 a load.
+
+    At 1152 columns 64 registers (127 for AdaLN): 8 (4) programs of 4 rows on an SM, 74 KB of loads in flight.
+    """
+    warps_of_row = 1 << (-(-num_cols // 1536) - 1).bit_length()
+    chunk = _chunk_of(num_cols, 256 * warps_of_row)
+    num_warps = max(4, warps_of_row)
+    return Settings(rows=num_warps * 256 // chunk, chunk=chunk, num_warps=num_warps)
+
+
+def choose_backward_settings(num_cols: int, num_sums: int) -> Settings:
+    """Two warps to a row of 1152 columns: the row and its part of the sums over rows stay in registers.
+
+    One sum takes 128 registers, the three of AdaLN take 205. The next tile is copied to shared memory meanwhile, which
+    keeps the memory busy with the few warps that fit: at two stages there is one buffer, and nothing overlaps, but
+    more does not fit for wide rows. At 8192 columns the three sums no longer fit either: some registers spill.
+    """
+    warps_of_row = 1 << (-(-num_cols // 640) - 1).bit_length()
+    chunk = _chunk_of(num_cols, 128 * warps_of_row)
+    num_warps = max(2, warps_of_row)
+    return Settings(
+        rows=num_warps * 128 // chunk,
+        chunk=chunk,
+        num_warps=num_warps,
+        num_stages=3 if num_cols <= 4096 else 2,
+        programs_per_sm=max(1, (12 if num_sums <= 1 else 8) // num_warps),
+    )
+
+
+@functools.cache
+def choose_splits(blocks: int, tiles: int, programs: int) -> int:
+    """Into how many programs a block's tiles are split, where ``programs`` run at once: those that finish first.
+
+    The constant is what a program takes to start and to end, in tiles.
+    """
+    candidates = range(1, max(1, min(tiles, programs)) + 1)
+    return min(candidates, key=lambda splits: -(-blocks * splits // programs) * (-(-tiles // splits) + 2))
+
+
+def check_norm(
+    x: Tensor, affine: Mapping[str, Tensor | None], residual: Tensor | None, eps: float, *, compiled: bool
+) -> None:
+    """Raises ``ValueError`` unless these can be normalised, and with ``compiled`` unless the kernels can do it."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have columns to normalise over, got the shape {tuple(x.shape)}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be positive, got {eps}")
+    named = {"residual": residual, **affine}
+    for name, tensor in named.items():
+        if tensor is not None:
+            check_shape(name, tensor, x.shape if name == "residual" else x.shape[-1:])
+            check_device(name, tensor, x.device)
+    if compiled:
+        for name, tensor in {"x": x, **named}.items():
+            if tensor is not None:
+                check_floating(name, tensor)
+        if x.shape[-1] > MAX_COLS:
+            raise ValueError(f"x must have at most {MAX_COLS} columns for the triton backend, got {x.shape[-1]}")
+
+
+def with_contiguous_columns(x: Tensor) -> Tensor:
+    """What the kernels take as rows: the tensor, or a copy of it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(tensor_BLC: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor_BLC is None else (tensor_BLC.stride(0), tensor_BLC.stride(1))
+
+
+def norm_forward(
+    x_BLC: Tensor,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """``y`` (B, L, C) in the dtype of ``x``, and ``total`` in that of ``residual`` where there is one.
+
+    ``x`` and ``residual`` have contiguous columns; ``gate``, ``shift`` and ``scale`` are (B * M, C) rows of such.
+    """
+    (samples, length, cols), device = x_BLC.shape, x_BLC.device
+    y = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    if x_BLC.numel() == 0:
+        return y, total
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
+    blocks = samples if scale is None else scale.shape[0]
+    tokens = samples * length // blocks
+    settings = choose_forward_settings(cols)
+    tiles = -(-tokens // settings.rows)
+    launch(
+        norm_forward_kernel,
+        (blocks * tiles,),
+        device,
+        *(x_BLC, residual, gate, weight, bias, shift, scale, total, y),
+        eps,
+        tokens,
+        blocks // samples,
+        tiles,
+        *_strides(x_BLC),
+        *_strides(residual),
+        *(0 if rows is None else rows.stride(0) for rows in (gate, shift, scale)),
+        CENTRED=centred,
+        COLS=cols,
+        ROWS=settings.rows,
+        CHUNK=settings.chunk,
+        num_warps=settings.num_warps,
+    )
+    return y, total
+
+
+def norm_backward(
+    grad_y_BLC: Tensor,
+    grad_total_BLC: Tensor | None,
+    total_BLC: Tensor,
+    *,
+    x: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    centred: bool,
+    eps: float,
+    out: Mapping[str, Tensor],
+) -> None:
+    """Fills ``out``, the gradients that are wanted by name, contiguous.
+
+    ``total`` is what was normalised, and its gradient is that of ``residual``; that of ``x`` differs by the gate.
+    ``total`` and ``x`` are (B, L, C), ``gate``, ``shift`` and ``scale`` (B * M, C), ``weight`` and ``bias`` (C,).
+    The other arguments are :func:`norm_forward`'s; ``x`` is only read for the gradient of ``gate``.
+    """
+    (samples, length, cols), device = total_BLC.shape, total_BLC.device
+    if total_BLC.numel() == 0:
+        for gradient in out.values():
+            gradient.zero_()
+        return
+    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
+    blocks = samples if scale is None else scale.shape[0]
+    tokens = samples * length // blocks
+    needed = {
+        "sum": not out.keys().isdisjoint({"shift", "bias"} if bias is None else {"shift", "bias", "scale"}),
+        "dot": not out.keys().isdisjoint({"scale", "weight"}),
+        "gate": "gate" in out,
+    }
+    settings = choose_backward_settings(cols, num_sums=sum(needed.values()))
+    tiles = -(-tokens // settings.rows)
+    splits = choose_splits(blocks, tiles, target(device).num_sms * settings.programs_per_sm)
+    partials = [
+        torch.empty(blocks * splits, cols, device=device) if is_needed else None for is_needed in needed.values()
+    ]
+    launch(
+        norm_backward_kernel,
+        (blocks * splits,),
+        device,
+        *(grad_y_BLC, grad_total_BLC, total_BLC, x, gate, weight, scale),
+        *(out.get("total"), out.get("x"), *partials),
+        eps,
+        tokens,
+        blocks // samples,
+        tiles,
+        splits,
+        *_strides(grad_y_BLC),
+        *_strides(grad_total_BLC),
+        *_strides(total_BLC),
+        *_strides(x),
+        *(0 if rows is None else rows.stride(0) for rows in (gate, scale)),
+        CENTRED=centred,
+        COLS=cols,
+        ROWS=settings.rows,
+        CHUNK=settings.chunk,
+        STAGES=settings.num_stages,
+        num_warps=settings.num_warps,
+    )
+    if any(needed.values()):
+        _reduce_partials(partials, weight, bias, scale, out)
+
+
+def _reduce_partials(
+    partials: Sequence[Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    out: Mapping[str, Tensor],
+) -> None:
+    """From the sums of every program to gradients, in one launch; with a scale, affine ones in one addition each."""
+    rows, cols = next(partial.shape for partial in partials if partial is not None)
+    device = next(iter(out.values())).device
+    groups = 1 if scale is None else scale.shape[0]
+    num_partials = rows // groups
+    affine = {name: out[name] for name in ("weight", "bias") if name in out}
+    by_group = (
+        affine if scale is None else {name: scale.new_empty(groups, cols, dtype=torch.float32) for name in affine}
+    )
+    tile = min(1024, 1 << (num_partials - 1).bit_length())
+    width = max(16, min(128, 4096 // tile))
+    launch(
+        norm_reduce_kernel,
+        (groups, -(-cols // width)),
+        device,
+        *(*partials, weight, bias, scale),
+        *(out.get(name) for name in ("shift", "scale", "gate")),
+        *(by_group.get(name) for name in ("weight", "bias")),
+        num_partials,
+        0 if scale is None else scale.stride(0),
+        COLS=cols,
+        TILE=tile,
+        WIDTH=width,
+        num_warps=max(1, min(8, tile * width // 512)),
+    )
+    if scale is not None:
+        for name, gradient in affine.items():
+            gradient.copy_(by_group[name].sum(0))
