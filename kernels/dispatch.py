@@ -154,11 +154,15 @@ def report() -> tuple[BackendStatus, ...]:
     """The state of every backend on this machine, in the order in which ``auto`` prefers them."""
     for module in pkgutil.iter_modules(kernels.__path__, "madformer.kernels."):
         importlib.import_module(module.name)  # An op is in the registry once its file has been imported.
+    why_not = dict(_UNAVAILABLE)
+    somewhere = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "triton" not in why_not and (why := launch.refusal(somewhere)) is not None:
+        why_not["triton"] = why
     return tuple(
         BackendStatus(
             backend=name,
-            available=name not in _UNAVAILABLE,
-            reason=_UNAVAILABLE.get(name, _DESCRIPTION[name]),
+            available=name not in why_not,
+            reason=why_not.get(name, _DESCRIPTION[name]),
             ops=tuple(sorted(op for op, implementations in _REGISTRY.items() if name in implementations)),
         )
         for name in BACKENDS

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 
 import torch
-from ops.case import Case, random
 
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from ops.case import Case, random
 
 FFHQ_1024 = BlockLayout(256, noise_blocks=16, clean_blocks=16)
-# Every width of head, text and its causal triangle, a last layer, and blocks that are smaller than a tile.
+# The other widths of a head: in a last layer, in blocks that are smaller than a tile, with text and its triangle.
 VARIANTS = [
-    (72, BlockLayout(256, noise_blocks=16, clean_blocks=16)),
-    (80, BlockLayout(256, noise_blocks=16, clean_blocks=15, clean_queries=False)),
+    (72, BlockLayout(256, noise_blocks=16, clean_blocks=15, clean_queries=False)),
+    (80, BlockLayout(16, noise_blocks=4, clean_blocks=4)),
     (96, BlockLayout(256, noise_blocks=16, clean_blocks=16, text_length=77)),
-    (128, BlockLayout(256, noise_blocks=16, clean_blocks=16)),
-    (64, BlockLayout(16, noise_blocks=4, clean_blocks=4)),
+    (128, FFHQ_1024),
 ]
 
 

@@ -38,19 +38,17 @@ from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import jit, tl
 
 
-# fmt: off
 @jit
 def _dq_kernel(
     q, k, v, out, dout, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_oh, stride_ol, stride_db, stride_dh, stride_dl, scale, score_scale,
-    batch_size, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
+    total_heads, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
     TEXT_QUERIES: tl.constexpr, CLEAN_QUERIES: tl.constexpr, CROSS_BLOCK: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    # fmt: on
-    rank, item = work_item(num_tiles, batch_size * num_heads, group_heads)
+):  # fmt: skip
+    rank, item = work_item(num_tiles, total_heads, group_heads)
     batch, head = item // num_heads, item % num_heads
     position, length, first_query, stream = query_tile(
         rank, text_length, clean_length, noise_length, block_size, TEXT_QUERIES, CLEAN_QUERIES, CROSS_BLOCK, BLOCK_M
@@ -164,19 +162,17 @@ def _visible_to(position, stream):
     return start, tl.where(to_end, stop, tl.minimum(start + size, stop)), later
 
 
-# fmt: off
 @jit
 def _dkdv_kernel(
     k, v, q, dout, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_qb, stride_qh, stride_ql, stride_db, stride_dh, stride_dl, scale, score_scale,
-    batch_size, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
+    total_heads, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
     TEXT_QUERIES: tl.constexpr, CLEAN_QUERIES: tl.constexpr, CROSS_BLOCK: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    # fmt: on
-    rank, item = work_item(num_tiles, batch_size * num_heads, group_heads)
+):  # fmt: skip
+    rank, item = work_item(num_tiles, total_heads, group_heads)
     batch, head = item // num_heads, item % num_heads
     position, length, first_key, stream = _key_tile(
         rank, text_length, clean_length, noise_length, block_size, TEXT_QUERIES, CLEAN_QUERIES, CROSS_BLOCK, BLOCK_N

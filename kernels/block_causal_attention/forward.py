@@ -61,7 +61,7 @@ class Settings:
 
 
 @jit
-def work_item(num_tiles, num_heads, group_heads):
+def work_item(num_tiles, total_heads, group_heads):
     """Which tile of which head a program owns: all first tiles of a group of heads, then all second ones, and so on.
 
     Tiles are ranked by their work, the longest first, so that the short ones fill the gaps at the end; a group's
@@ -69,7 +69,7 @@ def work_item(num_tiles, num_heads, group_heads):
     """
     group = tl.program_id(0) // (num_tiles * group_heads)
     item = tl.program_id(0) - group * num_tiles * group_heads
-    size = tl.minimum(group_heads, num_heads - group * group_heads)
+    size = tl.minimum(group_heads, total_heads - group * group_heads)
     return item // size, group * group_heads + item % size
 
 
@@ -196,18 +196,16 @@ def within(first, start, stop, COUNT: tl.constexpr):
     return (offsets[None, :] >= start[:, None]) & (offsets[None, :] < stop[:, None])
 
 
-# fmt: off
 @jit
 def _forward_kernel(
     q, k, v, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    score_scale, batch_size, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
+    score_scale, total_heads, num_heads, group_heads, num_tiles, text_length, clean_length, noise_length, block_size,
     TEXT_QUERIES: tl.constexpr, CLEAN_QUERIES: tl.constexpr, CROSS_BLOCK: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    # fmt: on
-    rank, item = work_item(num_tiles, batch_size * num_heads, group_heads)
+):  # fmt: skip
+    rank, item = work_item(num_tiles, total_heads, group_heads)
     batch, head = item // num_heads, item % num_heads
     position, length, first_query, stream = query_tile(
         rank, text_length, clean_length, noise_length, block_size, TEXT_QUERIES, CLEAN_QUERIES, CROSS_BLOCK, BLOCK_M
@@ -299,9 +297,7 @@ def is_masked(layout: BlockLayout, queries: int, keys: int) -> bool:
     return not aligned or layout.text_query_length > 0
 
 
-def operands(
-    loaded: list[tuple[Tensor, int]], tma: bool
-) -> tuple[list[Any], list[int], dict[str, Any]]:
+def operands(loaded: list[tuple[Tensor, int]], tma: bool) -> tuple[list[Any], list[int], dict[str, Any]]:
     """``(B, H, L, D)`` tensors, each with the rows of the tiles it is loaded in: (arguments, strides, constants).
 
     The copy engine takes them where their strides are multiples of 16 bytes. A head in two chunks would need two
@@ -344,10 +340,10 @@ def launch_tiles(
         (num_tiles * batch * heads,),
         others[0].device,
         *(*arguments, *others, *strides, *scales),
-        *(batch, heads, group_heads, num_tiles, *lengths, layout.block_size),
+        *(batch * heads, heads, group_heads, num_tiles, *lengths, layout.block_size),
         TEXT_QUERIES=layout.text_query_length > 0,
-        CLEAN_QUERIES=layout.clean_queries and layout.clean_blocks > 0,
-        CROSS_BLOCK=layout.cross_block,
+        CLEAN_QUERIES=bool(layout.clean_queries) and layout.clean_blocks > 0,
+        CROSS_BLOCK=bool(layout.cross_block),
         PRECISION=settings.precision,
         DIM=dim,
         DIM0=dim0,

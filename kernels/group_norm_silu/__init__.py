@@ -1,0 +1,281 @@
+"""GroupNorm and SiLU of channels-last maps, with an optional time embedding added first, forward and backward.
+
+It is what a residual block of a U-Net does before each of its convolutions (diffusers' ``ResnetBlock2D``). A group of
+one map, its *slab*, is P rows of K neighbouring values. Where the slabs alone fill the GPU, one program takes one slab:
+it reads it once from memory and a second time, backwards, from the caches. Where they do not (one map has 8 groups, an
+H200 132 multiprocessors), each slab is split over programs, and a first launch leaves partial sums that every program
+of the second one merges.
+
+Shape legend: N maps, C channels, H rows, W columns, P = H * W pixels, G groups, K = C / G channels of a group,
+S splits of a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from madformer.kernels import dispatch
+from madformer.kernels.checks import check_device, check_floating, check_shape
+from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
+from madformer.kernels.launch import Target, launch, target
+
+OP = "group_norm_silu"
+MAX_GROUP_CHANNELS = 4096
+"""Channels of a group that one program can hold: it takes whole pixels of a slab."""
+MAX_REGISTERS = 128
+"""Of a thread, so that a multiprocessor has room for 16 warps: left alone, programs of 8 take 160 and run alone."""
+
+
+def group_norm_silu_ref(
+    x_NCHW: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    temb_NC: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """:func:`group_norm_silu` in plain PyTorch, in the dtype of ``x_NCHW``: in float64 it is the oracle."""
+    if temb_NC is not None:
+        x_NCHW = x_NCHW + temb_NC.to(x_NCHW.dtype)[:, :, None, None]
+    # One dtype, because CUDA's group_norm takes no other; the wider, which is what autocast makes of the two.
+    wide = torch.promote_types(x_NCHW.dtype, weight.dtype)
+    y = F.group_norm(x_NCHW.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    return (F.silu(y) if silu else y).to(x_NCHW.dtype)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a launch is cut.
+
+    Attributes:
+        block_pixels: rows of a tile; a tile has all channels of a group.
+        chunk: pixels of a program, a multiple of ``block_pixels``. Where it covers a slab, one launch does all.
+        num_warps: warps of a program.
+    """
+
+    block_pixels: int
+    chunk: int
+    num_warps: int
+
+    def ragged(self, num_pixels: int, group_channels: int) -> bool:
+        """Whether some tile reaches beyond its slab, so that masks are needed."""
+        return num_pixels % self.block_pixels != 0 or next_power_of_2(group_channels) != group_channels
+
+
+def choose_settings(slabs: int, num_pixels: int, group_channels: int, on: Target, *, backward: bool) -> Settings:
+    """One program a slab where those fill most of the multiprocessors, else enough to fill them four times over.
+
+    To keep up with its share of HBM, a multiprocessor needs about 32 KiB under way (4.8 TB/s, 0.8 us: Little's law):
+    16 warps, each thread with four loads of 16 bytes. Two programs share them, so that one reads while the other
+    writes, where there are as many slabs and the caches hold that many until they are read again.
+    """
+    columns = next_power_of_2(group_channels)
+    slab = columns * next_power_of_2(num_pixels)
+    whole = slab <= 4096 or 4 * slabs >= 3 * on.num_sms
+    # The backward loads two tensors, and keeps two or three sums for each element of a tile.
+    per_thread = 16 if backward or not whole else 32
+    shared = slabs >= 2 * on.num_sms and slab <= (32768 if backward else 65536)
+    num_warps = 4 if not whole else 8 if shared else 16
+    tile = max(columns, min(slab, 32 * num_warps * per_thread))
+    block_pixels = tile // columns
+    num_warps = min(16, max(1, tile // (32 * per_thread)))
+    tiles = -(-num_pixels // block_pixels)
+    splits = 1 if whole else -(-4 * on.num_sms // slabs)
+    return Settings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _rows(x_NCHW: Tensor) -> Tensor:
+    """As (N, P, C) with neighbouring channels: a view of channels-last memory, a copy of other layouts."""
+    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+    return (x_NHWC if x_NHWC.stride(-1) == 1 else x_NHWC.contiguous()).flatten(1, 2)
+
+
+def _unit_stride(temb_NC: Tensor) -> Tensor:
+    return temb_NC if temb_NC.stride(-1) == 1 else temb_NC.contiguous()
+
+
+def _channels_last(x_NCHW: Tensor) -> Tensor:
+    return torch.empty_like(x_NCHW, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_NPC, y = _rows(x), _channels_last(x)
+    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
+    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
+    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=False)
+    splits = -(-num_pixels // settings.chunk)
+    partial = x.new_empty(slabs, 2, splits, dtype=torch.float32) if splits > 1 else mean
+    temb_NC = weight[None] if temb is None else _unit_stride(temb)
+    tensors = (x_NPC, temb_NC, weight.contiguous(), bias.contiguous(), y, mean, rstd, partial)
+    numbers = (num_groups, num_pixels, settings.chunk, eps, x_NPC.stride(0), x_NPC.stride(1), temb_NC.stride(0))
+    for moments, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
+        launch(
+            forward_kernel, (slabs, splits), x.device, *tensors, *numbers,
+            K=group_channels, HAS_TEMB=temb is not None, SILU=silu, MOMENTS=moments, OUTPUT=output,
+            BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels), BLOCK_S=next_power_of_2(splits),
+            RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    temb: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_NPC, x_NPC, dx = _rows(grad), _rows(x), _channels_last(x)
+    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
+    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=True)
+    splits = -(-num_pixels // settings.chunk)
+    sums = x.new_empty(len(x), splits, 2 if temb is None else 3, x.shape[1], dtype=torch.float32)
+    temb_NC = weight[None] if temb is None else _unit_stride(temb)
+    dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
+    weights = (weight.contiguous(), bias.contiguous(), mean, rstd)
+    tensors = (grad_NPC, x_NPC, temb_NC, *weights, dx, dtemb, sums)
+    strides = (*grad_NPC.stride()[:2], *x_NPC.stride()[:2], temb_NC.stride(0))
+    for take_sums, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
+        launch(
+            backward_kernel, (slabs, splits), x.device, *tensors, num_groups, num_pixels, settings.chunk, *strides,
+            K=group_channels, HAS_TEMB=temb is not None, SILU=silu, SUMS=take_sums, OUTPUT=output,
+            BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels),
+            RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    columns = next_power_of_2(group_channels)
+    launch(
+        weights_kernel, (num_groups,), x.device, sums, dweight, dbias, len(x) * splits, sums.stride(1), x.shape[1],
+        K=group_channels, BLOCK_P=max(1, 2048 // columns), BLOCK_K=columns, num_warps=4,
+    )  # fmt: skip
+    return dx, dtemb, dweight, dbias
+
+
+library.define(
+    "madformer::group_norm_silu",
+    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+library.define(
+    "madformer::group_norm_silu_backward",
+    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups, "
+    "bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+library.impl("madformer::group_norm_silu", ("cpu", "cuda"), _forward)
+library.impl("madformer::group_norm_silu_backward", ("cpu", "cuda"), _backward)
+
+
+@library.register_fake("madformer::group_norm_silu")
+def _(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
+    return _channels_last(x), mean, rstd
+
+
+@library.register_fake("madformer::group_norm_silu_backward")
+def _(
+    grad: Tensor, x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
+    return _channels_last(x), dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, temb, weight, bias, ctx.num_groups, _, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, temb, weight, bias, mean, rstd)
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    temb = ctx.saved_tensors[1]
+    dx, dtemb, dweight, dbias = torch.ops.madformer.group_norm_silu_backward(
+        grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu
+    )
+    return dx, None if temb is None else dtemb, dweight, dbias, None, None, None
+
+
+library.register_autograd("madformer::group_norm_silu", _autograd_backward, setup_context=_setup_context)
+dispatch.register(OP, "reference")
+dispatch.register(OP, "triton", auto=("cuda",))
+
+
+def group_norm_silu(
+    x_NCHW: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    temb_NC: Tensor | None = None,
+    silu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """``silu(group_norm(x + temb))``, differentiable, computed in float32 (by the reference in float64, for float64).
+
+    The kernel reads and writes channels-last memory. An input that is not laid out so is copied first; channels that
+    are a slice of such a map are read where they are. Its result and the gradient of ``x_NCHW`` are channels-last.
+
+    Args:
+        x_NCHW: (N, C, H, W), float32, bfloat16 or float16; N may be 0.
+        num_groups: G, a divisor of C, with at most 4096 channels in a group.
+        weight, bias: (C,), of any of these dtypes, as ``nn.GroupNorm`` has them.
+        eps: added to the variance.
+        temb_NC: (N, C) of any of these dtypes, added to every pixel before the norm.
+        silu: False for the norm alone.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        (N, C, H, W) in the dtype of ``x_NCHW``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    chosen = dispatch.resolve(OP, backend, x_NCHW.device, x_NCHW.dtype)
+    _validate(x_NCHW, num_groups, weight, bias, eps, temb_NC)
+    if chosen == "reference":
+        return group_norm_silu_ref(x_NCHW, num_groups, weight, bias, eps=eps, temb_NC=temb_NC, silu=silu)
+    for name, tensor in (("x_NCHW", x_NCHW), ("weight", weight), ("bias", bias), ("temb_NC", temb_NC)):
+        if tensor is not None:
+            check_floating(name, tensor)
+    if x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
+        raise ValueError(f"num_groups={num_groups} puts more than {MAX_GROUP_CHANNELS} channels into a group")
+    y, _, _ = torch.ops.madformer.group_norm_silu(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu)
+    return y
+
+
+def _validate(
+    x_NCHW: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, temb_NC: Tensor | None
+) -> None:
+    if x_NCHW.dim() != 4 or 0 in x_NCHW.shape[1:]:
+        raise ValueError(f"x_NCHW must be (N, C, H, W) with channels and pixels, got {tuple(x_NCHW.shape)}")
+    channels = x_NCHW.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide the {channels} channels of x_NCHW")
+    if not eps > 0:  # Not `eps <= 0`, which lets NaN pass.
+        raise ValueError(f"eps={eps} must be positive")
+    shapes = {"weight": (weight, x_NCHW.shape[1:2]), "bias": (bias, x_NCHW.shape[1:2])}
+    if temb_NC is not None:
+        shapes["temb_NC"] = (temb_NC, x_NCHW.shape[:2])
+    for name, (tensor, shape) in shapes.items():
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, x_NCHW.device)
