@@ -46,9 +46,11 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
         limit = 168 if capability < 100 and rows == 128 and not masked else None
         forward = Tile(rows, 64, 4, 3 if rows == 128 else 2, limit)
         return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), Tile(64, 64, 4, 3), tma)
-    # Blackwell's accumulators have a memory of their own, and 4 warps are enough.
-    queries = Tile(rows, 64, 8 if capability < 100 else 4, 2)
-    return Settings(queries, queries, Tile(64, 32 if masked else 64, 4, 2), tma)
+    # Blackwell's accumulators have a memory of their own, so that 4 warps hold the rest.
+    forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 2)
+    dq = Tile(64, 64, 4, 2) if masked or capability >= 100 else forward
+    dkdv = Tile(64, 32 if masked else 64, 4, 2)
+    return Settings(forward, dq, dkdv, tma)
 
 
 def _settings(q: Tensor, layout: BlockLayout) -> Settings:
@@ -56,7 +58,7 @@ def _settings(q: Tensor, layout: BlockLayout) -> Settings:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    blocks = BlockLayout(*layout)
+    blocks = _unpack(layout)
     q, k, v = (_contiguous_rows(x) for x in (q, k, v))
     return forward_kernel.forward(q, k, v, blocks, scale, _settings(q, blocks))
 
@@ -64,9 +66,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = BlockLayout(*layout)
+    blocks = _unpack(layout)
     grad, q, k, v, out = (_contiguous_rows(x) for x in (grad, q, k, v, out))
     return backward_kernels.backward(grad, q, k, v, out, lse.contiguous(), blocks, scale, _settings(q, blocks))
+
+
+def _pack(layout: BlockLayout) -> list[int]:
+    return [int(field) for field in astuple(layout)]
+
+
+def _unpack(fields: list[int]) -> BlockLayout:
+    size, noise, clean, cross, text, *queries = fields
+    return BlockLayout(size, noise, clean, bool(cross), text, *map(bool, queries))
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
@@ -122,5 +133,5 @@ def block_causal_attention_triton(
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for backend='triton', got {q.shape[-1]}")
     if scale <= 0:
         raise ValueError(f"scale must be above 0 for backend='triton', got {scale}")
-    out, lse = torch.ops.madformer.block_causal_attention(q, k, v, [int(x) for x in astuple(layout)], scale)
+    out, lse = torch.ops.madformer.block_causal_attention(q, k, v, _pack(layout), scale)
     return out, lse * math.log(2) if return_lse else None
