@@ -11,6 +11,7 @@ The last line on stdout is the metrics as JSON. Exit status 1: no GPU, a red tes
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -46,6 +47,8 @@ def run_tests() -> dict[str, Any]:
     started = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", *GATE, "-m", "not slow", "-x"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]  # Compiling takes longer than running.
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(result.stdout[-4000:], flush=True)
     if result.returncode:

@@ -43,7 +43,8 @@ class KeyValueCache:
         self.values_BHSD = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.on_device = dispatch.resolve(OP, backend, device) == "triton"
+        self.backend = backend
+        self.on_device = dispatch.resolve(OP, backend, device, dtype) == "triton"
 
     def reset(self) -> None:
         """Forget every block; the memory stays."""
@@ -67,7 +68,7 @@ class KeyValueCache:
             q = projections.heads_into(keys, values, self.lengths_B)
             if q is None:
                 return None
-            return cached_attention(q, keys, values, self.lengths_B + q.shape[2], backend="triton")
+            return cached_attention(q, keys, values, self.lengths_B + q.shape[2], backend=self.backend)
         q, k, v = projections.heads()
         stop = self.length + k.shape[2]
         keys[:, :, self.length : stop] = k

@@ -185,10 +185,7 @@ class Plan:
         def attend(projections: Projections) -> Tensor | None:
             if cross_block:
                 return self.cache.attend(index, projections)
-            q, k, v = projections.heads()
-            return (
-                block_causal_attention(q, k, v, own_block, backend=self.model.attention_backend) if q.shape[2] else None
-            )
+            return block_causal_attention(*projections.heads(), own_block, backend=self.model.attention_backend)
 
         return attend
 
