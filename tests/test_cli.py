@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from madformer.cli.main import main
+from madformer.kernels import launch
 from madformer.pipeline import MADFormerPipeline
 from testing import GOLDEN, golden_cases
 
@@ -139,6 +140,17 @@ def test_bad_sampling_arguments(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, "sample", "--model", model, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_backend_that_cannot_run_here(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, no fallback, nothing written."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    options = ["--device", "cpu", "--backend", "triton", "--out", tmp_path / "images"]
+    message = fails(capsys, "sample", "--model", model, *options)
+    assert message.startswith("madformer sample: error: backend='triton' cannot run")
+    assert not list(tmp_path.glob("images/*"))
 
 
 def test_unwritable_output(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
