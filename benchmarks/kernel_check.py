@@ -169,7 +169,7 @@ def main() -> None:
     faults = [f"{r.op}: {r.kernel} on sm_{r.capability}: {fault}" for r in results for fault in r.faults]
     if faults:
         sys.exit("\n".join(faults))
-    print(f"{len(results)} kernels compiled, none spills, all fit", file=sys.stderr)
+    print(f"{len(results)} kernels compiled, no fault found", file=sys.stderr)
 
 
 if __name__ == "__main__":

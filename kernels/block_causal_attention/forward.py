@@ -33,14 +33,12 @@ class Tile:
     Attributes:
         rows: tokens of the tile that a program owns: queries of the forward and dQ kernels, keys of the dK/dV kernel.
         cols: tokens of the tiles that it loops over.
-        max_registers: what the compiler is held to, so that one more program fits an SM; None leaves it to it.
     """
 
     rows: int
     cols: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -334,7 +332,6 @@ def launch_tiles(
     lengths = [layout.text_length, layout.clean_length, layout.noise_blocks * layout.block_size]
     arguments, strides, loads = operands(loaded, settings.tma)
     dim0, dim1 = head_chunks(dim)
-    registers = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     launch(
         kernel,
         (num_tiles * batch * heads,),
@@ -350,7 +347,6 @@ def launch_tiles(
         DIM1=dim1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **registers,
         **loads,
         **options,
     )

@@ -26,8 +26,9 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
 
     Not timed yet. Candidates to sweep on an H200 with heads of 64, all without spills:
 
-    - forward: 128 x 64 with 8 warps (106 registers), 128 x 128 with 8 (154), 128 x 64 with 4 and no limit (188), 2 to
-      4 stages. 128 x 128 with 4 warps fits, but its products are serialised.
+    - forward: 128 x 64 with 8 warps (now; 106 registers), with 4 (188), 128 x 128 with 8 (154), 2 to 4 stages. 128 x
+      128 with 4 warps fits, but its products are serialised, as they are where 128 x 64 with 4 is held to 168 registers
+      so that three programs fit an SM.
     - dQ: 128 x 64 with 8 warps (122), 64 x 64 with 4 (122), 128 x 128 with 8 and 2 stages (189).
     - dK/dV: 128 x 64 with 8 warps (173), 128 x 32 with 4 (242). 128 x 128 spills.
     """
@@ -42,9 +43,9 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
         dq, dkdv = Tile(64, 32 if masked else 64, 8, 2), Tile(64, 32, 8, 1 if masked else 2)
         return Settings(Tile(rows, 64, 8, 2), dq, dkdv, tma)
     if head_dim <= 64:
-        # 168 registers: three programs of 128 threads on an SM in place of two.
-        limit = 168 if capability < 100 and rows == 128 and not masked else None
-        forward = Tile(rows, 64, 4, 3 if rows == 128 else 2, limit)
+        # Two programs of 8 warps on an SM: one takes exponentials, which cost as much as the products here, while
+        # the other multiplies.
+        forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 3 if rows == 128 else 2)
         return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), Tile(64, 64, 4, 3), tma)
     # Blackwell's accumulators have a memory of their own, so that 4 warps hold the rest.
     forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 2)
