@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 import torch
 
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from ops.case import Case, random
+from ops.case import Case, Operation, random
 
 ROWS, COLS = 8192, 4096
+
+
+def _peers() -> dict[str, Operation]:
+    peers: dict[str, Operation] = {"eager": swiglu_ref, "compile": torch.compile(swiglu_ref)}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        peers["liger"] = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
+    return peers
 
 
 def cases() -> list[Case]:
@@ -19,7 +29,7 @@ def cases() -> list[Case]:
             run=swiglu,
             forward_bytes=3 * batch * ROWS * COLS * 2,
             backward_bytes=5 * batch * ROWS * COLS * 2,
-            peers={"eager": swiglu_ref, "compile": torch.compile(swiglu_ref)},
+            peers=_peers(),
         )
         for batch in (1, 4)
     ]
