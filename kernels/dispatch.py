@@ -104,12 +104,6 @@ def register(
     _REGISTRY.setdefault(op, {})[backend] = implementation
 
 
-def declare_unavailable(backend: str, why: str) -> None:
-    """Refuses ``backend`` from now on, on every device, for a reason of one line."""
-    assert backend in BACKENDS, backend
-    _UNAVAILABLE[backend] = why
-
-
 @torch.compiler.assume_constant_result
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The name of the backend that runs ``op`` on tensors of ``device``.
