@@ -1,4 +1,4 @@
-# make install | demo | test | lint | format | kernel-check | gpu-check.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | lint | format | kernel-check | cuda-check | gpu-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --num-images 16 --seed 0 --grid samples/grid.png
 
-.PHONY: install demo test lint format kernel-check gpu-check package-tree
+.PHONY: install demo test lint format kernel-check cuda-check gpu-check package-tree
 
 install: $(STAMP)
 
@@ -20,7 +20,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 		|| { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) 'setuptools>=77' wheel ninja $(if $(shell command -v cmake),,cmake)
+	$(PIP_INSTALL) 'setuptools>=77' wheel ninja 'pybind11>=3' $(if $(shell command -v cmake),,cmake)
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev,emoji,hf]'
 	@$(BIN)/python -c 'from madformer.kernels.dispatch import report; print(*(f"{s.backend}: {s.reason}" for s in report()), sep="\n")'
 	@touch $@
@@ -46,10 +46,23 @@ format: install
 kernel-check: install
 	$(BIN)/python benchmarks/kernel_check.py
 
-# On a machine with a GPU: the kernels' tests, then the record. It needs no install where $(PYTHON) has what it imports.
+# Every csrc/*.cu for sm_80, sm_90a and sm_100, linked into the extension: no GPU, no warnings, no spills. Where torch has
+# no CUDA the result is complete but for torch's own streams, and is not run.
+CUDA_WARNINGS := -Werror all-warnings -Xptxas -warn-spills,-Werror -Xcompiler -Wall,-Wextra,-Werror
+cuda-check: install
+	@if ! command -v nvcc >/dev/null; then echo 'cuda-check: no nvcc here: csrc/*.cu are NOT compiled'; exit; fi; \
+	PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	cmake -S . -B build/cuda-check -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_BUILD_TYPE=Release \
+		-DMADFORMER_CUDA=ON '-DCMAKE_CUDA_FLAGS=$(CUDA_WARNINGS)' --log-level=WARNING \
+	&& cmake --build build/cuda-check \
+	&& echo 'cuda-check: csrc/*.cu compiled and linked'
+
+# On a machine with a GPU: the extension into the links, the kernels' tests, then the record. It needs no install where
+# $(PYTHON) has what it imports and builds with.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: package-tree
-	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" \
-		$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+	MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} $(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
+	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu_check.py
 
 # The folders laid out by links as they are installed: for mypy, which does not follow an editable install with mapped
 # folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install.

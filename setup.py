@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-# A fixed folder: in setuptools' temporary one every install would compile everything again.
-BUILD_FOLDER = ROOT / "build" / "cmake"
+# A fixed folder: in setuptools' temporary one every install would compile everything again. One for each Python.
+BUILD_FOLDER = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+# The oldest CUDA toolkit that compiles for all architectures of CMakeLists.txt.
+OLDEST_NVCC = (12, 8)
 FOLDERS = {"madformer": "python/madformer", "madformer.kernels": "kernels", "madformer.engine": "engine"}
 MODE = os.environ.get("MADFORMER_EXTENSION", "auto")
 
@@ -43,9 +46,34 @@ def missing_tools() -> list[str]:
         missing.append("a C++ compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python.h (python3-dev)")
-    if importlib.util.find_spec("torch") is None:
-        missing.append("torch (install it first, then use --no-build-isolation)")
+    missing += [
+        f"{name} (install it first, then use --no-build-isolation)"
+        for name in ("torch", "pybind11")
+        if importlib.util.find_spec(name) is None
+    ]
     return missing
+
+
+def can_compile_cuda() -> bool:
+    """Whether torch was built with CUDA and a recent enough nvcc is there; says so where an nvcc is too old."""
+    import torch
+
+    nvcc = find_tool("nvcc")
+    if torch.version.cuda is None or nvcc is None:
+        return False
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is not None and (int(release[1]), int(release[2])) >= OLDEST_NVCC:
+        return True
+    oldest = ".".join(map(str, OLDEST_NVCC))
+    print(f"madformer: the extension is built without CUDA: {nvcc} is older than {oldest}", file=sys.stderr)
+    return False
+
+
+def remove_libraries(folder: Path) -> None:
+    """An earlier build must not be mistaken for this one, nor outlive it under another name."""
+    for library in folder.glob("_C.*so"):
+        library.unlink()
 
 
 class CMakeBuild(build_ext):
@@ -62,28 +90,28 @@ class CMakeBuild(build_ext):
                 raise
             print(f"madformer: installing without the compiled extension: {error}", file=sys.stderr)
             self.inplace = inplace  # setuptools clears it for the build and a failure leaves it so.
-            for extension in self.extensions:  # An earlier build must not be mistaken for this one.
-                self.target(extension).unlink(missing_ok=True)
+            for extension in self.extensions:
+                remove_libraries(self.target(extension).parent)
             self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
-        import torch
-
-        cuda = torch.version.cuda is not None and find_tool("nvcc") is not None
         configure = [
             *("-S", str(ROOT), "-B", str(BUILD_FOLDER), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DMADFORMER_TORCH_DIR={Path(torch.__file__).parent}",
-            f"-DMADFORMER_CUDA={'ON' if cuda else 'OFF'}",
         ]
+        if can_compile_cuda():
+            configure += ["-DMADFORMER_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={find_tool('nvcc')}"]
+        else:
+            configure += ["-DMADFORMER_CUDA=OFF"]
         cmake = str(find_tool("cmake"))
         subprocess.run([cmake, *configure], check=True)
         subprocess.run([cmake, "--build", str(BUILD_FOLDER)], check=True)
         target = self.target(ext)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(BUILD_FOLDER / "_C.abi3.so", target)
+        remove_libraries(target.parent)
+        shutil.copy2(BUILD_FOLDER / target.name, target)
 
     def target(self, extension: Extension) -> Path:
         return Path(self.get_ext_fullpath(extension.name))
@@ -92,13 +120,11 @@ class CMakeBuild(build_ext):
 if MODE not in ("auto", "off", "require"):
     sys.exit(f"MADFORMER_EXTENSION={MODE} must be auto, off or require")
 if MODE == "off":
-    for library in Path(ROOT, FOLDERS["madformer"]).glob("_C.*"):  # Of an earlier editable install.
-        library.unlink()
+    remove_libraries(ROOT / FOLDERS["madformer"])  # Of an earlier editable install.
 setup(
     packages=packages(),
     package_dir=FOLDERS,
     package_data={"madformer": ["py.typed"]},
-    ext_modules=[] if MODE == "off" else [Extension("madformer._C", sources=[], py_limited_api=True)],
+    ext_modules=[] if MODE == "off" else [Extension("madformer._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    options={} if MODE == "off" else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

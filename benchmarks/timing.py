@@ -1,58 +1,22 @@
-"""How things are timed: medians of interleaved rounds, on a GPU by events around captured, cold-cache replays."""
+"""How kernels are timed: on a GPU by events around captured, cold-cache replays. Whole runs: the package's clocks."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Run = Callable[[], Any]
+from madformer.benchmark.timing import Run, Spread, interleaved, seconds
+
+__all__ = ["Captured", "Run", "Spread", "calls_for", "capture", "interleaved", "rounds", "seconds"]
 
 COLD_BYTES = 512 * 1024**2
 """What a replay's calls should touch in all: several times the largest L2 (60 MB on an H200)."""
 MAX_CALLS = 64
 """Calls captured in one replay, each on inputs of its own."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a list of seconds, by linear interpolation between the values."""
-
-    median: float
-    first_quartile: float
-    third_quartile: float
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], tuple(samples))
-        first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, first, third, tuple(samples))
-
-
-def seconds(run: Run, device: torch.device) -> float:
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
-    started = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, Spread]:
-    """Every run once to warm up, then ``repeats`` rounds of all: what slows the machine slows them alike."""
-    for run in runs.values():
-        run()
-    rounds = [[seconds(run, device) for run in runs.values()] for _ in range(repeats)]
-    return {name: Spread.of(column) for name, column in zip(runs, zip(*rounds, strict=True), strict=True)}
 
 
 @dataclass(frozen=True)

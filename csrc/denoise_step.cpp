@@ -1,5 +1,6 @@
 #include "denoise_step.h"
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -8,26 +9,28 @@
 
 #include "ops.h"
 
+#ifdef MADFORMER_WITH_CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "denoise_step_cuda.h"
+#endif
+
 namespace madformer {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Elements per thread below which waking another one costs more than it saves.
-constexpr int64_t kGrainSize = 32768;
-
-using OptionalTensor = std::optional<Tensor>;
 
 void check(const Tensor& sample, const Tensor& model_output, const Tensor& previous,
            const Tensor& coefficients, const OptionalTensor& unconditional,
            const OptionalTensor& guidance_scale) {
   STD_TORCH_CHECK(sample.dim() >= 1, "sample must have a batch dimension");
   for (const Tensor* tensor : {&model_output, &previous}) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->sizes().equals(sample.sizes()),
+    STD_TORCH_CHECK(tensor->device() == sample.device() && tensor->sizes().equals(sample.sizes()),
                     "model_output and previous must have the shape and the device of sample");
   }
-  STD_TORCH_CHECK(coefficients.is_cpu() && coefficients.dim() == 2 &&
+  STD_TORCH_CHECK(coefficients.device() == sample.device() && coefficients.dim() == 2 &&
                       coefficients.size(0) == sample.size(0) &&
                       coefficients.size(1) == kNumDenoiseCoefficients,
                   "coefficients must have the shape (", sample.size(0), ", ", kNumDenoiseCoefficients, ")");
@@ -38,36 +41,72 @@ void check(const Tensor& sample, const Tensor& model_output, const Tensor& previ
   STD_TORCH_CHECK(unconditional.has_value() == guidance_scale.has_value(),
                   "unconditional and guidance_scale must come together");
   if (!unconditional) return;
-  STD_TORCH_CHECK(unconditional->is_cpu() && unconditional->sizes().equals(sample.sizes()) &&
+  STD_TORCH_CHECK(unconditional->device() == sample.device() &&
+                      unconditional->sizes().equals(sample.sizes()) &&
                       unconditional->scalar_type() == model_output.scalar_type(),
                   "unconditional must have the shape, the dtype and the device of model_output");
-  STD_TORCH_CHECK(guidance_scale->is_cpu() && guidance_scale->dim() == 1 &&
+  STD_TORCH_CHECK(guidance_scale->device() == sample.device() && guidance_scale->dim() == 1 &&
                       guidance_scale->size(0) == sample.size(0) &&
                       guidance_scale->scalar_type() == ScalarType::Float,
                   "guidance_scale must be float32 of the shape (", sample.size(0), ",)");
 }
 
-// All contiguous.
-template <typename Output>
-void launch(const Tensor& sample, const Tensor& model_output, const Tensor& previous,
-            const Tensor& coefficients, const OptionalTensor& unconditional,
-            const OptionalTensor& guidance_scale, float clip) {
-  const DenoiseBatch<Output> batch{
-      .sample = static_cast<float*>(sample.mutable_data_ptr()),
-      .model_output = static_cast<const Output*>(model_output.const_data_ptr()),
-      .unconditional = unconditional ? static_cast<const Output*>(unconditional->const_data_ptr()) : nullptr,
-      .previous = static_cast<float*>(previous.mutable_data_ptr()),
-      .coefficients = static_cast<const float*>(coefficients.const_data_ptr()),
-      .guidance_scale =
-          guidance_scale ? static_cast<const float*>(guidance_scale->const_data_ptr()) : nullptr,
-      .row_size = sample.numel() / sample.size(0),
-      .clip = clip};
-  torch::stable::parallel_for(0, sample.numel(), kGrainSize,
-                              [&](int64_t begin, int64_t end) { denoise_range(batch, begin, end); });
-}
-
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+void copy_back(Tensor target, const Tensor& source) {
+  if (!target.is_contiguous()) torch::stable::copy_(target, source);
+}
+
+// The arguments as the kernels take them; no copy where a tensor is contiguous already.
+class Arguments {
+ public:
+  Arguments(const Tensor& sample, const Tensor& model_output, const Tensor& previous,
+            const Tensor& coefficients, std::optional<double> clip, const OptionalTensor& unconditional,
+            const OptionalTensor& guidance_scale)
+      : sample_(sample),
+        previous_(previous),
+        x_(torch::stable::contiguous(sample)),
+        m_(torch::stable::contiguous(model_output)),
+        x0_(torch::stable::contiguous(previous)),
+        c_(torch::stable::contiguous(coefficients)),
+        u_(contiguous(unconditional)),
+        s_(contiguous(guidance_scale)),
+        clip_(static_cast<float>(clip.value_or(std::numeric_limits<double>::infinity()))) {}
+
+  ScalarType output_type() const { return m_.scalar_type(); }
+
+  template <typename Output>
+  DenoiseBatch<Output> batch() const {
+    return {.sample = static_cast<float*>(x_.mutable_data_ptr()),
+            .model_output = static_cast<const Output*>(m_.const_data_ptr()),
+            .unconditional = u_ ? static_cast<const Output*>(u_->const_data_ptr()) : nullptr,
+            .previous = static_cast<float*>(x0_.mutable_data_ptr()),
+            .coefficients = static_cast<const float*>(c_.const_data_ptr()),
+            .guidance_scale = s_ ? static_cast<const float*>(s_->const_data_ptr()) : nullptr,
+            .num_rows = x_.size(0),
+            .row_size = x_.numel() / x_.size(0),
+            .clip = clip_};
+  }
+
+  // The two results where they were not computed in place.
+  void copy_results_back() const {
+    copy_back(sample_, x_);
+    copy_back(previous_, x0_);
+  }
+
+ private:
+  Tensor sample_, previous_, x_, m_, x0_, c_;
+  OptionalTensor u_, s_;
+  float clip_;
+};
+
+template <typename Output>
+void run_on_cpu(const Arguments& arguments) {
+  const DenoiseBatch<Output> batch = arguments.batch<Output>();
+  torch::stable::parallel_for(0, batch.num_rows * batch.row_size, kGrainSize,
+                              [&](int64_t begin, int64_t end) { denoise_range(batch, begin, end); });
 }
 
 }  // namespace
@@ -77,34 +116,51 @@ void denoise_step_cpu(const Tensor& sample, const Tensor& model_output, const Te
                       OptionalTensor guidance_scale) {
   check(sample, model_output, previous, coefficients, unconditional, guidance_scale);
   if (sample.numel() == 0) return;
-  // No copy where a tensor is contiguous already; otherwise the two results are copied back.
-  const Tensor x = torch::stable::contiguous(sample);
-  const Tensor m = torch::stable::contiguous(model_output);
-  const Tensor x0 = torch::stable::contiguous(previous);
-  const Tensor c = torch::stable::contiguous(coefficients);
-  const OptionalTensor u = contiguous(unconditional), s = contiguous(guidance_scale);
-  const float bound = static_cast<float>(clip.value_or(std::numeric_limits<double>::infinity()));
-  switch (m.scalar_type()) {
+  const Arguments arguments(sample, model_output, previous, coefficients, clip, unconditional,
+                            guidance_scale);
+  switch (arguments.output_type()) {
     case ScalarType::Float:
-      launch<float>(x, m, x0, c, u, s, bound);
+      run_on_cpu<float>(arguments);
       break;
     case ScalarType::BFloat16:
-      launch<torch::headeronly::BFloat16>(x, m, x0, c, u, s, bound);
+      run_on_cpu<torch::headeronly::BFloat16>(arguments);
       break;
     case ScalarType::Half:
-      launch<torch::headeronly::Half>(x, m, x0, c, u, s, bound);
+      run_on_cpu<torch::headeronly::Half>(arguments);
       break;
     default:
       STD_TORCH_CHECK(false, "model_output must be float32, bfloat16 or float16");
   }
-  if (!sample.is_contiguous()) {
-    Tensor target = sample;
-    torch::stable::copy_(target, x);
-  }
-  if (!previous.is_contiguous()) {
-    Tensor target = previous;
-    torch::stable::copy_(target, x0);
-  }
+  arguments.copy_results_back();
 }
+
+#ifdef MADFORMER_WITH_CUDA
+void denoise_step_cuda(const Tensor& sample, const Tensor& model_output, const Tensor& previous,
+                       const Tensor& coefficients, std::optional<double> clip, OptionalTensor unconditional,
+                       OptionalTensor guidance_scale) {
+  check(sample, model_output, previous, coefficients, unconditional, guidance_scale);
+  if (sample.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(sample.get_device_index());
+  const Arguments arguments(sample, model_output, previous, coefficients, clip, unconditional,
+                            guidance_scale);
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(sample.get_device_index(), &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  switch (arguments.output_type()) {
+    case ScalarType::Float:
+      denoise_on_cuda(arguments.batch<float>(), stream);
+      break;
+    case ScalarType::BFloat16:
+      denoise_on_cuda(arguments.batch<__nv_bfloat16>(), stream);
+      break;
+    case ScalarType::Half:
+      denoise_on_cuda(arguments.batch<__half>(), stream);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "model_output must be float32, bfloat16 or float16");
+  }
+  arguments.copy_results_back();
+}
+#endif
 
 }  // namespace madformer

@@ -1,78 +1,125 @@
-"""Keys and values of the blocks that are done, allocated once at their maximum.
+"""Keys and values of the blocks that are done and the condition of the block at hand, allocated once.
 
-Shape legend: B batch, H heads, L tokens of a block, S tokens of the cache, D head dim.
+Shape legend: R rows of the cache, B samples of a pass, H heads, L tokens of a block, S tokens of a row, D head dim,
+C channels.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madformer.config import MADFormerConfig
+from madformer.engine.rows import take
 from madformer.kernels import dispatch
 from madformer.kernels.cached_attention import OP, cached_attention
 from madformer.model.layer import Projections
 
 
-class KeyValueCache:
-    """One buffer of keys and values for each layer, filled block by block.
+class ConditioningCache:
+    """A row for each image: keys and values of every layer, and the condition.
 
-    The block at hand is written behind the finished prefix, where the next write overwrites it, until
-    :meth:`advance` makes it part of the prefix. Attention therefore reads one contiguous range: nothing is
-    concatenated, and no mask is needed.
+    A block is written behind its row's finished prefix, where the next write overwrites it, until :meth:`advance`
+    makes it part of the prefix. Attention therefore reads one contiguous range: nothing is concatenated, and no mask
+    is needed. How long each prefix is stands on the device alone, so that rows may be at different blocks and one
+    captured graph serves them all. A prefix that is not an image's, such as text, is a first write like any other.
 
     Args:
-        backend: of the kernels, as :meth:`madformer.model.MADFormer.set_backend` takes it. Triton's write and read at
-            positions that are on the device; the reference slices by their copy on the host.
+        rows: R, how many images at once.
+        max_prefix: tokens of a row that are not its image's.
+        backend: of the kernels, as :meth:`madformer.model.MADFormer.set_backend` takes it.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        max_length: int,
-        head_dim: int,
+        config: MADFormerConfig,
+        rows: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
+        max_prefix: int = 0,
         backend: str = "auto",
     ) -> None:
-        shape = (num_layers, batch, num_heads, max_length, head_dim)
-        self.keys_BHSD = torch.empty(shape, dtype=dtype, device=device)
-        self.values_BHSD = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        self.lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
+        max_length = max_prefix + config.num_blocks * config.block_size
+        shape = (config.num_layers, rows, config.num_heads, max_length, config.head_dim)
+        self.keys_RHSD = [torch.empty(shape[1:], dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values_RHSD = [torch.empty(shape[1:], dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.condition_RLC = torch.zeros(rows, config.block_size, config.hidden_size, dtype=dtype, device=device)
+        self.lengths_R = torch.zeros(rows, dtype=torch.int32, device=device)
         self.backend = backend
-        self.on_device = dispatch.resolve(OP, backend, device, dtype) == "triton"
+        # On a CPU the lengths can be read for nothing, and PyTorch's attention over slices needs no mask.
+        self.on_host = device.type == "cpu" and dispatch.resolve(OP, backend, device, dtype) == "reference"
 
-    def reset(self) -> None:
-        """Forget every block; the memory stays."""
-        self.length = 0
-        self.lengths_B.zero_()
+    @property
+    def nbytes(self) -> int:
+        tensors = (*self.keys_RHSD, *self.values_RHSD, self.condition_RLC, self.lengths_R)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def advance(self, num_tokens: int) -> None:
-        """Make the tokens behind the prefix part of it."""
-        assert self.length + num_tokens <= self.keys_BHSD.shape[3]
-        self.length += num_tokens
-        self.lengths_B += num_tokens
+    def reset(self, rows_B: Tensor | None = None) -> None:
+        """Forget what these rows hold (all of them for None); the memory stays."""
+        if rows_B is None:
+            self.lengths_R.zero_()
+        else:
+            self.lengths_R.index_fill_(0, rows_B, 0)
+
+    def advance(self, num_tokens: int, rows_B: Tensor | None = None) -> None:
+        """Make the tokens that were written last part of the prefix."""
+        if rows_B is None:
+            self.lengths_R += num_tokens
+        else:
+            self.lengths_R.index_add_(0, rows_B, self.lengths_R.new_full(rows_B.shape, num_tokens))
+
+    def view(self, rows_B: Tensor | None, num_tokens: int) -> CacheView:
+        """These rows (all for None) for a pass of ``num_tokens`` tokens each."""
+        lengths_B = take(self.lengths_R, rows_B)
+        ends_B = lengths_B + num_tokens
+        if not self.on_host:
+            return CacheView(self, rows_B, lengths_B, ends_B)
+        rows = range(len(lengths_B)) if rows_B is None else rows_B.tolist()
+        return CacheView(self, rows_B, lengths_B, ends_B, list(zip(rows, ends_B.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Some rows of a cache during one pass of their samples.
+
+    Attributes:
+        lengths_B: tokens of each finished prefix. ends_B: the same with the tokens of this pass.
+        on_host: row and end of every sample where the host knows them.
+    """
+
+    cache: ConditioningCache
+    rows_B: Tensor | None
+    lengths_B: Tensor
+    ends_B: Tensor
+    on_host: list[tuple[int, int]] | None = None
 
     def attend(self, layer: int, projections: Projections) -> Tensor | None:
-        """Put a block's keys and values behind the prefix, and let its queries attend to both.
+        """Put the tokens' keys and values behind the prefix, and let their queries attend to both.
 
         Returns:
-            ``(B, H, L, D)``; None where the block has no queries.
+            ``(B, H, L, D)``; None where the tokens have no queries.
         """
-        keys, values = self.keys_BHSD[layer], self.values_BHSD[layer]
-        if self.on_device:
-            q = projections.heads_into(keys, values, self.lengths_B)
-            if q is None:
-                return None
-            return cached_attention(q, keys, values, self.lengths_B + q.shape[2], backend=self.backend)
-        q, k, v = projections.heads()
-        stop = self.length + k.shape[2]
-        keys[:, :, self.length : stop] = k
-        values[:, :, self.length : stop] = v
-        if q.shape[2] == 0:
+        keys, values = self.cache.keys_RHSD[layer], self.cache.values_RHSD[layer]
+        q = projections.heads_into(keys, values, self.lengths_B, self.rows_B)
+        if q is None:
             return None
-        return F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop])
+        if self.on_host is not None:
+            return _attend_on_host(q, keys, values, self.on_host)
+        return cached_attention(q, keys, values, self.ends_B, rows_B=self.rows_B, backend=self.cache.backend)
+
+
+def _attend_on_host(q_BHLD: Tensor, keys_RHSD: Tensor, values_RHSD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Attention over slices: one call for neighbouring rows of one length, else one for each sample."""
+    first, end = spans[0]
+    if spans == [(first + index, end) for index in range(len(spans))]:
+        rows = slice(first, first + len(spans))
+        return F.scaled_dot_product_attention(q_BHLD, keys_RHSD[rows, :, :end], values_RHSD[rows, :, :end])
+    attended = [
+        F.scaled_dot_product_attention(q, keys_RHSD[row : row + 1, :, :end], values_RHSD[row : row + 1, :, :end])
+        for q, (row, end) in zip(q_BHLD.split(1), spans, strict=True)
+    ]
+    return torch.cat(attended)

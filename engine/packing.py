@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from madformer.model import MADFormer
 
-Fingerprint = tuple[tuple[int, int], ...]
-
 
 def can_pack(model: MADFormer) -> bool:
     """Whether this machine runs packed weights of the model's dtype: x86 processors, through oneDNN."""
@@ -33,19 +31,18 @@ def can_pack(model: MADFormer) -> bool:
     )
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """Changes when a weight is replaced or written to."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters() if not p.is_inference())
+def shared_copy(model: MADFormer) -> MADFormer:
+    """A module tree of its own over the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def packed(model: MADFormer) -> MADFormer:
     """A copy of the module tree, over the same parameters, that computes with packed ones.
 
     It takes the memory of the weights that it uses a second time, packs each at its first use, and does not follow
-    later changes: compare :func:`fingerprint`. For inference only.
+    later changes: compare :func:`madformer.engine.memory.fingerprint`. For inference only.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    duplicate = copy.deepcopy(model, shared)
+    duplicate = shared_copy(model)
     for module in list(duplicate.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Conv2d and child.groups == 1 and child.padding_mode == "zeros":
@@ -56,7 +53,7 @@ def packed(model: MADFormer) -> MADFormer:
 
 
 class PackedConv2d(nn.Module):
-    """``nn.Conv2d`` on weights packed for the shape that it meets first, and again where the shape changes."""
+    """``nn.Conv2d`` on weights packed for the image size that it meets first, and again where that changes."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -66,10 +63,11 @@ class PackedConv2d(nn.Module):
         self.packed: Tensor | None = None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        if x_NCHW.shape != self.shape:
+        # not where the batch does: in-flight batching changes it at every step, and the layout is the same
+        if x_NCHW.shape[1:] != self.shape:
             weight = self.weight.contiguous(memory_format=torch.channels_last)
-            self.shape = x_NCHW.shape
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(self.shape))
+            self.shape = x_NCHW.shape[1:]
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(x_NCHW.shape))
         return torch.ops.mkldnn._convolution_pointwise(x_NCHW, self.packed, self.bias, *self.geometry, "none", [], "")
 
 

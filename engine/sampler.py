@@ -1,16 +1,18 @@
 """Block-by-block sampling with every key and value computed once.
 
-A *plan* holds what depends on batch size, step count and scheduler: the cache and the tabulated noise schedule.
-Running it costs, for each block, one pass of the clean predecessor through the layers that read it, one pass of the
-condition through the autoregressive layers, and for each step the diffusion layers on the noisy tokens alone.
+A *plan* holds what depends on batch size, step count and scheduler: cache, slots, schedule, and on a GPU the captured
+passes. Running it costs, for each block, one pass of the clean predecessor through the layers that read it, one pass of
+the condition through the autoregressive layers, and for each step the diffusion layers on the noisy tokens alone.
 
-Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a block, E time embedding.
+Shape legend: B batch, M blocks, L latents of a block, C channels.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.engine.cache import KeyValueCache
-from madformer.engine.packing import Fingerprint, can_pack, fingerprint, packed
+from madformer.engine import memory
+from madformer.engine.cache import ConditioningCache
+from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
+from madformer.engine.packing import can_pack, packed, shared_copy
+from madformer.engine.passes import Passes
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
-from madformer.kernels.denoise_step import denoise_step
-from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
+from madformer.engine.slots import ScheduleRows, Slots
 from madformer.model.madformer import MADFormer
+
+logger = logging.getLogger("madformer.engine")
 
 NoiseSource = Callable[[int], Tensor]
 """Gives a block's standard normal noise, ``(B, L, C)``."""
+
+
+class NonFiniteError(FloatingPointError):
+    """Latents that are not finite; the message says from which block and step on."""
 
 
 @dataclass(frozen=True)
@@ -52,200 +61,284 @@ class Sampler:
         backend: of the fused update; see :func:`madformer.kernels.denoise_step.denoise_step`.
         pack_weights: on a CPU, compute with a second copy of the weights in oneDNN's layout where that is possible
             (:mod:`madformer.engine.packing`).
+        compile_unet: run the U-Net's halves through ``torch.compile``, which takes minutes at the first run.
+        launcher: how passes are launched; None for CUDA graphs on a GPU, else Python.
     """
-
-    def __init__(self, model: MADFormer, scheduler: Any, *, backend: str = "auto", pack_weights: bool = True) -> None:
-        self.model = model
-        self.pack_weights = pack_weights and can_pack(model)
-        self.scheduler = copy.deepcopy(scheduler)
-        self.backend = backend
-
-    def plan(self, batch: int, num_inference_steps: int) -> Plan:
-        """Allocate and tabulate for ``batch`` images of ``num_inference_steps`` steps a block.
-
-        Raises:
-            ValueError: a step count that the scheduler does not have, or an empty batch.
-        """
-        if batch < 1:
-            raise ValueError(f"batch={batch} must be at least 1")
-        return Plan(self.model, self.scheduler, batch, num_inference_steps, self.backend, self.pack_weights)
-
-
-class Plan:
-    """A batch size and a step count made ready; :meth:`run` may be called again and again."""
 
     def __init__(
         self,
         model: MADFormer,
         scheduler: Any,
-        batch: int,
-        num_inference_steps: int,
-        backend: str,
-        pack_weights: bool,
+        *,
+        backend: str = "auto",
+        pack_weights: bool = True,
+        compile_unet: bool = False,
+        launcher: Launcher | None = None,
     ) -> None:
-        self.source = self.model = model
-        self.config, self.batch, self.backend = model.config, batch, backend
-        self.pack_weights = pack_weights
-        self.packed_from: Fingerprint | None = None
+        self.source = model
+        self.compile_unet = compile_unet
+        self.pack_weights = pack_weights and not compile_unet and can_pack(model)
+        self.scheduler = copy.deepcopy(scheduler)
+        self.backend = backend
+        self.launcher = launcher
+
+    def prepare_model(self) -> MADFormer:
+        """The model as passes run it: over the same weights, packed or compiled as asked for."""
+        if self.pack_weights:
+            return packed(self.source)
+        if not self.compile_unet:
+            return self.source
+        model = shared_copy(self.source)
+        for half in (model.downsampler, model.upsampler):
+            half.compile(fullgraph=True, dynamic=False)
+        return model
+
+    def plan(
+        self, batch: int, num_inference_steps: int, *, guidance: float = 1.0, dtype: torch.dtype | None = None
+    ) -> Plan:
+        """Allocate and tabulate for ``batch`` images of ``num_inference_steps`` steps a block.
+
+        Args:
+            guidance: scale of classifier-free guidance; 1 is none.
+            dtype: compute in a copy of the model in this dtype; None for the model as it is.
+
+        Raises:
+            ValueError: a step count that the scheduler does not have, an empty batch, or guidance of a model that has
+                no condition to leave out.
+            OutOfMemoryError: the batch does not fit; the message names the largest one that does.
+        """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be at least 1")
+        if guidance != 1.0:
+            raise ValueError(f"guidance={guidance}: this model has neither text nor labels to be guided by, only 1.0")
+        sampler = self
+        if dtype not in (None, self.source.dtype):
+            sampler = copy.copy(self)
+            sampler.source = copy.deepcopy(self.source).to(dtype)
+            sampler.pack_weights = self.pack_weights and can_pack(sampler.source)
+
+        table = tabulate(self.scheduler, num_inference_steps, self.source.device)
+
+        def make(size: int) -> Plan:
+            plan = Plan(sampler, size, num_inference_steps, table)
+            if self.source.device.type == "cuda":
+                plan.try_passes()
+            return plan
+
+        return memory.largest_fit(make, batch, bytes_per_image(sampler.source, num_inference_steps), self.source.device)
+
+
+def bytes_per_image(model: MADFormer, num_steps: int) -> int:
+    """Of the state that outlasts a pass; what a pass needs besides is not in it."""
+    meta = torch.device("meta")
+    cache = ConditioningCache(model.config, 1, dtype=model.dtype, device=meta, backend="reference")
+    return cache.nbytes + Slots(model.config, 1, num_steps, meta).nbytes
+
+
+class Plan:
+    """A batch size and a step count made ready; :meth:`run` may be called again and again.
+
+    On a GPU a run does no Python work for a step and waits for the device only to look for numbers that are not
+    finite: its passes are captured once, and each block's steps are one launch where the driver allows it.
+    """
+
+    def __init__(self, sampler: Sampler, batch: int, num_inference_steps: int, table: ScheduleTable | None) -> None:
+        model, scheduler = sampler.source, sampler.scheduler
+        self.sampler, self.model = sampler, model
+        self.config, self.batch = model.config, batch
         self.num_inference_steps = num_inference_steps
-        self.table: ScheduleTable | None = tabulate(scheduler, num_inference_steps, model.device)
-        self.scheduler = scheduler
-        if self.table is None:
+        self.table, self.scheduler = table, scheduler
+        if table is None:
             scheduler.set_timesteps(num_inference_steps, device=model.device)
-        timesteps = scheduler.timesteps if self.table is None else self.table.timesteps
-        self.timesteps = timesteps.to(model.device)
-        self.cache = KeyValueCache(
-            self.config.num_layers,
-            batch,
-            self.config.num_heads,
-            self.config.num_blocks * self.config.block_size,
-            self.config.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-            backend=model.backend,
-        )
+        self.timesteps = (scheduler.timesteps if table is None else table.timesteps).to(model.device)
+        coefficients = None if table is None else table.coefficients
+        # of one kind with what passes make, or a compiled one would be compiled for both
+        with torch.inference_mode():
+            self.schedule = ScheduleRows.of(model.config, self.timesteps, coefficients, len(self.timesteps))
+            self.cache = ConditioningCache(
+                model.config, batch, dtype=model.dtype, device=model.device, backend=model.backend
+            )
+            self.slots = Slots(model.config, batch, len(self.timesteps), model.device)
         # oneDNN and cuDNN convolve channels-last fastest, and blocks of latents arrive so
         model.downsampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.upsampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # what a scheduler's own step needs of the host is not in a graph
+        self.launcher = sampler.launcher or launcher_for(model.device) if self.table is not None else EagerLauncher()
+        self.prepared_for: Any = None
+
+    @torch.inference_mode()
+    def warmup(self) -> Plan:
+        """Make ready what the first run would: compile, pack, capture. Logged with its times as ``madformer.engine``.
+
+        Nothing happens where all is ready. It is not where the weights were replaced or, if packed, written to.
+        """
+        signature = memory.fingerprint(self.sampler.source, versions=self.sampler.pack_weights)
+        if signature == self.prepared_for:
+            return self
+        started = time.perf_counter()
+        passes = self._make_passes()
+
+        def prepare(name: str, work: Callable[[None], None]) -> Work:
+            return self.launcher.prepare(f"{name}, batch {self.batch}", lambda: work(None), self._reset)
+
+        self.first_block = prepare("first block", passes.first_block)
+        self.denoise = prepare("denoising step", passes.denoise)
+        self.next_block = prepare("next block", passes.next_block) if self.config.num_blocks > 1 else self.first_block
+        self.loop = self.launcher.loop(self.denoise, len(self.timesteps))
+        self.prepared_for = signature
+        logger.info("plan for batch %d ready in %.2f s", self.batch, time.perf_counter() - started)
+        return self
+
+    @torch.inference_mode()
+    def try_passes(self) -> None:
+        """Run every pass once, which shows whether its scratch memory is there."""
+        passes = self._make_passes()
+        self._reset()
+        passes.first_block(None)
+        passes.denoise(None)
+        if self.config.num_blocks > 1:
+            passes.next_block(None)
+
+    def _make_passes(self) -> Passes:
+        self.model = self.sampler.prepare_model()
+        clip = self.table.clip if self.table is not None else None
+        self.passes = Passes(self.model, self.cache, self.slots, clip, self.sampler.backend)
+        self.slots.assign(self.schedule, self.model)
+        return self.passes
 
     @torch.inference_mode()
     def run(
         self,
-        noise: NoiseSource,
+        noise: Tensor | NoiseSource,
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[Progress], None] | None = None,
+        on_block: Callable[[int], None] | None = None,
+        out: Tensor | None = None,
+        check: bool = True,
     ) -> Tensor:
         """Draw ``batch`` images.
 
         Args:
-            noise: called once for each block, in order.
+            noise: standard normal, ``(B, M, L, C)``; or called once for each block, in order.
             generator: for the noise that a stochastic scheduler adds in its steps.
-            callback: called after every step.
+            callback: called after every step, which costs the single launch of a block's steps.
+            on_block: called with the number of blocks that are done. On a GPU the next one is under way by then.
+            out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
+            check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
         Returns:
             Clean latents ``(B, M, L, C)`` in fp32, made in inference mode.
+
+        Raises:
+            NonFiniteError: the network gave numbers that are not finite.
+            ValueError: ``noise`` or ``out`` has another shape than the plan was made for.
         """
+        self.warmup()
+        self._check_shapes(noise, out)
+        self.slots.assign(self.schedule, self.model)
         self.cache.reset()
-        self._renew()
-        blocks: list[Tensor] = []
+        ends: list[torch.cuda.Event] = []
         for block in range(self.config.num_blocks):
-            condition = self._condition(block, blocks[-1] if blocks else None)
-            latents = noise(block).to(self.model.device, torch.float32)
-            blocks.append(self._denoise(block, latents, condition, generator, callback))
-            if not self.config.has_clean_stream:
-                # the noise stream is its own context: what its layers saw last stays
-                self.cache.advance(self.config.block_size)
-        return torch.stack(blocks, dim=1)
+            self._draw(noise, block)
+            (self.next_block if block else self.first_block)()
+            self._denoise(block, generator, callback)
+            if check and self.cache.on_host:
+                self.check(block)
+            if on_block is not None:
+                self._report(block, ends, on_block)
+        self.slots.finish_block(None)
+        out = torch.empty_like(self.slots.canvas_RMLC) if out is None else out
+        out.copy_(self.slots.canvas_RMLC)
+        if check:
+            self.check()
+        return out
 
-    def _renew(self) -> None:
-        """What is made of the weights, which may have changed since the last run."""
-        if self.pack_weights and (current := fingerprint(self.source)) != self.packed_from:
-            self.model, self.packed_from = packed(self.source), current
-        down, up = self.model.downsampler.time_embedding, self.model.upsampler.time_embedding
-        self.down_temb_TE, self.up_temb_TE = down(self.timesteps), up(self.timesteps)
-        # the released sampler embeds the clean block with the last timestep of the previous block's loop
-        left_over = self.timesteps[-1:] if self.config.clean_timestep == "noisy" else self.timesteps.new_zeros(1)
-        self.clean_temb_E = down(left_over)[0]
+    def check(self, block: int | None = None) -> None:
+        """Look for numbers that are not finite in the last run; waits for the device.
 
-    def _condition(self, block: int, previous_BLC: Tensor | None) -> Tensor | None:
-        """Pass the finished block into the cache and, shifted, through the autoregressive layers."""
-        model, config = self.model, self.config
-        if previous_BLC is None:
-            shifted = model.boi.expand(self.batch, -1, -1) if config.has_condition else None
-        elif config.context == "noise":
-            shifted = None
-        else:
-            temb = self.clean_temb_E.expand(self.batch, -1)
-            shifted, _ = model.embed(previous_BLC[:, None].to(model.dtype), temb)
-            if config.has_clean_stream:
-                self._layers("clean", shifted, block - 1, range(model.clean_layers), needs_output=False)
-                self.cache.advance(config.block_size)
-        if not config.has_condition or shifted is None:
-            return None
-        return self._layers("noise", shifted, block, range(config.ar_layers))
+        Args:
+            block: the last one that is done; None for all.
 
-    def _layers(
-        self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
-    ) -> Tensor:
-        """One block of one stream through some layers, on the cached prefix."""
-        tables = {stream: self.model.rope.tables(block, 1)}
-        streams: Streams = {stream: tokens_BSC}
-        for index in layers:
-            outputs = [stream] if needs_output or index < layers[-1] else []
-            layer = self.model.layers[index]
-            assert isinstance(layer, TransformerLayer)
-            streams = layer(streams, self.model.rope, tables, self._attention(index), outputs)
-        return streams.get(stream, tokens_BSC)
+        Raises:
+            NonFiniteError: there are.
+        """
+        if self.table is None:
+            return
+        steps = len(self.timesteps)
+        expected = steps * (self.config.num_blocks if block is None else block + 1)
+        for image, sound in enumerate(self.slots.sound_R.tolist()):
+            if sound < expected:
+                raise NonFiniteError(
+                    f"image {image} of the batch is not finite from block {sound // steps}, step {sound % steps} on"
+                )
 
-    def _attention(self, index: int) -> Attention:
-        cross_block = self.config.cross_block_attention or index < self.config.ar_layers
-        own_block = BlockLayout(self.config.block_size, noise_blocks=1)
+    def _check_shapes(self, noise: Tensor | NoiseSource, out: Tensor | None) -> None:
+        shape = self.slots.canvas_RMLC.shape
+        for name, tensor in (("noise", noise), ("out", out)):
+            if isinstance(tensor, Tensor) and tensor.shape != shape:
+                raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
-        def attend(projections: Projections) -> Tensor | None:
-            if cross_block:
-                return self.cache.attend(index, projections)
-            return block_causal_attention(*projections.heads(), own_block, backend=self.model.attention_backend)
+    def _reset(self) -> None:
+        """Before the first step of the first block."""
+        self.cache.reset()
+        self.slots.reset()
 
-        return attend
-
-    def _denoise(
-        self,
-        block: int,
-        latents_BLC: Tensor,
-        condition_BSC: Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable[[Progress], None] | None,
-    ) -> Tensor:
-        """The step loop of one block."""
-        update = self._tabulated_update() if self.table is not None else self._scheduler_update(generator)
-        latents = latents_BLC * self._init_noise_sigma()
-        for step in range(len(self.timesteps)):
-            scaled = latents if self.table is not None else self._scale(latents, step)
-            latents = update(step, latents, self._predict(block, step, scaled, condition_BSC))
-            if callback is not None:
-                callback(Progress(block, step, latents))
-        return latents
-
-    def _predict(self, block: int, step: int, latents_BLC: Tensor, condition_BSC: Tensor | None) -> Tensor:
-        """The network's prediction ``(B, L, C)`` at one step."""
-        model, diffusion_layers = self.model, range(self.config.ar_layers, self.config.num_layers)
-        temb = self.down_temb_TE[step].expand(self.batch, -1)
-        noisy, skips = model.embed(latents_BLC[:, None].to(model.dtype), temb)
-        tokens = noisy if condition_BSC is None else condition_BSC + noisy
-        tokens = self._layers("noise", tokens, block, diffusion_layers)
-        return model.decode(tokens, self.up_temb_TE[step].expand(self.batch, -1), skips)[:, 0]
+    def _draw(self, noise: Tensor | NoiseSource, block: int) -> None:
+        """Put a block's noise where its pass finds it."""
+        drawn = noise[:, block] if isinstance(noise, Tensor) else noise(block)
+        target = self.slots.canvas_RMLC[:, block]
+        target.copy_(drawn, non_blocking=True)
+        target *= self._init_noise_sigma()
 
     def _init_noise_sigma(self) -> float:
         return self.table.init_noise_sigma if self.table is not None else float(self.scheduler.init_noise_sigma)
 
-    def _tabulated_update(self) -> Callable[[int, Tensor, Tensor], Tensor]:
-        table = self.table
-        assert table is not None
-        previous: Tensor | None = None
+    def _report(self, block: int, ends: list[torch.cuda.Event], on_block: Callable[[int], None]) -> None:
+        """Wait for the block before the one that was just launched, which keeps the GPU busy meanwhile."""
+        if self.model.device.type != "cuda":
+            on_block(block + 1)
+            return
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        if block > 0:
+            ends[-2].synchronize()
+            on_block(block)
+        if block == self.config.num_blocks - 1:
+            ends[-1].synchronize()
+            on_block(block + 1)
 
-        def update(step: int, latents: Tensor, output: Tensor) -> Tensor:
-            nonlocal previous
-            if previous is None:
-                previous = torch.zeros_like(latents)
-            rows = table.coefficients[step].expand(self.batch, -1)
-            denoise_step(latents, output, previous, rows, clip=table.clip, backend=self.backend)
-            return latents
+    def _denoise(
+        self,
+        block: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable[[Progress], None] | None,
+    ) -> None:
+        """The step loop of one block."""
+        if self.table is not None and callback is None:
+            self.loop()
+            return
+        step = self._scheduler_step(generator) if self.table is None else lambda _: self.denoise()
+        for index in range(len(self.timesteps)):
+            step(index)
+            if callback is not None:
+                callback(Progress(block, index, self.slots.latents_RLC))
 
-        return update
-
-    def _scheduler_update(
-        self, generator: torch.Generator | list[torch.Generator] | None
-    ) -> Callable[[int, Tensor, Tensor], Tensor]:
+    def _scheduler_step(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
+        """A denoising step that the scheduler's own ``step`` ends."""
         # a fresh state for every block: multistep schedulers remember the last one's predictions
         self.scheduler.set_timesteps(self.num_inference_steps, device=self.model.device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         keywords = {"generator": generator} if takes_generator else {}
 
-        def update(step: int, latents: Tensor, output: Tensor) -> Tensor:
-            return self.scheduler.step(output.float(), self.timesteps[step], latents, **keywords).prev_sample
+        def step(index: int) -> None:
+            timestep = self.timesteps[index]
+            # a copy: schedulers of several stages keep the sample that they were given
+            latents = self.slots.latents_RLC.clone()
+            _, down_BE, up_BE = self.slots.schedule(None)
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            output = self.passes.predict(None, scaled, down_BE, up_BE)
+            stepped = self.scheduler.step(output.float(), timestep, latents, **keywords).prev_sample
+            self.slots.finish_step(None, stepped, self.slots.previous_RLC)
 
-        return update
-
-    def _scale(self, latents: Tensor, step: int) -> Tensor:
-        return self.scheduler.scale_model_input(latents, self.timesteps[step])
+        return step

@@ -109,14 +109,14 @@ _SCHEMA = (
     "(Tensor(a!) sample, Tensor model_output, Tensor(b!) previous, Tensor coefficients, float? clip=None, "
     "Tensor? unconditional=None, Tensor? guidance_scale=None) -> ()"
 )
-# C++ registers itself for the CPU; without it this op is the reference.
+# C++ registers itself, for the CPU and, where it was built with CUDA, for that; without it this op is the reference.
 library.define("madformer::denoise_step_", _SCHEMA)
 library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_step_ref)
 # An op of its own, because on the CPU, interpreted, it stands beside the other.
 library.define("madformer::denoise_step_triton_", _SCHEMA)
 library.impl("madformer::denoise_step_triton_", ("cpu", "cuda"), _denoise_step_triton)
 dispatch.register(OP, "reference")
-dispatch.register(OP, "cpp", ("cpu",))
+dispatch.register(OP, "cpp", dispatch.COMPILED_DEVICES, auto=("cpu",))
 dispatch.register(OP, "triton", auto=("cuda",))
 
 

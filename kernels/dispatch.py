@@ -22,6 +22,9 @@ BACKENDS = ("triton", "cpp", "sdpa", "flex", "flash_attn", "xformers", "referenc
 """Every backend, in the order in which ``auto`` prefers them."""
 
 
+_OURS = ("triton", "cpp")
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name that cannot run here; the message says why, in one line."""
 
@@ -43,21 +46,18 @@ class BackendStatus:
     ops: tuple[str, ...]
 
 
-def _load_extension() -> str | None:
-    """Imports ``madformer._C``, which registers its ops; returns why it could not, in one line."""
-    try:
-        importlib.import_module("madformer._C")
-    except ModuleNotFoundError:
-        return "madformer._C is not built; an install with MADFORMER_EXTENSION=require shows why"
-    except ImportError as error:
-        return f"madformer._C does not load: {' '.join(str(error).split())}"
-    return None
-
-
 # Found out once, at import: ops are resolved inside compiled graphs, where nothing can be imported.
 _UNAVAILABLE: dict[str, str] = {}
-if (_why := _load_extension()) is not None:
-    _UNAVAILABLE["cpp"] = _why
+CUDA_ARCHITECTURES = ""
+"""Those that ``madformer._C`` was compiled for, as ``"80 90a 100"``; empty where it was built without CUDA."""
+try:
+    CUDA_ARCHITECTURES = importlib.import_module("madformer._C").cuda_architectures  # Registers its ops.
+except ModuleNotFoundError:
+    _UNAVAILABLE["cpp"] = "madformer._C is not built; an install with MADFORMER_EXTENSION=require shows why"
+except ImportError as _error:
+    _UNAVAILABLE["cpp"] = f"madformer._C does not load: {' '.join(str(_error).split())}"
+COMPILED_DEVICES = ("cpu", "cuda") if CUDA_ARCHITECTURES else ("cpu",)
+"""Device types on which C++ runs those ops that it has for both."""
 if not launch.HAS_TRITON:
     _UNAVAILABLE["triton"] = "Triton is not installed"
 # Optional packages take seconds to import: they are, and may fail to, when an op first calls them.
@@ -67,7 +67,7 @@ for _name, _package in (("flash_attn", "flash-attn"), ("xformers", "xFormers")):
 
 _DESCRIPTION = {
     "triton": "our Triton kernels" + (", interpreted" if launch.INTERPRETED else ", on CUDA devices"),
-    "cpp": "C++ in madformer._C",
+    "cpp": f"C++ in madformer._C, built {f'for CUDA {CUDA_ARCHITECTURES}' if CUDA_ARCHITECTURES else 'without CUDA'}",
     "sdpa": "PyTorch's scaled_dot_product_attention, one dense call for each run of blocks",
     "flex": "PyTorch's FlexAttention with a BlockMask, compiled on CUDA, forward-only on the CPU",
     "flash_attn": "the flash-attn package",
@@ -121,7 +121,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     """
     names = [name for name in BACKENDS if name in _REGISTRY[op]]
     if backend == AUTO:
-        suitable = (name for name in names if name != "triton" or dtype in (None, *launch.DTYPES))
+        suitable = (name for name in names if name not in _OURS or dtype in (None, *launch.DTYPES))
         return next(name for name in suitable if _is_auto(op, name, device) and not _refusal(op, name, device))
     if backend not in names:
         raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *names))} for {op}")

@@ -1,9 +1,10 @@
 """Attention of a block to a cached prefix and to itself, without a mask and without concatenating them.
 
 Sampling reads the cache in every layer of every step. How much of it is filled is known on the device alone, for each
-sample: one captured graph then serves every block, and samples at different blocks can share a step.
+sample: one captured graph then serves every block, and samples at different blocks can share a step. So is which row
+of the cache a sample reads: a small batch then works on some rows of a large cache, and these stay where they are.
 
-Shape legend: B batch, H heads, L queries, N own keys, S capacity of the cache, D head dim.
+Shape legend: B batch, H heads, L queries, N own keys, R rows of the cache, S their capacity, D head dim.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from madformer.kernels.checks import check_device, check_floating, check_same, c
 __all__ = ["cached_attention", "cached_attention_ref"]
 
 OP = "cached_attention"
-LENGTH_DTYPES = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
@@ -29,12 +30,13 @@ dispatch.register(OP, "triton", auto=("cuda",))
 
 def cached_attention(
     q_BHLD: Tensor,
-    k_cache_BHSD: Tensor,
-    v_cache_BHSD: Tensor,
+    k_cache_RHSD: Tensor,
+    v_cache_RHSD: Tensor,
     lengths_B: Tensor,
     k_BHND: Tensor | None = None,
     v_BHND: Tensor | None = None,
     *,
+    rows_B: Tensor | None = None,
     scale: float | None = None,
     num_splits: int | None = None,
     backend: str = "auto",
@@ -42,15 +44,17 @@ def cached_attention(
     """Softmax attention of every query to the first ``lengths_B[b]`` keys of the cache and to all of the own block.
 
     For inference: there is no backward. Nothing waits for the device, and nothing depends on the values of
-    ``lengths_B`` but the result, so a captured CUDA graph serves all lengths.
+    ``lengths_B`` and ``rows_B`` but the result, so a captured CUDA graph serves all lengths and rows.
 
     Args:
         q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128; the reference takes any. Any strides, as for
             all of these, but the last dimension contiguous.
-        k_cache_BHSD, v_cache_BHSD: (B, H, S, D) in the dtype of ``q_BHLD``. What lies behind a sample's length is
-            never used, and may be uninitialised.
+        k_cache_RHSD, v_cache_RHSD: (R, H, S, D) in the dtype of ``q_BHLD``, R being B without ``rows_B``. What lies
+            behind a sample's length is never used, and may be uninitialised.
         lengths_B: (B,) int32 or int64, on the device of the rest. Clamped to 0..S.
         k_BHND, v_BHND: (B, H, N, D), the own block, where it is not in the cache already; both or neither.
+        rows_B: (B,) int32 or int64, on the device of the rest: the row of the caches that each sample reads. Samples
+            may share one. A sample whose row is not in 0..R-1 has no cached keys. None: sample b reads row b.
         scale: of the scores, positive; None for ``1 / sqrt(D)``.
         num_splits: into how many shares the keys of a sample are cut, 1 to 32; None for a number that fits the GPU.
             The reference does without.
@@ -64,7 +68,7 @@ def cached_attention(
         ValueError: an argument has the wrong shape, dtype, device, layout or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _validate(q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND)
+    _validate(q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B)
     if scale is None:
         scale = q_BHLD.shape[-1] ** -0.5
     if not 0 < scale < math.inf:
@@ -74,17 +78,27 @@ def cached_attention(
     chosen = dispatch.resolve(OP, backend, q_BHLD.device, q_BHLD.dtype)
     too_wide = q_BHLD.shape[-1] > MAX_HEAD_DIM
     if chosen == "reference" or (backend == dispatch.AUTO and too_wide):
-        return cached_attention_ref(q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale=scale)
+        return cached_attention_ref(
+            q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B=rows_B, scale=scale
+        )
     check_floating("q", q_BHLD)
     if too_wide:
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
     out_BLHD = torch.ops.madformer.cached_attention(
-        q_BHLD, k_cache_BHSD, v_cache_BHSD, lengths_B, k_BHND, v_BHND, scale, num_splits
+        q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B, scale, num_splits
     )
     return out_BLHD.transpose(1, 2)
 
 
-def _validate(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+def _validate(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rows: Tensor | None,
+) -> None:
     if q.dim() != 4 or q.shape[-1] == 0:
         raise ValueError(f"q must have the shape (B, H, L, D), got {tuple(q.shape)}")
     if (k is None) != (v is None):
@@ -94,7 +108,8 @@ def _validate(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: T
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have four dimensions, got {tuple(tensor.shape)}")
-        check_shape(name, tensor, (B, H, tensor.shape[2], D))
+        indexed = rows is not None and name.endswith("_cache")
+        check_shape(name, tensor, (len(tensor) if indexed else B, H, tensor.shape[2], D))
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
         check_device(name, tensor, q.device)
@@ -103,9 +118,12 @@ def _validate(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: T
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
     check_same("v_cache", v_cache, "k_cache", k_cache)
+    if rows is not None and len(k_cache) == 0:
+        raise ValueError(f"k_cache must have at least one row, got {tuple(k_cache.shape)}")
     if k is not None and v is not None:
         check_same("v", v, "k", k)
-    check_shape("lengths", lengths, (B,))
-    if lengths.dtype not in LENGTH_DTYPES:
-        raise ValueError(f"lengths must be {' or '.join(map(str, LENGTH_DTYPES))}, got {lengths.dtype}")
-    check_device("lengths", lengths, q.device)
+    for name, index in ({"lengths": lengths} | ({} if rows is None else {"rows": rows})).items():
+        check_shape(name, index, (B,))
+        if index.dtype not in INDEX_DTYPES:
+            raise ValueError(f"{name} must be {' or '.join(map(str, INDEX_DTYPES))}, got {index.dtype}")
+        check_device(name, index, q.device)

@@ -8,7 +8,7 @@ Where a batch has too few tiles of queries to fill the GPU, the tiles of keys ar
 as in FlashDecoding). Each program takes an equal share of what its sample really has, whatever the capacity; the
 second kernel merges the normalised results by their log-sum-exp.
 
-Shape legend: B batch, H heads, L queries, N own keys, S capacity of the cache, D head dim, P splits.
+Shape legend: B batch, H heads, L queries, N own keys, R rows of the cache, S their capacity, D head dim, P splits.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def split_kernel(
     k_ptr,
     v_ptr,
     lengths_ptr,
+    rows_ptr,
     out_ptr,
     lse_ptr,
     strides_q,
@@ -89,12 +90,15 @@ def split_kernel(
     strides_k,
     strides_v,
     stride_lengths,
+    stride_rows,
     num_queries,
+    num_rows,
     capacity,
     num_own,
     num_splits,
     scale_log2,
     HAS_OWN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
@@ -111,6 +115,11 @@ def split_kernel(
 
     length = tl.load(lengths_ptr + sample * stride_lengths)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
+    row = sample
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + sample * stride_rows).to(tl.int64)
+        # Nothing is read of a row that is not there.
+        length = tl.where((row >= 0) & (row < num_rows), length, 0)
     full_cached = length // BLOCK_N
     full_own = num_own // BLOCK_N
     num_full = full_cached + full_own
@@ -119,8 +128,8 @@ def split_kernel(
     stop = num_tiles * (split + 1) // num_splits
 
     q_rows, stride_q = _rows_of_head(q_ptr, strides_q, sample, head, UNIT)
-    kc_rows, stride_kc = _rows_of_head(k_cache_ptr, strides_kc, sample, head, UNIT)
-    vc_rows, stride_vc = _rows_of_head(v_cache_ptr, strides_vc, sample, head, UNIT)
+    kc_rows, stride_kc = _rows_of_head(k_cache_ptr, strides_kc, row, head, UNIT)
+    vc_rows, stride_vc = _rows_of_head(v_cache_ptr, strides_vc, row, head, UNIT)
     k_rows, stride_k = _rows_of_head(k_ptr, strides_k, sample, head, UNIT)
     v_rows, stride_v = _rows_of_head(v_ptr, strides_v, sample, head, UNIT)
     q = _load_rows(q_rows, stride_q, first_query, num_queries, D, BLOCK_M, BLOCK_D, True)

@@ -1,6 +1,6 @@
 """``madformer::cached_attention`` as a torch operator over the Triton kernels: how they are cut, and their launches.
 
-Shape legend: B batch, H heads, L queries, N own keys, S capacity of the cache, D head dim, P splits.
+Shape legend: B batch, H heads, L queries, N own keys, R rows of the cache, S their capacity, D head dim, P splits.
 """
 
 from __future__ import annotations
@@ -84,21 +84,23 @@ def choose_num_splits(num_programs: int, num_keys: int, block_n: int, resident: 
 
 def _forward(
     q_BHLD: Tensor,
-    k_cache_BHSD: Tensor,
-    v_cache_BHSD: Tensor,
+    k_cache_RHSD: Tensor,
+    v_cache_RHSD: Tensor,
     lengths_B: Tensor,
     k_BHND: Tensor | None,
     v_BHND: Tensor | None,
+    rows_B: Tensor | None,
     scale: float,
     num_splits: int | None,
 ) -> Tensor:
-    (B, H, L, D), S = q_BHLD.shape, k_cache_BHSD.shape[2]
+    (B, H, L, D), (R, _, S, _) = q_BHLD.shape, k_cache_RHSD.shape
     N = 0 if k_BHND is None else k_BHND.shape[2]
     settings = choose_settings(B * H, L, S + N, D, q_BHLD.dtype, target(q_BHLD.device))
     splits = settings.num_splits if num_splits is None else num_splits
     # Without an own block the cache stands in for it, and is not read as such.
-    own = (k_cache_BHSD, v_cache_BHSD) if k_BHND is None or v_BHND is None else (k_BHND, v_BHND)
-    heads = (q_BHLD, k_cache_BHSD, v_cache_BHSD, *own)
+    own = (k_cache_RHSD, v_cache_RHSD) if k_BHND is None or v_BHND is None else (k_BHND, v_BHND)
+    rows = lengths_B if rows_B is None else rows_B
+    heads = (q_BHLD, k_cache_RHSD, v_cache_RHSD, *own)
     unit = math.gcd(16 // q_BHLD.element_size(), *(stride for x in heads for stride in x.stride()[:3]))
     strides = [tuple(stride // unit for stride in x.stride()[:3]) for x in heads]
 
@@ -111,10 +113,11 @@ def _forward(
         split_kernel,
         (-(-L // settings.block_m) * splits, H, B),
         q_BHLD.device,
-        *(*heads, lengths_B, partial, lse),
-        *(*strides, lengths_B.stride(0)),
-        *(L, S, N, splits, scale * math.log2(math.e)),
+        *(*heads, lengths_B, rows, partial, lse),
+        *(*strides, lengths_B.stride(0), rows.stride(0)),
+        *(L, R, S, N, splits, scale * math.log2(math.e)),
         HAS_OWN=N > 0,
+        HAS_ROWS=rows_B is not None,
         SPLIT=splits > 1,
         UNIT=unit,
         D=D,
@@ -153,8 +156,8 @@ def _block_d(head_dim: int) -> int:
 
 library.define(
     "madformer::cached_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, float scale, int? num_splits)"
-    " -> Tensor",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, Tensor? rows, float scale,"
+    " int? num_splits) -> Tensor",
 )
 library.impl("madformer::cached_attention", ("cpu", "cuda"), _forward)
 

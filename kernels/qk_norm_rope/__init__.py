@@ -3,7 +3,7 @@
 Per head: RMSNorm over the head dimension (arXiv:1910.07467, on queries and keys arXiv:2302.05442), then rotary position
 embedding (arXiv:2104.09864), both in fp32, rounded once.
 
-Shape legend: B batch, L tokens (of one stream, or of all packed), H heads, D head dim, S cache slots,
+Shape legend: B batch, L tokens (of one stream, or of all packed), H heads, D head dim, R cache rows, S cache slots,
 C packed channels: 3 * H * D (queries, keys, values) or 2 * H * D (keys, values).
 
 Results are ``(B, H, L, D)`` views of ``(B, L, H, D)`` memory. That is the order of the packed projection, so this pass
@@ -37,6 +37,7 @@ OP, CACHED_OP = "qk_norm_rope", "qk_norm_rope_cached"
 for _op in (OP, CACHED_OP):
     dispatch.register(_op, "reference")
     dispatch.register(_op, "triton", auto=("cuda",))
+dispatch.register(CACHED_OP, "cpp", ("cpu",))
 
 
 def qk_norm_rope(
@@ -105,10 +106,11 @@ def qk_norm_rope_cached(
     k_weight: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    k_cache_BHSD: Tensor,
-    v_cache_BHSD: Tensor,
+    k_cache_RHSD: Tensor,
+    v_cache_RHSD: Tensor,
     positions_B: Tensor,
     *,
+    rows_B: Tensor | None = None,
     num_heads: int,
     axes: int,
     eps: float = 1e-6,
@@ -117,10 +119,15 @@ def qk_norm_rope_cached(
     """:func:`qk_norm_rope` of one stream with keys and values written into a cache; not differentiable.
 
     Args:
-        qkv_BLC, q_weight, k_weight, cos, sin, num_heads, axes, eps, backend: one stream's, as there.
-        k_cache_BHSD, v_cache_BHSD: written in the slots ``[positions_B[b], positions_B[b] + L)`` of every sample, and
-            nowhere else: tokens whose slot is not in ``[0, S)`` are dropped. Of one layout, with contiguous channels.
+        qkv_BLC, q_weight, k_weight, cos, sin, num_heads, axes, eps: one stream's, as there.
+        k_cache_RHSD, v_cache_RHSD: of every sample written in one row, in the slots ``[positions_B[b],
+            positions_B[b] + L)``, and nowhere else: tokens whose slot is not in ``[0, S)`` are dropped. Of one layout,
+            with contiguous channels.
         positions_B: int32 or int64, on the device, where it stays.
+        rows_B: int32 or int64, on the device, where it stays: the row of the caches that each sample writes. The tokens
+            of a sample whose row is not in ``[0, R)`` are dropped. Samples may share a row where their slots do not
+            meet; which one is written where they do is undefined. None: sample b writes row b, and R is B.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         q (B, H, L, D), or None for a stream of keys and values only.
@@ -133,15 +140,21 @@ def qk_norm_rope_cached(
     _check_numbers(num_heads, eps)
     head_dim = head_dim_of([qkv_BLC], num_heads, [q_weight], [k_weight], [cos])
     _check_stream("", qkv_BLC, q_weight, k_weight, cos, sin, axes, qkv_BLC, num_heads, head_dim)
-    _check_cache(qkv_BLC, k_cache_BHSD, v_cache_BHSD, positions_B, num_heads, head_dim)
-    caches = k_cache_BHSD, v_cache_BHSD, positions_B
+    _check_cache(qkv_BLC, k_cache_RHSD, v_cache_RHSD, positions_B, rows_B, num_heads, head_dim)
+    has_queries = _has_queries(qkv_BLC, num_heads, head_dim)
+    parameters = q_weight if has_queries else None, k_weight, cos, sin
+    caches = k_cache_RHSD, v_cache_RHSD, positions_B
     if chosen == "reference":
-        stream = qkv_BLC, q_weight, k_weight, cos, sin
-        return qk_norm_rope_cached_ref(*stream, *caches, num_heads=num_heads, axes=axes, eps=eps)
+        return qk_norm_rope_cached_ref(
+            qkv_BLC, *parameters, *caches, rows_B=rows_B, num_heads=num_heads, axes=axes, eps=eps
+        )
     check_floating("qkv", qkv_BLC)
-    arguments = _op_arguments([qkv_BLC], [q_weight], [k_weight], [cos], [sin], [axes], num_heads, head_dim)
-    q = torch.ops.madformer.qk_norm_rope_cached(*arguments, num_heads, head_dim, eps, *caches)
-    return q if _has_queries(qkv_BLC, num_heads, head_dim) else None
+    op = torch.ops.madformer.qk_norm_rope_cached
+    if chosen == "cpp":
+        op = torch.ops.madformer.qk_norm_rope_cached_cpp
+        parameters = tuple(None if x is None else x.float() for x in parameters)
+    q = op(qkv_BLC, *parameters, *caches, rows_B, num_heads, head_dim, axes, eps)
+    return q if has_queries else None
 
 
 def _has_queries(qkv_BLC: Tensor, num_heads: int, head_dim: int) -> bool:
@@ -218,17 +231,28 @@ def _check_stream(
 
 
 def _check_cache(
-    qkv_BLC: Tensor, k_cache: Tensor, v_cache: Tensor, positions_B: Tensor, num_heads: int, head_dim: int
+    qkv_BLC: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions_B: Tensor,
+    rows_B: Tensor | None,
+    num_heads: int,
+    head_dim: int,
 ) -> None:
     batch, num_tokens, _ = qkv_BLC.shape
     if k_cache.ndim != 4 or k_cache.shape[2] < num_tokens:
-        raise ValueError(f"k_cache must be (B, H, S, D) with S of at least {num_tokens}, got {tuple(k_cache.shape)}")
+        raise ValueError(f"k_cache must be (R, H, S, D) with S of at least {num_tokens}, got {tuple(k_cache.shape)}")
+    if rows_B is not None and len(k_cache) == 0:
+        raise ValueError(f"k_cache must have at least one row, got {tuple(k_cache.shape)}")
+    num_rows = batch if rows_B is None else len(k_cache)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_shape(name, cache, (batch, num_heads, k_cache.shape[2], head_dim))
+        check_shape(name, cache, (num_rows, num_heads, k_cache.shape[2], head_dim))
         check_floating(name, cache, (qkv_BLC.dtype,))
         check_device(name, cache, qkv_BLC.device)
         if cache.stride(-1) != 1 or cache.stride() != k_cache.stride():
             raise ValueError(f"{name} must have contiguous channels and k_cache's strides, got {cache.stride()}")
-    check_shape("positions", positions_B, (batch,))
-    check_floating("positions", positions_B, (torch.int32, torch.int64))
-    check_device("positions", positions_B, qkv_BLC.device)
+    for name, indices in (("positions", positions_B), ("rows", rows_B)):
+        if indices is not None:
+            check_shape(name, indices, (batch,))
+            check_floating(name, indices, (torch.int32, torch.int64))
+            check_device(name, indices, qkv_BLC.device)

@@ -19,10 +19,12 @@ def forward_kernel(
     cos_ptr,
     sin_ptr,
     positions_ptr,
+    rows_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     num_tokens,
+    num_rows,
     num_slots,
     eps,
     stride_xb,
@@ -60,15 +62,18 @@ def forward_kernel(
     live = live_col & (token < num_tokens)
 
     x_ptrs = qkv_ptr + (batch * stride_xb + token * stride_xl) * UNIT + index * (NUM_HEADS * HEAD_DIM) + col
-    slot, stored = token, live
+    row, slot, stored = batch, token, live
     if positions_ptr is not None:
         slot += tl.where(part == 0, 0, tl.load(positions_ptr + batch).to(tl.int64))
         stored &= (part == 0) | ((slot >= 0) & (slot < num_slots))
+    if rows_ptr is not None:
+        row = tl.where(part == 0, batch, tl.load(rows_ptr + batch).to(tl.int64))
+        stored &= (part == 0) | ((row >= 0) & (row < num_rows))
     stride_yb = tl.where(part == 0, stride_qb, stride_kb)
     stride_yh = tl.where(part == 0, stride_qh, stride_kh)
     stride_yl = tl.where(part == 0, stride_ql, stride_kl)
     y_ptr = tl.where(part == 0, q_ptr, tl.where(part == 1, k_ptr, v_ptr))
-    y_ptrs = y_ptr + (batch * stride_yb + slot * stride_yl) * UNIT + col
+    y_ptrs = y_ptr + (row * stride_yb + slot * stride_yl) * UNIT + col
 
     if k_weight_ptr is not None:
         weight_ptrs = tl.where(part == 0, q_weight_ptr, k_weight_ptr) + col

@@ -1,6 +1,7 @@
 """What launches the kernels of ``qk_norm_rope``, one stream at a time.
 
-Shape legend: B batch, L tokens, C packed channels (parts * H * D), H heads, D head dim, S cache slots, P programs.
+Shape legend: B batch, L tokens, C packed channels (parts * H * D), H heads, D head dim, R cache rows, S cache slots,
+P programs.
 """
 
 from __future__ import annotations
@@ -126,24 +127,35 @@ def _common_unit(strides: list[int]) -> int:
     return 1 if any(stride % 8 for stride in strides) else 8
 
 
-def forward(stream: Stream, q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, positions_B: Tensor | None) -> None:
-    """Writes a stream's queries, keys and values, the latter from slot ``positions_B`` on where that is given.
+def forward(
+    stream: Stream,
+    q_BHLD: Tensor,
+    k_RHSD: Tensor,
+    v_RHSD: Tensor,
+    positions_B: Tensor | None = None,
+    rows_B: Tensor | None = None,
+) -> None:
+    """Writes a stream's queries, keys and values, the latter two from slot ``positions_B`` of row ``rows_B`` on.
 
-    Keys and values have the same strides, channels are contiguous. ``q_BHLD`` is empty where the stream has no queries.
+    Without these from slot 0, and sample b to row b. Keys and values have the same strides, channels are contiguous.
+    ``q_BHLD`` is empty where the stream has no queries.
     """
     qkv = _inner_contiguous(stream.qkv)
+    positions, rows = (None if index is None else index.contiguous() for index in (positions_B, rows_B))
+    # Not of every batch size a kernel of its own: a constant where nobody looks at it.
+    num_rows = 0 if rows is None else len(k_RHSD)
     batch, num_tokens, _ = qkv.shape
     settings = choose_settings(stream)
     tiles = batch * -(-num_tokens // settings.tokens)
     cos, sin, *table_strides = _tables(stream)
-    strides = [*qkv.stride()[:2], *table_strides, *q_BHLD.stride()[:3], *k_BHSD.stride()[:3]]
+    strides = [*qkv.stride()[:2], *table_strides, *q_BHLD.stride()[:3], *k_RHSD.stride()[:3]]
     unit = _common_unit(strides)
     launch(
         forward_kernel,
         (stream.parts * tiles, -(-stream.num_heads // settings.heads_per_program)),
         qkv.device,
-        *(qkv, *_weights(stream), cos, sin, positions_B, q_BHLD, k_BHSD, v_BHSD),
-        *(num_tokens, k_BHSD.shape[2], stream.eps),
+        *(qkv, *_weights(stream), cos, sin, positions, rows, q_BHLD, k_RHSD, v_RHSD),
+        *(num_tokens, num_rows, k_RHSD.shape[2], stream.eps),
         *(stride // unit for stride in strides),
         NUM_HEADS=stream.num_heads,
         HEAD_DIM=stream.head_dim,

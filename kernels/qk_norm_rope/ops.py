@@ -62,7 +62,7 @@ def _empty_outputs(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, 
 def _forward(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _empty_outputs(qkv, *arguments)
     for stream, queries, tokens in _spans(_streams(qkv, *arguments)):
-        launchers.forward(stream, q[:, :, queries], k[:, :, tokens], v[:, :, tokens], positions_B=None)
+        launchers.forward(stream, q[:, :, queries], k[:, :, tokens], v[:, :, tokens])
     return q, k, v
 
 
@@ -82,11 +82,18 @@ def _backward(
     return dqkv, partial_NPD.sum(1) if needs_weights else partial_NPD.new_empty(0, dk.shape[3])
 
 
-def _cached(qkv: list[Tensor], *arguments: Any) -> Tensor:
-    *of_stream, k_cache, v_cache, positions = arguments
-    (stream,) = _streams(qkv, *of_stream)
-    q = _empty_heads(stream, stream.qkv.shape[1] if stream.has_queries else 0)
-    launchers.forward(stream, q, k_cache, v_cache, positions)
+def _cached_stream(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, *scalars: Any
+) -> tuple[Stream, Tensor]:
+    """The one stream of the cached op, and its queries yet to be written."""
+    num_heads, head_dim, axes, eps = scalars
+    stream = Stream(qkv, q_weight, k_weight, cos, sin, 0 if cos is None else axes, num_heads, head_dim, eps)
+    return stream, _empty_heads(stream, qkv.shape[1] if stream.has_queries else 0)
+
+
+def _cached(*arguments: Any) -> Tensor:
+    stream, q = _cached_stream(*arguments[:5], *arguments[9:])
+    launchers.forward(stream, q, *arguments[5:9])
     return q
 
 
@@ -99,10 +106,13 @@ library.define(
     "madformer::qk_norm_rope_backward",
     f"(Tensor dq, Tensor dk, Tensor dv, bool needs_weights, {_STREAMS}) -> (Tensor[], Tensor)",
 )
-library.define(
-    "madformer::qk_norm_rope_cached",
-    f"({_STREAMS}, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions) -> Tensor",
+_CACHED_SCHEMA = (
+    "(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor positions, Tensor? rows, int num_heads, int head_dim, int axes, float eps) -> Tensor"
 )
+library.define("madformer::qk_norm_rope_cached", _CACHED_SCHEMA)
+# C++ registers itself, for the CPU; an op of its own, because there, interpreted, Triton's stands beside it.
+library.define("madformer::qk_norm_rope_cached_cpp", _CACHED_SCHEMA)
 library.impl("madformer::qk_norm_rope", ("cpu", "cuda"), _forward)
 library.impl("madformer::qk_norm_rope_backward", ("cpu", "cuda"), _backward)
 library.impl("madformer::qk_norm_rope_cached", ("cpu", "cuda"), _cached)
@@ -118,9 +128,9 @@ def _(
 
 
 @library.register_fake("madformer::qk_norm_rope_cached")
-def _(qkv: list[Tensor], *arguments: Any) -> Tensor:
-    (stream,) = _streams(qkv, *arguments[:-3])
-    return _empty_heads(stream, stream.qkv.shape[1] if stream.has_queries else 0)
+@library.register_fake("madformer::qk_norm_rope_cached_cpp")
+def _(*arguments: Any) -> Tensor:
+    return _cached_stream(*arguments[:5], *arguments[9:])[1]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,6 @@
 """``qk_norm_rope`` in plain PyTorch, numerically what the model computes without a kernel.
 
-Shape legend: B batch, L tokens, C packed channels (parts * H * D), H heads, D head dim, S cache slots.
+Shape legend: B batch, L tokens, C packed channels (parts * H * D), H heads, D head dim, R cache rows, S cache slots.
 """
 
 from __future__ import annotations
@@ -55,26 +55,36 @@ def qk_norm_rope_cached_ref(
     k_weight: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    k_cache_BHSD: Tensor,
-    v_cache_BHSD: Tensor,
+    k_cache_RHSD: Tensor,
+    v_cache_RHSD: Tensor,
     positions_B: Tensor,
     *,
+    rows_B: Tensor | None = None,
     num_heads: int,
     axes: int,
     eps: float = 1e-6,
 ) -> Tensor | None:
-    """:func:`~madformer.kernels.qk_norm_rope.qk_norm_rope_cached`, without looking at the positions on the host."""
+    """:func:`~madformer.kernels.qk_norm_rope.qk_norm_rope_cached`, without looking at the indices on the host."""
     streams = [qkv_BLC], [q_weight], [k_weight], [cos], [sin]
     q, k, v = qk_norm_rope_ref(*streams, num_heads=num_heads, axes=axes, eps=eps)
-    num_slots = k_cache_BHSD.shape[2]
-    slots_BL = positions_B.long()[:, None] + torch.arange(k.shape[2], device=k.device)
-    inside = ((slots_BL >= 0) & (slots_BL < num_slots))[:, :, None, None]
-    # A token with no slot of its own rewrites what stands in another's: taken modulo S they are distinct.
-    slots_BL = slots_BL % num_slots
-    samples = torch.arange(len(k), device=k.device)[:, None]
-    for cache, new in ((k_cache_BHSD, k), (v_cache_BHSD, v)):
-        cache[samples, :, slots_BL] = torch.where(inside, new.transpose(1, 2), cache[samples, :, slots_BL])
-    return q if q.shape[2] == k.shape[2] else None
+    batch, _, num_tokens, _ = k.shape
+    queries = q if q.shape[2] == num_tokens else None
+    if k.numel() == 0:
+        return queries
+    num_rows, _, num_slots, _ = k_cache_RHSD.shape
+    rows = torch.arange(batch, device=k.device) if rows_B is None else rows_B.long()
+    rows = rows.repeat_interleave(num_tokens, output_size=batch * num_tokens)
+    slots = (positions_B.long()[:, None] + torch.arange(num_tokens, device=k.device)).flatten()
+    inside = (rows >= 0) & (rows < num_rows) & (slots >= 0) & (slots < num_slots)
+    # A token without a place of its own does what another one does that has one, a second time; where none has, all
+    # rewrite what stands in one place. So no two write different things to one place, and nothing is asked of the host.
+    first = inside.int().argmax(0, keepdim=True)
+    token = torch.where(inside, torch.arange(len(inside), device=k.device), first)
+    rows, slots = rows[token] % num_rows, slots[token] % num_slots
+    for cache, new in ((k_cache_RHSD, k), (v_cache_RHSD, v)):
+        tokens = new.transpose(1, 2).flatten(0, 1)[token]
+        cache[rows, :, slots] = torch.where(inside[first, None, None], tokens, cache[rows[first], :, slots[first]])
+    return queries
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
@@ -23,7 +22,7 @@ from madformer.engine.sampler import Plan, Progress, Sampler
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
-from madformer.vae import decode, load_vae
+from madformer.vae import decode, load_vae, to_uint8
 
 MODEL_INDEX = "model_index.json"
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -72,6 +71,7 @@ class MADFormerPipeline(DiffusionPipeline):
         *,
         vae: str | Path | AutoencoderKL | None = None,
         dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         revision: str | None = None,
     ) -> Self:
@@ -80,7 +80,7 @@ class MADFormerPipeline(DiffusionPipeline):
         Args:
             name: folder or hub id; a bare model folder (``config.json``) is accepted too.
             vae: a folder or hub id to use in place of the one in the folder, which may have none.
-            dtype: of the network; None asks :func:`default_dtype`. The autoencoder runs in it as well.
+            dtype: of the network; None asks :func:`default_dtype`. vae_dtype: of the autoencoder; None for the same.
 
         Raises:
             FileNotFoundError, ValueError: in one line, what is missing, damaged or does not fit.
@@ -94,7 +94,7 @@ class MADFormerPipeline(DiffusionPipeline):
             scheduler = _load_scheduler(folder)
         if vae is None and (folder / "vae").is_dir():
             vae = folder / "vae"
-        autoencoder = load_vae(vae, device, dtype) if isinstance(vae, (str, Path)) else vae
+        autoencoder = load_vae(vae, device, vae_dtype or dtype) if isinstance(vae, (str, Path)) else vae
         return cls(transformer, autoencoder, scheduler)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -169,7 +169,14 @@ class MADFormerPipeline(DiffusionPipeline):
                     step = progress.block * steps + progress.step
                     callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
 
-            latents = plan.run(lambda block: noise[:, block], generator=generators, callback=on_step)
+            # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
+            by_step = callback_on_step_end is not None or plan.cache.on_host
+            latents = plan.run(
+                noise,
+                generator=generators,
+                callback=on_step if by_step else None,
+                on_block=None if by_step else lambda _: bar.update(steps),
+            )
         latents = from_blocks(latents)
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         return MADFormerPipelineOutput(images)
@@ -178,7 +185,8 @@ class MADFormerPipeline(DiffusionPipeline):
         """The engine's plan for this batch size and step count; kept and reused."""
         scheduler = self.scheduler.config
         model = self.transformer
-        key = (batch, num_inference_steps, id(model), model.dtype, model.device, str(scheduler))
+        how = (model.dtype, model.device, model.backend, model.attention_backend)
+        key = (batch, num_inference_steps, id(model), *how, str(scheduler))
         if key not in self._plans:
             # one plan at a time: each holds a cache of its own
             self._plans = {key: Sampler(model, self.scheduler).plan(batch, num_inference_steps)}
@@ -187,10 +195,9 @@ class MADFormerPipeline(DiffusionPipeline):
     def decode(self, latents_BCHW: Tensor, output_type: OutputType = "pil") -> Any:
         """Scaled latents to pictures."""
         pixels = decode(self.vae, latents_BCHW)
-        if output_type == "pt":
-            return pixels
-        array = pixels.permute(0, 2, 3, 1).numpy()
-        return array if output_type == "np" else [Image.fromarray(np.uint8(image * 255 + 0.5)) for image in array]
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in to_uint8(pixels).cpu().numpy()]
+        return pixels.cpu() if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _generators(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -16,52 +16,15 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
 from torch import Tensor
 
-from madformer.config import MADFormerConfig, tiny
-from madformer.engine.cache import KeyValueCache
-from madformer.engine.sampler import Progress, Sampler
+from madformer.config import tiny
+from madformer.engine.sampler import NonFiniteError, Progress, Sampler
 from madformer.model import MADFormer
-from madformer.model.layer import Projections
-from testing import DEVICE, perturb, relative_error
+from testing import relative_error
 
-BATCH, STEPS = 2, 3
 TOLERANCE = 1e-4
-
-CASES: dict[str, MADFormerConfig] = {
-    "both": tiny(),
-    "clean only": tiny().replace(context="clean"),
-    "condition only": tiny().replace(context="condition"),
-    "noisy blocks only": tiny().replace(context="noise"),
-    "block-local": tiny().replace(cross_block_attention=False),
-    "block-local, condition only": tiny().replace(cross_block_attention=False, context="condition"),
-    "block-local, clean only": tiny().replace(cross_block_attention=False, context="clean"),
-    "shared towers": tiny().replace(shared_towers=True),
-    "one block": tiny().replace(num_blocks=1),
-    "one block, condition only": tiny().replace(num_blocks=1, context="condition"),
-    "all layers diffusion": tiny().replace(diffusion_layers=3),
-    "one layer diffusion": tiny().replace(diffusion_layers=1),
-    "nine blocks": tiny().replace(num_blocks=9),
-    "released quirks": tiny().replace(rope_pairing="released", clean_timestep="noisy", square_blocks=False),
-    "released quirks, condition only": tiny().replace(
-        rope_pairing="released", clean_timestep="noisy", context="condition"
-    ),
-    "no QK-norm": tiny().replace(qk_norm=False),
-    "sample prediction": tiny().replace(prediction_type="sample"),
-    "v prediction": tiny().replace(prediction_type="v_prediction"),
-}
-
-
-def make_model(config: MADFormerConfig) -> MADFormer:
-    torch.manual_seed(0)
-    model = perturb(MADFormer(config))
-    assert isinstance(model, MADFormer)
-    return model
-
-
-def draw_noise(config: MADFormerConfig, batch: int = BATCH, seed: int = 1) -> Tensor:
-    shape = (batch, config.num_blocks, config.latents_per_block, config.latent_channels)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -90,7 +53,7 @@ def test_cached_equals_uncached(name: str) -> None:
     model, noise = make_model(config), draw_noise(config)
     scheduler = DDIMScheduler(prediction_type=config.prediction_type)
     expected = sample_uncached(model, scheduler, STEPS, noise)
-    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(lambda block: noise[:, block])
+    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise)
     for block in range(config.num_blocks):
         assert relative_error(latents[:, block], expected[:, block]) < TOLERANCE, f"block {block}"
 
@@ -111,7 +74,7 @@ def test_any_scheduler(name: str) -> None:
     model = make_model(tiny())
     noise = draw_noise(tiny())
     expected = sample_uncached(model, SCHEDULERS[name](), 4, noise)
-    latents = Sampler(model, SCHEDULERS[name]()).plan(BATCH, 4).run(lambda block: noise[:, block])
+    latents = Sampler(model, SCHEDULERS[name]()).plan(BATCH, 4).run(noise)
     assert relative_error(latents, expected) < TOLERANCE
 
 
@@ -121,7 +84,7 @@ def test_a_stochastic_scheduler_draws_from_the_generators() -> None:
 
     def draw(seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return plan.run(lambda block: noise[:, block], generator=generators)
+        return plan.run(noise, generator=generators)
 
     first, again, other = draw([1, 2]), draw([1, 2]), draw([1, 3])
     assert torch.equal(first, again)
@@ -136,9 +99,9 @@ def test_a_plan_is_reused(context: str) -> None:
     model = make_model(config)
     plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
     noise, other = draw_noise(config), draw_noise(config, seed=2)
-    first = plan.run(lambda block: noise[:, block])
-    different = plan.run(lambda block: other[:, block])
-    again = plan.run(lambda block: noise[:, block])
+    first = plan.run(noise)
+    different = plan.run(other)
+    again = plan.run(noise)
     assert torch.equal(first, again)
     assert not torch.allclose(first, different)
 
@@ -147,7 +110,7 @@ def test_the_users_scheduler_and_weights_are_untouched() -> None:
     model, scheduler = make_model(tiny()), DDIMScheduler()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = dict(scheduler.config)
-    Sampler(model, scheduler).plan(1, STEPS).run(lambda block: draw_noise(tiny(), 1)[:, block])
+    Sampler(model, scheduler).plan(1, STEPS).run(draw_noise(tiny(), 1))
     assert scheduler.num_inference_steps is None
     assert dict(scheduler.config) == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -163,7 +126,7 @@ def test_progress_tells_every_step() -> None:
         if progress.step == STEPS - 1:
             last.append(progress.latents_BLC.clone())
 
-    latents = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS).run(lambda b: noise[:, b], callback=callback)
+    latents = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS).run(noise, callback=callback)
     assert seen == [(block, step) for block in range(4) for step in range(STEPS)]
     assert torch.equal(torch.stack(last, dim=1), latents)
 
@@ -171,9 +134,9 @@ def test_progress_tells_every_step() -> None:
 def test_bf16_follows_fp32() -> None:
     """Each layer rounds to 8 bits; what the model says must survive that."""
     config, noise = tiny(), draw_noise(tiny())
-    exact = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, STEPS).run(lambda block: noise[:, block])
+    exact = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, STEPS).run(noise)
     low = make_model(config).to(torch.bfloat16)
-    latents = Sampler(low, DDIMScheduler()).plan(BATCH, STEPS).run(lambda block: noise[:, block])
+    latents = Sampler(low, DDIMScheduler()).plan(BATCH, STEPS).run(noise)
     assert latents.dtype == torch.float32
     assert relative_error(latents, exact) < 0.05
 
@@ -191,37 +154,66 @@ def test_empty_batch() -> None:
         Sampler(make_model(tiny()), DDIMScheduler()).plan(0, 1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_cache_overwrites_until_it_advances(backend: str) -> None:
-    """Attention sees the finished prefix and the newest write, whatever the memory held before."""
-    cache = KeyValueCache(1, 2, 3, 6, 8, dtype=torch.float32, device=DEVICE, backend=backend)
-    cache.keys_BHSD.fill_(float("nan"))
-    cache.values_BHSD.fill_(float("nan"))
-    generator = torch.Generator().manual_seed(0)
-    k, v, q = (torch.randn(2, 3, 6, 8, generator=generator).to(DEVICE) for _ in range(3))
-    for start in (0, 2, 4):
-        block = slice(start, start + 2)
-        cache.attend(0, unrotated(*torch.full((3, 2, 3, 2, 8), 7.0, device=DEVICE), backend=backend))
-        attended = cache.attend(0, unrotated(q[:, :, block], k[:, :, block], v[:, :, block], backend=backend))
-        expected = F.scaled_dot_product_attention(q[:, :, block], k[:, :, : start + 2], v[:, :, : start + 2])
-        assert attended is not None
-        torch.testing.assert_close(attended, expected)
-        cache.advance(2)
-    with pytest.raises(AssertionError):
-        cache.advance(1)
+@pytest.mark.parametrize(("block", "step"), [(0, 0), (1, 2), (3, 1)])
+def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names where they began; what was drawn before is not blamed."""
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).warmup()
+    calls, predict = iter(range(1000)), plan.passes.predict
+
+    def faulty(*arguments: Any) -> Tensor:
+        output = predict(*arguments)
+        if next(calls) == block * STEPS + step:
+            output[1, 0, 0] = float("inf")
+        return output
+
+    monkeypatch.setattr(plan.passes, "predict", faulty)
+    with pytest.raises(NonFiniteError, match=f"image 1 of the batch is not finite from block {block}, step {step} on"):
+        plan.run(draw_noise(tiny()))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_cache_takes_keys_and_values_without_queries(backend: str) -> None:
-    cache = KeyValueCache(1, 1, 3, 4, 8, dtype=torch.float32, device=DEVICE, backend=backend)
-    k, v = torch.randn(2, 1, 3, 2, 8, device=DEVICE)
-    assert cache.attend(0, unrotated(k, v, backend=backend)) is None
-    torch.testing.assert_close(cache.keys_BHSD[0, :, :, :2], k)
-    torch.testing.assert_close(cache.values_BHSD[0, :, :, :2], v)
+def test_guidance_needs_something_to_leave_out() -> None:
+    with pytest.raises(ValueError, match=r"guidance=2\.0: this model has neither text nor labels"):
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(1, STEPS, guidance=2.0)
 
 
-def unrotated(*heads_BHLD: Tensor, backend: str) -> Projections:
-    """A projection to these heads, with neither norm nor rotation to come."""
-    packed = torch.stack([x.transpose(1, 2) for x in heads_BHLD], dim=2).flatten(2)
-    ones = torch.ones(heads_BHLD[0].shape[2], heads_BHLD[0].shape[3], device=packed.device)
-    return Projections([packed], [None], [None], [(ones, torch.zeros_like(ones))], 3, axes=1, backend=backend)
+def test_a_plan_in_another_dtype() -> None:
+    """The model that the sampler was given stays as it is."""
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    sampler = Sampler(model, DDIMScheduler())
+    expected = Sampler(copy.deepcopy(model).to(torch.bfloat16), DDIMScheduler()).plan(BATCH, STEPS).run(noise)
+    assert torch.equal(sampler.plan(BATCH, STEPS, dtype=torch.bfloat16).run(noise), expected)
+    assert model.dtype == torch.float32
+    assert relative_error(sampler.plan(BATCH, STEPS).run(noise), expected) > 1e-4
+
+
+def test_warmup_says_what_it_made_ready(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS)
+    with caplog.at_level("INFO", "madformer.engine"):
+        plan.warmup()
+    assert [record.message.split(":")[0] for record in caplog.records[:3]] == [
+        "first block, batch 2",
+        "denoising step, batch 2",
+        "next block, batch 2",
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO", "madformer.engine"):
+        plan.run(draw_noise(tiny()))
+    assert not caplog.records, "the run made something ready that warmup() had not"
+
+
+def test_a_compiled_unet_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves trace without a graph break, once each, and the model that was given stays uncompiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(BATCH, STEPS).run(noise)
+    actual = Sampler(model, DDIMScheduler(), compile_unet=True).plan(BATCH, STEPS).run(noise)
+    assert relative_error(actual, expected) < TOLERANCE
+    assert len(graphs) == 2
+    assert model.downsampler._compiled_call_impl is None

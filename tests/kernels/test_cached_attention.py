@@ -33,28 +33,36 @@ def make_inputs(
     heads: int = 1,
     head_dim: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    rows: Sequence[int] | None = None,
+    num_rows: int | None = None,
 ) -> Inputs:
-    """Arguments by name; with ``own`` of 0 there is no own block."""
+    """Arguments by name; with ``own`` of 0 there is no own block, and with ``rows`` the caches have ``num_rows``."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(length: int) -> Tensor:
-        return torch.randn(len(lengths), heads, length, head_dim, generator=generator).to(DEVICE, dtype)
+    def random(length: int, count: int = len(lengths)) -> Tensor:
+        return torch.randn(count, heads, length, head_dim, generator=generator).to(DEVICE, dtype)
 
+    num_rows = len(lengths) if num_rows is None else num_rows
     inputs = {
         "q_BHLD": random(queries),
-        "k_cache_BHSD": random(capacity),
-        "v_cache_BHSD": random(capacity),
+        "k_cache_RHSD": random(capacity, num_rows),
+        "v_cache_RHSD": random(capacity, num_rows),
         "lengths_B": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
     }
+    if rows is not None:
+        inputs["rows_B"] = torch.tensor(rows, device=DEVICE)
     hide_unread(inputs)
     return inputs | ({"k_BHND": random(own), "v_BHND": random(own)} if own else {})
 
 
 def hide_unread(inputs: Inputs) -> None:
-    """NaN behind every prefix."""
-    for name in ("k_cache_BHSD", "v_cache_BHSD"):
-        for sample, length in zip(inputs[name], inputs["lengths_B"].tolist(), strict=True):
-            sample[:, max(length, 0) :] = float("nan")
+    """NaN behind the longest prefix that is read of every row."""
+    lengths = inputs["lengths_B"].tolist()
+    rows = inputs["rows_B"].tolist() if "rows_B" in inputs else range(len(lengths))
+    for name in ("k_cache_RHSD", "v_cache_RHSD"):
+        for row, cache in enumerate(inputs[name]):
+            read = max([0, *(length for length, its in zip(lengths, rows, strict=True) if its == row)])
+            cache[:, read:] = float("nan")
 
 
 def triton(num_splits: int | None = None, scale: float | None = None) -> Callable[..., Tensor]:
@@ -97,8 +105,8 @@ def test_matches_attention_written_out() -> None:
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in make_inputs([4, 0, 7], 7, 3).items()}
     out = cached_attention_ref(**inputs, scale=0.5)
     for b, length in enumerate([4, 0, 7]):
-        k = torch.cat((inputs["k_cache_BHSD"][b, :, :length], inputs["k_BHND"][b]), dim=1)
-        v = torch.cat((inputs["v_cache_BHSD"][b, :, :length], inputs["v_BHND"][b]), dim=1)
+        k = torch.cat((inputs["k_cache_RHSD"][b, :, :length], inputs["k_BHND"][b]), dim=1)
+        v = torch.cat((inputs["v_cache_RHSD"][b, :, :length], inputs["v_BHND"][b]), dim=1)
         expected = (0.5 * inputs["q_BHLD"][b] @ k.mT).softmax(-1) @ v
         torch.testing.assert_close(out[b], expected)
 
@@ -109,11 +117,50 @@ def test_own_block_apart_or_in_the_cache(num_splits: int) -> None:
     _, keys = tile(16, torch.bfloat16)
     apart = make_inputs([keys, 0], 2 * keys, 5)
     within = {name: x.clone() for name, x in apart.items() if name not in ("k_BHND", "v_BHND")}
-    for own, cache in (("k_BHND", "k_cache_BHSD"), ("v_BHND", "v_cache_BHSD")):
+    for own, cache in (("k_BHND", "k_cache_RHSD"), ("v_BHND", "v_cache_RHSD")):
         for b, length in enumerate([keys, 0]):
             within[cache][b, :, length : length + 5] = apart[own][b]
     within["lengths_B"] += 5
     assert torch.equal(triton(num_splits)(**apart), triton(num_splits)(**within))
+
+
+OUTSIDE = [-1, 3, 2**40, -(2**62)]
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("own", [0, 5], ids=["own in the cache", "own apart"])
+def test_rows(own: int, num_splits: int) -> None:
+    """Samples out of order, two that share a row to different lengths, one that reads nothing of its row."""
+    _, keys = tile(16, torch.bfloat16)
+    inputs = make_inputs([keys + 5, 3, 2 * keys, 0], 2 * keys + 5, own, rows=[3, 1, 3, 4], num_rows=5)
+    assert_op_matches(triton(num_splits), cached_attention_ref, inputs)
+
+
+@each_backend
+@pytest.mark.parametrize("own", [0, 5], ids=["own in the cache", "own apart"])
+def test_rows_are_those_gathered_by_hand(own: int, backend: str) -> None:
+    """Bit for bit, from caches with more rows than there are samples, with fewer, and with one."""
+    for rows, num_rows, dtype in (([4, 0, 4], 6, torch.int32), ([1, 1, 0], 2, torch.int64), ([0] * 3, 1, torch.int32)):
+        inputs = make_inputs([20, 3, 9], 23, own, rows=rows, num_rows=num_rows)
+        inputs["rows_B"] = inputs["rows_B"].to(dtype)
+        gathered = {name: x[rows] if "cache" in name else x for name, x in inputs.items() if name != "rows_B"}
+        expected = cached_attention(**gathered, num_splits=1, backend=backend)
+        assert torch.equal(cached_attention(**inputs, num_splits=1, backend=backend), expected)
+
+
+@each_backend
+@pytest.mark.parametrize(("own", "num_splits"), [(0, 2), (5, 1)], ids=["own in the cache", "own apart"])
+def test_a_row_outside_has_no_cached_keys(own: int, num_splits: int, backend: str) -> None:
+    """As if its length were 0; on a GPU a read would be an illegal access."""
+    inputs = make_inputs([7] * 5, 7, own, queries=2, rows=[2, *OUTSIDE], num_rows=3)
+    out = cached_attention(**inputs, num_splits=num_splits, backend=backend)
+    emptied = inputs | {
+        "lengths_B": torch.tensor([7, 0, 0, 0, 0], device=DEVICE),
+        "rows_B": torch.tensor([2, 0, 0, 0, 0], device=DEVICE),
+    }
+    assert torch.equal(out, cached_attention(**emptied, num_splits=num_splits, backend=backend))
+    assert out[0].isfinite().all()
+    assert bool((out[1:] == 0).all()) == (own == 0)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -149,7 +196,7 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
 
 
 def layer_of_cache(x: Inputs) -> Inputs:
-    return {name: torch.stack((x[name], x[name]))[1] for name in ("k_cache_BHSD", "v_cache_BHSD")}
+    return {name: torch.stack((x[name], x[name]))[1] for name in ("k_cache_RHSD", "v_cache_RHSD")}
 
 
 def tokens_before_heads(x: Inputs) -> Inputs:
@@ -166,7 +213,7 @@ def odd_strides(x: Inputs) -> Inputs:
 
 
 def shared_prefix(x: Inputs) -> Inputs:
-    caches = {name: x[name][:1].expand(2, -1, -1, -1) for name in ("k_cache_BHSD", "v_cache_BHSD")}
+    caches = {name: x[name][:1].expand(2, -1, -1, -1) for name in ("k_cache_RHSD", "v_cache_RHSD")}
     return caches | {"lengths_B": x["lengths_B"][:1].expand(2)}
 
 
@@ -174,9 +221,27 @@ def strided_lengths(x: Inputs) -> Inputs:
     return {"lengths_B": torch.stack((x["lengths_B"], x["lengths_B"] - 2), dim=1).long()[:, 0]}
 
 
+def strided_rows(x: Inputs) -> Inputs:
+    """Row 0 for both, whose prefix is the longer one."""
+    return {"rows_B": torch.tensor([[0, 9], [0, 9]], device=DEVICE)[:, 0]}
+
+
+def expanded_rows(x: Inputs) -> Inputs:
+    return {"rows_B": torch.zeros(1, dtype=torch.int32, device=DEVICE).expand(2)}
+
+
 @pytest.mark.parametrize(
     "layout",
-    [layer_of_cache, tokens_before_heads, packed_projection, odd_strides, shared_prefix, strided_lengths],
+    [
+        layer_of_cache,
+        tokens_before_heads,
+        packed_projection,
+        odd_strides,
+        shared_prefix,
+        strided_lengths,
+        strided_rows,
+        expanded_rows,
+    ],
     ids=lambda layout: layout.__name__,
 )
 def test_layouts(layout: Callable[[Inputs], Inputs]) -> None:
@@ -193,10 +258,13 @@ def test_result_is_a_view_for_the_projection() -> None:
 FAR = 2**30 + 1  # Twice this is beyond 32 bits, once it is not; odd, so that strides cannot be given in larger units.
 
 
-@pytest.mark.parametrize("strides", [(FAR, 16, 48, 1), (16, FAR, 48, 1), (16, 48, FAR, 1)], ids=["B", "H", "S"])
-def test_addresses_beyond_32_bits(strides: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("strides", [(FAR, 16, 48, 1), (16, FAR, 48, 1), (16, 48, FAR, 1)], ids=["R", "H", "S"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "rows"])
+def test_addresses_beyond_32_bits(strides: tuple[int, ...], backwards: bool) -> None:
     inputs = make_inputs([3, 3, 3], 3, 5, heads=3)
-    for name in ("k_cache_BHSD", "v_cache_BHSD"):
+    if backwards:
+        inputs["rows_B"] = torch.tensor([2, 1, 0], dtype=torch.int32, device=DEVICE)
+    for name in ("k_cache_RHSD", "v_cache_RHSD"):
         inputs[name] = spread_out(inputs[name], strides)
     assert_op_matches(triton(), cached_attention_ref, inputs)
 
@@ -226,14 +294,16 @@ def test_large_scores() -> None:
         assert_op_matches(triton(num_splits), cached_attention_ref, inputs)
 
 
-@pytest.mark.parametrize(("own", "num_splits"), [(0, None), (5, 2)])
-def test_opcheck(own: int, num_splits: int | None) -> None:
-    arguments = [*make_inputs([6, 2], 9, own).values(), *([] if own else [None, None]), 0.25, num_splits]
+@pytest.mark.parametrize(("own", "num_splits", "rows"), [(0, None, None), (5, 2, None), (0, 2, [3, 0])])
+def test_opcheck(own: int, num_splits: int | None, rows: list[int] | None) -> None:
+    inputs = make_inputs([6, 2], 9, own, rows=rows, num_rows=rows and 4)
+    names = ("q_BHLD", "k_cache_RHSD", "v_cache_RHSD", "lengths_B", "k_BHND", "v_BHND", "rows_B")
+    arguments = [*(inputs.get(name) for name in names), 0.25, num_splits]
     library.opcheck(torch.ops.madformer.cached_attention.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_compiles_whole_for_all_lengths(backend: str) -> None:
+def test_compiles_whole_for_all_lengths_and_rows(backend: str) -> None:
     counter = CompileCounterWithBackend(COMPILER)
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -243,6 +313,9 @@ def test_compiles_whole_for_all_lengths(backend: str) -> None:
     for lengths in ([6, 2], [0, 9], [9, 9]):
         assert_op_matches(attend, cached_attention_ref, make_inputs(lengths, 9, 5))
     assert counter.frame_count == 1
+    for rows in ([2, 0], [1, 1], [3, -1]):
+        assert_op_matches(attend, cached_attention_ref, make_inputs([6, 2], 9, 5, rows=rows, num_rows=3))
+    assert counter.frame_count == 2
 
 
 @each_backend
@@ -255,17 +328,25 @@ def test_gradients_are_refused(backend: str) -> None:
         assert not cached_attention(**inputs, backend=backend).requires_grad
 
 
+def with_rows(x: Inputs, **changes: Tensor) -> Inputs:
+    return {"rows_B": torch.zeros_like(x["lengths_B"]), **changes}
+
+
+def no_rows(x: Inputs) -> Inputs:
+    return {name: x[name][:0] for name in ("k_cache_RHSD", "v_cache_RHSD")}
+
+
 @each_backend
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x: {"q_BHLD": x["q_BHLD"][0]}, r"q must have the shape \(B, H, L, D\), got \(1, 9, 16\)"),
-        (lambda x: {"k_cache_BHSD": x["k_cache_BHSD"][0]}, "k_cache must have four dimensions"),
-        (lambda x: {"k_cache_BHSD": x["k_cache_BHSD"][:1]}, r"k_cache must have the shape \(2, 1, 6, 16\), got \(1, "),
-        (lambda x: {"v_cache_BHSD": x["v_cache_BHSD"].float()}, "v_cache must have q's dtype torch.bfloat16, got"),
-        (lambda x: {"v_cache_BHSD": x["v_cache_BHSD"][:, :, :5]}, "v_cache must have k_cache's shape"),
-        (lambda x: {"v_cache_BHSD": x["v_cache_BHSD"].to("meta")}, "v_cache must be on"),
-        (lambda x: {"k_cache_BHSD": x["k_cache_BHSD"].mT.contiguous().mT}, "k_cache must have a contiguous last dim"),
+        (lambda x: {"k_cache_RHSD": x["k_cache_RHSD"][0]}, "k_cache must have four dimensions"),
+        (lambda x: {"k_cache_RHSD": x["k_cache_RHSD"][:1]}, r"k_cache must have the shape \(2, 1, 6, 16\), got \(1, "),
+        (lambda x: {"v_cache_RHSD": x["v_cache_RHSD"].float()}, "v_cache must have q's dtype torch.bfloat16, got"),
+        (lambda x: {"v_cache_RHSD": x["v_cache_RHSD"][:, :, :5]}, "v_cache must have k_cache's shape"),
+        (lambda x: {"v_cache_RHSD": x["v_cache_RHSD"].to("meta")}, "v_cache must be on"),
+        (lambda x: {"k_cache_RHSD": x["k_cache_RHSD"].mT.contiguous().mT}, "k_cache must have a contiguous last dim"),
         (lambda x: {"k_BHND": None}, "k is missing: the own block needs both k and v"),
         (lambda x: {"v_BHND": None}, "v is missing: the own block needs both k and v"),
         (lambda x: {"v_BHND": x["v_BHND"][:, :, :3]}, "v must have k's shape"),
@@ -273,6 +354,12 @@ def test_gradients_are_refused(backend: str) -> None:
         (lambda x: {"lengths_B": x["lengths_B"][:1]}, r"lengths must have the shape \(2,\), got \(1,\)"),
         (lambda x: {"lengths_B": x["lengths_B"].float()}, "lengths must be torch.int32 or torch.int64, got"),
         (lambda x: {"lengths_B": x["lengths_B"].to("meta")}, "lengths must be on"),
+        (lambda x: {"rows_B": x["lengths_B"][:1]}, r"rows must have the shape \(2,\), got \(1,\)"),
+        (lambda x: {"rows_B": x["lengths_B"].short()}, "rows must be torch.int32 or torch.int64, got torch.int16"),
+        (lambda x: {"rows_B": x["lengths_B"].to("meta")}, "rows must be on"),
+        (lambda x: with_rows(x, k_cache_RHSD=x["k_cache_RHSD"][:1]), "v_cache must have k_cache's shape"),
+        (lambda x: with_rows(x, k_BHND=x["k_BHND"][:1]), r"k must have the shape \(2, 1, 4, 16\), got \(1, "),
+        (lambda x: with_rows(x, **no_rows(x)), r"k_cache must have at least one row, got \(0, 1, 6, 16\)"),
         (lambda x: {"scale": 0.0}, r"scale=0.0 must be positive and finite"),
         (lambda x: {"scale": float("nan")}, r"scale=nan must be positive and finite"),
         (lambda x: {"num_splits": 0}, r"num_splits=0 must be in 1\.\.32"),
@@ -321,16 +408,25 @@ FFHQ = {"capacity": 4096, "own": 256, "queries": 256, "heads": 18, "head_dim": 6
 @pytest.mark.gpu
 @each_dtype
 @pytest.mark.parametrize("num_splits", [None, 1, 5])
-def test_on_the_model(dtype: torch.dtype, num_splits: int | None) -> None:
-    inputs = make_inputs([0, 3840, 1000], **FFHQ, dtype=dtype)
+@pytest.mark.parametrize("rows", [None, [4, 0, 2]], ids=["", "rows"])
+def test_on_the_model(rows: list[int] | None, dtype: torch.dtype, num_splits: int | None) -> None:
+    inputs = make_inputs([0, 3840, 1000], **FFHQ, dtype=dtype, rows=rows, num_rows=rows and 5)
     assert_op_matches(triton(num_splits), cached_attention_ref, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [None, [4, 0, 2]], ids=["", "rows"])
+def test_on_the_engine(rows: list[int] | None) -> None:
+    """The own block in the cache, as ``KeyValueCache`` has it."""
+    inputs = make_inputs([256, 4096, 1256], **(FFHQ | {"own": 0}), rows=rows, num_rows=rows and 5)
+    assert_op_matches(triton(), cached_attention_ref, inputs)
 
 
 @pytest.mark.gpu
 @each_backend
 @pytest.mark.parametrize("num_splits", [None, 1])
-def test_a_captured_graph_serves_all_lengths(num_splits: int | None, backend: str) -> None:
-    inputs = make_inputs([3840, 3840], **FFHQ)
+def test_a_captured_graph_serves_all_lengths_and_rows(num_splits: int | None, backend: str) -> None:
+    inputs = make_inputs([3840, 3840], **FFHQ, rows=[0, 1], num_rows=4)
     attend = lambda **x: cached_attention(**x, num_splits=num_splits, backend=backend)  # noqa: E731
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -339,11 +435,12 @@ def test_a_captured_graph_serves_all_lengths(num_splits: int | None, backend: st
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         out = attend(**inputs)
-    for lengths in ([3840, 256], [0, 1], [777, 0]):
+    for lengths, rows in (([3840, 256], [0, 1]), ([0, 1], [2, 2]), ([777, 9], [3, -1])):
         inputs["lengths_B"].copy_(torch.tensor(lengths))
+        inputs["rows_B"].copy_(torch.tensor(rows))
         hide_unread(inputs)
         graph.replay()
         oracle = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
         assert_within_budget(out, cached_attention_ref(**oracle), cached_attention_ref(**inputs))
-        for name in ("k_cache_BHSD", "v_cache_BHSD"):
+        for name in ("k_cache_RHSD", "v_cache_RHSD"):
             inputs[name].normal_()

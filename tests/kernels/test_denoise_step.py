@@ -19,16 +19,26 @@ NAN = float("nan")
 CPP, TRITON = (next(status for status in dispatch.report() if status.backend == name) for name in ("cpp", "triton"))
 needs_cpp = pytest.mark.skipif(not CPP.available, reason=CPP.reason)
 needs_triton = pytest.mark.skipif(not TRITON.available, reason=TRITON.reason)
+# C++ is for the CPU on every machine, and where it was built with CUDA for that, too.
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_cuda_build = pytest.mark.skipif(not dispatch.CUDA_ARCHITECTURES, reason="madformer._C was built without CUDA")
 each_backend = pytest.mark.parametrize(
-    "backend", ["reference", pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)]
+    ("backend", "device"),
+    [
+        pytest.param("reference", DEVICE, id="reference"),
+        pytest.param("cpp", CPU, marks=needs_cpp, id="cpp"),
+        pytest.param("cpp", CUDA, marks=[pytest.mark.gpu, needs_cuda_build], id="cpp-cuda"),
+        pytest.param("triton", DEVICE, marks=needs_triton, id="triton"),
+    ],
 )
-each_op = pytest.mark.parametrize("op", ["denoise_step_", pytest.param("denoise_step_triton_", marks=needs_triton)])
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the backend of the test runs: what was compiled for the CPU, there, on every machine."""
-    return torch.device("cpu") if request.getfixturevalue("backend") == "cpp" else DEVICE
+each_op = pytest.mark.parametrize(
+    ("op", "device"),
+    [
+        pytest.param("denoise_step_", CPU, id="denoise_step_"),
+        pytest.param("denoise_step_", CUDA, marks=[pytest.mark.gpu, needs_cuda_build], id="denoise_step_-cuda"),
+        pytest.param("denoise_step_triton_", DEVICE, marks=needs_triton, id="denoise_step_triton_"),
+    ],
+)
 
 
 class Case(NamedTuple):
@@ -81,7 +91,7 @@ def check(case: Case, clip: float | None, backend: str) -> None:
 @each_dtype
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (3,), (3, 7), (2, 3, 15, 17)])
+@pytest.mark.parametrize("shape", [(1, 1), (3,), (3, 7), (2, 3, 15, 17), (3, 4, 15, 17)])
 def test_matches_float64(
     shape: tuple[int, ...], clip: float | None, guided: bool, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
@@ -151,6 +161,13 @@ def test_strided_arguments(dtype: torch.dtype, backend: str, device: torch.devic
 
 
 @each_backend
+def test_addresses_that_vectors_cannot_be_loaded_from(backend: str, device: torch.device) -> None:
+    """Contiguous rows of a multiple of four, one element off."""
+    case = make_case(2, 8, dtype=torch.bfloat16, guided=True).to(device)
+    check(case.map(lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)), 1.0, backend)
+
+
+@each_backend
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0)])
 def test_nothing_to_do(shape: tuple[int, ...], backend: str, device: torch.device) -> None:
     case = make_case(*shape, guided=True).to(device)
@@ -167,10 +184,8 @@ def test_inference_mode(backend: str, device: torch.device) -> None:
 @each_op
 @pytest.mark.parametrize("guided", [False, True])
 @each_dtype
-def test_opcheck(dtype: torch.dtype, guided: bool, op: str) -> None:
-    case = make_case(1, 3, 4, dtype=dtype, guided=guided)
-    if op == "denoise_step_triton_":
-        case = case.to(DEVICE)
+def test_opcheck(dtype: torch.dtype, guided: bool, op: str, device: torch.device) -> None:
+    case = make_case(1, 3, 4, dtype=dtype, guided=guided).to(device)
     arguments = (*case[:4], 1.0 if guided else None, *case[4:])
     library.opcheck(getattr(torch.ops.madformer, op).default, arguments)
 
@@ -264,20 +279,21 @@ def test_auto_prefers_compiled_code_and_a_named_backend_is_never_replaced() -> N
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_follows_coefficients_on_the_device() -> None:
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cpp", marks=needs_cuda_build)])
+def test_a_cuda_graph_follows_coefficients_on_the_device(backend: str) -> None:
     """One capture serves all steps: nothing of it depends on a value that the host knew."""
     case = make_case(2, 4, 32, 32, dtype=torch.bfloat16, guided=True).to(DEVICE)
     start, expected = copy.deepcopy(case), copy.deepcopy(case)
-    case.run(1.0, "triton")
+    case.run(1.0, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case.run(1.0, "triton")
+        case.run(1.0, backend)
     for tensor, first in zip(case, start, strict=True):
         tensor.copy_(first)
     for step in range(3):
         for tensors in (case, expected):
             tensors.coefficients.copy_(start.coefficients / (step + 1))
         graph.replay()
-        expected.run(1.0, "triton")
+        expected.run(1.0, backend)
     assert torch.equal(case.sample, expected.sample)
     assert torch.equal(case.previous, expected.previous)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,13 +11,7 @@ import torch
 from torch import Tensor, library, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels.qk_norm_rope import (
-    launchers,
-    qk_norm_rope,
-    qk_norm_rope_cached,
-    qk_norm_rope_cached_ref,
-    qk_norm_rope_ref,
-)
+from madformer.kernels.qk_norm_rope import launchers, qk_norm_rope, qk_norm_rope_ref
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model.layer import QK_NORM_EPS, Tower
 from madformer.model.rope import rope_tables
@@ -255,12 +248,12 @@ def test_equals_the_models_layers(pairing: str) -> None:
     assert_matches(inputs)
 
 
-def op_arguments(inputs: dict[str, Any], qkv: str = "qkv") -> tuple[Any, ...]:
+def op_arguments(inputs: dict[str, Any]) -> tuple[Any, ...]:
     """Arguments of the registered op for inputs that omit nothing, queries only of streams with three parts."""
     weights = [x for pair in zip(inputs["q_weight"], inputs["k_weight"], strict=True) for x in pair if x is not None]
     tables = [x for pair in zip(inputs["cos"], inputs["sin"], strict=True) for x in pair]
-    streams, head_dim = len(inputs[qkv]), inputs["cos"][0].shape[-1]
-    return inputs[qkv], weights, tables, [True] * streams, [2] * streams, inputs["num_heads"], head_dim, 1e-6
+    streams, head_dim = len(inputs["qkv"]), inputs["cos"][0].shape[-1]
+    return inputs["qkv"], weights, tables, [True] * streams, [2] * streams, inputs["num_heads"], head_dim, 1e-6
 
 
 def test_opcheck() -> None:
@@ -286,106 +279,6 @@ def test_autocast() -> None:
     """No op that autocast casts: bf16 projections meet fp32 weights."""
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert_matches(make_inputs(dtype=torch.bfloat16))
-
-
-def cached_inputs(
-    positions: Sequence[int] = (4, 7), parts: int = 3, dtype: torch.dtype = torch.float32, **geometry: Any
-) -> dict[str, Any]:
-    made = make_inputs((3,), (parts,), batch=len(positions), dtype=dtype, **geometry)
-    first = {name: x[0] if isinstance(x, list) else x for name, x in made.items()}
-    inputs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in first.items()}
-    inputs["qkv_BLC"] = inputs.pop("qkv")
-    shape = len(positions), made["num_heads"], 10, made["cos"][0].shape[-1]
-    caches = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    return inputs | {
-        "k_cache_BHSD": caches[0],
-        "v_cache_BHSD": caches[1],
-        "positions_B": torch.tensor(positions, device=DEVICE),
-    }
-
-
-def with_caches(op: Callable[..., Any], k_cache_BHSD: Tensor, v_cache_BHSD: Tensor, **rest: Any) -> tuple[Any, ...]:
-    """The op on copies of the caches, of the same strides, which become results."""
-    caches = [torch.empty_like(cache).copy_(cache) for cache in (k_cache_BHSD, v_cache_BHSD)]
-    return op(k_cache_BHSD=caches[0], v_cache_BHSD=caches[1], **rest), *caches
-
-
-cached = partial(with_caches, partial(qk_norm_rope_cached, backend="triton"))
-cached_ref = partial(with_caches, qk_norm_rope_cached_ref)
-
-
-@each_dtype
-def test_cached_matches_float64(dtype: torch.dtype) -> None:
-    assert_op_matches(cached, cached_ref, cached_inputs(dtype=dtype))
-
-
-def test_cached_without_queries() -> None:
-    inputs = cached_inputs(parts=2)
-    assert cached(**inputs)[0] is None
-    assert_op_matches(cached, cached_ref, inputs)
-
-
-@pytest.mark.parametrize(
-    ("positions", "dtype"),
-    [((7, 9), torch.int32), ((10, 2**31 - 1), torch.int32), ((-1, -(2**31)), torch.int64)],
-    ids=str,
-)
-def test_cached_stays_inside(positions: tuple[int, ...], dtype: torch.dtype) -> None:
-    """At the end of the cache and beyond either end: what has a slot is written, all else stays bit for bit."""
-    inputs = cached_inputs(positions)
-    inputs["positions_B"] = inputs["positions_B"].to(dtype)
-    # Before and after the caches lies what must not be written.
-    memory = torch.full((2, 4, *inputs["k_cache_BHSD"].shape[1:]), 7.0, device=DEVICE)
-    memory[:, 1:-1] = torch.stack((inputs["k_cache_BHSD"], inputs["v_cache_BHSD"]))
-    before = memory.clone()
-    inputs |= {"k_cache_BHSD": memory[0, 1:-1], "v_cache_BHSD": memory[1, 1:-1]}
-    q = qk_norm_rope_cached(**inputs, backend="triton")
-
-    names = ("qkv_BLC", "q_weight", "k_weight", "cos", "sin")
-    expected_q, *new = triton(*([inputs[name]] for name in names), num_heads=2, axes=2)
-    assert torch.equal(q, expected_q)
-    for cache, expected, tokens in zip(memory, before, new, strict=True):
-        for sample, token in itertools.product(range(2), range(3)):
-            if 0 <= (slot := positions[sample] + token) < 10:
-                expected[1 + sample, :, slot] = tokens[sample, :, token]
-        assert torch.equal(cache, expected)
-    assert_op_matches(cached, cached_ref, inputs)
-
-
-CACHES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "one layer of several": lambda x: torch.stack((x, x, x), dim=1)[:, 1],
-    "longer than asked": lambda x: torch.cat((x, x), dim=2)[:, :, :10],
-}
-
-
-@pytest.mark.parametrize("layout", CACHES)
-def test_cached_layouts(layout: str) -> None:
-    inputs = cached_inputs()
-    caches = {name: CACHES[layout](inputs[name]) for name in ("k_cache_BHSD", "v_cache_BHSD")}
-    assert_op_matches(cached, cached_ref, inputs | caches)
-
-
-def test_cached_options() -> None:
-    """Tables of each sample, the released pairing; without norm; without rotation."""
-    inputs = cached_inputs(axes=1)
-    tables = {name: torch.stack([inputs[name].roll(shift, 0) for shift in range(2)]) for name in ("cos", "sin")}
-    assert_op_matches(cached, cached_ref, inputs | tables)
-    assert_op_matches(cached, cached_ref, inputs | {"q_weight": None, "k_weight": None})
-    assert_op_matches(cached, cached_ref, inputs | {"cos": None, "sin": None})
-
-
-def test_cached_opcheck() -> None:
-    inputs = cached_inputs((4,))
-    caches = inputs["k_cache_BHSD"], inputs["v_cache_BHSD"], inputs["positions_B"]
-    arguments = op_arguments({key: [x] if isinstance(x, Tensor) else x for key, x in inputs.items()}, "qkv_BLC")
-    library.opcheck(torch.ops.madformer.qk_norm_rope_cached.default, (*arguments, *caches))
-
-
-def test_cached_compiles_whole() -> None:
-    compiled = torch.compile(partial(qk_norm_rope_cached, backend="triton"), fullgraph=True, backend=COMPILER)
-    with torch.no_grad():
-        assert_op_matches(partial(with_caches, compiled), cached_ref, cached_inputs())
 
 
 @pytest.mark.gpu
@@ -436,24 +329,3 @@ def test_integers_are_refused() -> None:
     inputs["qkv"] = [x.int() for x in inputs["qkv"]]
     with pytest.raises(ValueError, match=r"qkv\[0\] must be torch.float32 or"):
         triton(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"qkv_BLC": zeros(3, 3, 90)}, r"qkv must have the shape \(3, L, 96 or 64\)"),
-        ({"k_cache_BHSD": zeros(3, 2, 2, 16)}, "k_cache must be .* with S of at least 3"),
-        ({"k_cache_BHSD": zeros(2, 2, 10, 16)}, r"k_cache must have the shape \(3, 2, 10, 16\)"),
-        ({"v_cache_BHSD": zeros(3, 2, 9, 16)}, r"v_cache must have the shape \(3, 2, 10, 16\)"),
-        ({"v_cache_BHSD": zeros(3, 2, 10, 16).half()}, "v_cache must be torch.float32"),
-        ({"v_cache_BHSD": zeros(3, 10, 2, 16).transpose(1, 2)}, "v_cache must have contiguous channels and k_cache's"),
-        ({"k_cache_BHSD": zeros(3, 2, 10, 16, device="meta")}, "k_cache must be on"),
-        ({"positions_B": zeros(2, dtype=torch.int64)}, r"positions must have the shape \(3,\)"),
-        ({"positions_B": zeros(3)}, "positions must be torch.int32 or torch.int64"),
-        ({"positions_B": zeros(3, dtype=torch.int64, device="meta")}, "positions must be on"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
-)
-def test_bad_arguments_of_the_cached_form(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        qk_norm_rope_cached(**cached_inputs((4, 0, 7), head_dim=16) | change)

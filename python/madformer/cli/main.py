@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from madformer.cli import convert, data, info, sample, train
+from madformer.cli import bench, convert, data, info, sample, train
 
-COMMANDS = (sample, train, data, convert, info)
+COMMANDS = (sample, train, data, convert, info, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("MADFORMER_TRACEBACK") or not _is_for_the_user(error):
             raise
         print(f"madformer {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -41,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Of the errors of running code, the one that means a wrong option."""
+    """Of the errors of running code, those that another option avoids."""
+    from madformer.engine.memory import OutOfMemoryError
     from madformer.kernels.dispatch import BackendUnavailableError
 
-    return not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailableError)
+    return not isinstance(error, RuntimeError) or isinstance(error, (BackendUnavailableError, OutOfMemoryError))
 
 
 if __name__ == "__main__":

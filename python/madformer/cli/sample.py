@@ -1,18 +1,22 @@
-"""``madformer sample``: draw images from a model folder."""
+"""``madformer sample``: draw images from a model folder, one or a million."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import os
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from madformer.bulk import OutputFolder
     from madformer.pipeline import MADFormerPipeline
 
 # What the released scripts decode with; the one download that sampling may make.
@@ -23,13 +27,20 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
-DTYPES = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "exact", "default", "fp8")
 BACKENDS = ("auto", "triton", "reference")
+FORMATS = ("png", "wds")
+SHARD_SIZE = 1000
 
 EXAMPLES = """examples:
   madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png
   madformer sample --model runs/emoji64/model --num-images 100 --seed 7 --out samples/
   madformer sample --model CONVERTED --vae VAE_FOLDER --scheduler dpmpp --steps 25 --out samples/
+
+many images (killed or stopped, the same command goes on; a larger --num-images adds to them):
+  madformer sample --model CONVERTED --num-images 50000 --batch-size 32 --format wds --out samples/
+  torchrun --no-python --nproc-per-node 8 madformer sample --model CONVERTED --num-images 50000 --out samples/
+  madformer sample --ray --model CONVERTED --num-images 50000 --out samples/
 """
 
 
@@ -41,65 +52,154 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder (or hub id) that save_pretrained or convert wrote")
-    parser.add_argument("--num-images", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="replace the model's own")
-    parser.add_argument("--out", type=Path, help="folder for one PNG an image, named by its seed")
-    parser.add_argument("--grid", type=Path, help="file for one PNG with all images")
-    parser.add_argument("--latents", action="store_true", help="write latents (.safetensors) to --out: needs no VAE")
-    parser.add_argument("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto takes bf16 where it is faster")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="of the kernels; auto takes the best one here"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end and no progress bar")
+    add = parser.add_argument
+    add("--model", required=True, help="folder (or hub id) that save_pretrained or convert wrote")
+    add("--num-images", type=int, default=1, help="how many (default 1)")
+    add("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
+    add("--seed", type=int, default=0, help="of the first image (default 0)")
+    add("--batch-size", type=int, default=16, help="images at once (default 16)")
+    add("--scheduler", choices=SCHEDULERS, help="replace the model's own")
+    add("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
+    add("--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles (default 1024; 0 never)")
+    add("--precision", choices=PRECISIONS, default="auto", help="exact is fp32, default bf16; auto takes the faster")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--backend", choices=BACKENDS, default="auto", help="of the kernels; auto takes the best one here")
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--out", type=Path, help="folder for the images, named by their seeds; goes on where it stopped")
+    add("--overwrite", action="store_true", help="remove what an earlier run wrote to --out")
+    add("--format", choices=FORMATS, default="png", help="a file an image, or WebDataset tar shards (default png)")
+    add("--shard-size", type=int, help=f"images of a shard (default {SHARD_SIZE})")
+    add("--latents", action="store_true", help="write latents (.safetensors) to --out: needs no VAE")
+    add("--grid", type=Path, help="file for one PNG with all images")
+    add("--json", action="store_true", help="print one JSON object at the end and no progress bar")
+    add("--ray", type=int, nargs="?", const=0, metavar="N", help="on N actors of Ray Data (default: one a GPU)")
     parser.set_defaults(run=run)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end a run as Ctrl-C does."""
 
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
-    import torch
 
-    pipeline = _load(args)
-    device = pipeline.transformer.device
-    pipeline.set_progress_bar_config(disable=args.json, desc="sampling", unit="step")
-    if not args.json:
-        print(f"{args.model}: {_describe(pipeline)}", file=sys.stderr)
-    images: list[Any] = []
-    started = time.perf_counter()
-    for first in range(0, args.num_images, args.batch_size):
-        count = min(args.batch_size, args.num_images - first)
-        drawn = pipeline(
-            count, args.steps, seed=args.seed + first, output_type="latent" if args.latents else "pil"
-        ).images
-        if args.out:
-            for offset, image in enumerate(drawn):
-                _save(image, args.out, args.seed + first + offset)
-        if args.grid:
-            images += drawn
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - started
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        _sample(args)
+    except KeyboardInterrupt as stop:
+        if _process()[0] == 0:
+            again = "the same command" + (" without --overwrite" if args.overwrite else "")
+            resume = f"; {again} goes on from what is in {args.out}" if args.out else ", nothing was written"
+            print(f"madformer sample: interrupted{resume}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from madformer.bulk import OutputFolder, Settings
+    from madformer.engine.schedule import tabulate
+
+    device = _device(args)
+    pipeline = _load(args, "cpu" if args.ray is not None else device)
+    tabulate(pipeline.scheduler, args.steps)  # to refuse a step count before anything is written
+    precision = _precision(args, device)
+    folder = None
+    if args.out:
+        shard_size = (args.shard_size or SHARD_SIZE) if args.format == "wds" else None
+        settings = Settings.of(
+            pipeline,
+            steps=args.steps,
+            precision=precision,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            latents=args.latents,
+            shard_size=shard_size,
+        )
+        folder = OutputFolder(args.out, settings, args.num_images)
+    if args.ray is None:
+        _prepare(pipeline, args, precision)
+    if not args.json and _process()[0] == 0:
+        print(f"{args.model}: {_describe(pipeline, args, precision)}", file=sys.stderr)
+    if folder is not None:
+        _fill(folder, pipeline, args, device)
+    else:
+        _draw_grid(pipeline, args)
+
+
+def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Namespace, device: str) -> None:
+    """Draw what the folder lacks; of several processes the one that completes it reports."""
+    from madformer import bulk
+    from madformer.bulk import ray_data
+
+    rank, world_size = _process()
+    with folder.opened(rank, world_size, overwrite=args.overwrite):
+        had_all = len(folder.present()) == args.num_images
+        started = time.perf_counter()
+        if args.ray is not None:
+            load = functools.partial(_load_and_prepare, args, "cuda" if device.startswith("cuda") else device)
+            workers, on_gpu = args.ray or None, device.startswith("cuda")
+            drawn = ray_data.draw_missing(load, folder, workers=workers, on_gpu=on_gpu, progress=not args.json)
+        else:
+            # one batch has a bar over its steps
+            progress = args.num_images > args.batch_size and not args.json and rank == 0
+            drawn = bulk.draw_missing(pipeline, folder, rank=rank, world_size=world_size, progress=progress)
+        seconds = time.perf_counter() - started
+        completed = folder.finish()
     if args.grid:
-        _save_grid(images, args.grid)
-    _report(args, pipeline, seconds)
+        from PIL import Image
+
+        _save_grid([Image.open(folder.file(image)) for image in range(args.num_images)], args.grid)
+    if completed or (had_all and rank == 0):
+        _report(args, pipeline, folder.settings.precision, device, drawn, seconds)
+
+
+def _draw_grid(pipeline: MADFormerPipeline, args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    images: list[Image.Image] = []
+    started = time.perf_counter()
+    shown = args.num_images > args.batch_size and not args.json
+    with tqdm(total=args.num_images, desc="sampling", unit=" images", disable=not shown) as bar:
+        for first in range(0, args.num_images, args.batch_size):
+            count = min(args.batch_size, args.num_images - first)
+            images += pipeline(count, args.steps, seed=args.seed + first).images
+            bar.update(count)
+    seconds = time.perf_counter() - started
+    _save_grid(images, args.grid)
+    device = str(pipeline.transformer.device)
+    _report(args, pipeline, _precision(args, device), device, args.num_images, seconds)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before minutes of work."""
-    for name, low in (("num_images", 1), ("steps", 1), ("batch_size", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
-    if not (args.out or args.grid):
-        raise ValueError("nothing to write: give --out FOLDER, --grid FILE, or both")
-    if args.latents and not args.out:
-        raise ValueError("--latents writes to a folder: give --out")
-    if args.latents and args.grid:
-        raise ValueError("--latents gives no pictures: leave out --grid")
+    for name, low in (("num_images", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("shard_size", 1), ("ray", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+    several = _process()[1] > 1
+    refusals = {
+        "nothing to write: give --out FOLDER, --grid FILE, or both": not (args.out or args.grid),
+        "--latents writes to a folder: give --out": args.latents and not args.out,
+        "--latents gives no pictures: leave out --grid": args.latents and args.grid,
+        "--latents decodes nothing: leave out --vae-tile": args.latents and args.vae_tile is not None,
+        "--format wds writes to a folder: give --out": args.format == "wds" and not args.out,
+        "--format wds leaves no files for --grid to show": args.format == "wds" and args.grid,
+        "--shard-size is for --format wds": args.shard_size is not None and args.format != "wds",
+        "--overwrite is for --out": args.overwrite and not args.out,
+        "--ray writes to a folder: give --out": args.ray is not None and not args.out,
+        "--ray deals the work itself: run it without torchrun": args.ray is not None and several,
+        "several processes share a folder: give --out": several and not args.out,
+        "several processes have no pictures in common: leave out --grid": several and args.grid,
+        "several processes would remove each other's images: leave out --overwrite": several and args.overwrite,
+    }
+    for message, refused in refusals.items():
+        if refused:
+            raise ValueError(message)
     from madformer.model.persistence import check_writable
 
     for folder in filter(None, (args.out, args.grid and args.grid.parent)):
@@ -108,29 +208,61 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--grid {args.grid} is a folder; it names a file")
 
 
-def _load(args: argparse.Namespace) -> MADFormerPipeline:
+def _process() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says; they share nothing but the folder."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _device(args: argparse.Namespace) -> str:
+    """The device to sample on; under torchrun each process of a machine has a GPU of its own."""
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.ray is None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _precision(args: argparse.Namespace, device: str) -> str:
+    import torch
+
+    from madformer.pipeline import default_dtype
+
+    if args.precision == "auto":
+        return "default" if default_dtype(device) == torch.bfloat16 else "exact"
+    return args.precision
+
+
+def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
+    """The pipeline with the network as stored, in fp32, and the autoencoder as it will run."""
     import diffusers
     import torch
 
+    from madformer.engine.precision import PRECISIONS
     from madformer.pipeline import MADFormerPipeline
-    from madformer.vae import load_vae
+    from madformer.vae import load_vae, set_tile
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    pipeline = MADFormerPipeline.from_pretrained(args.model, vae=args.vae, dtype=dtype, device=device)
-    pipeline.transformer.set_backend(args.backend)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    vae_dtype = PRECISIONS[_precision(args, device)].dtype
+    pipeline = MADFormerPipeline.from_pretrained(
+        args.model, vae=args.vae, dtype=torch.float32, vae_dtype=vae_dtype, device=device
+    )
     if pipeline.vae is None and not args.latents:
         try:
-            pipeline.vae = load_vae(RELEASED_VAE, device, pipeline.transformer.dtype)
+            pipeline.vae = load_vae(RELEASED_VAE, device, vae_dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{args.model} holds no autoencoder and {RELEASED_VAE} cannot be fetched: give --vae FOLDER, "
                 "or --latents to write latents"
             ) from error
+    if args.vae_tile is not None:
+        set_tile(pipeline.vae, args.vae_tile)
     if args.scheduler:
         config = pipeline.scheduler.config
         # DDIM's own default clamps to [-1, 1], which latents are not bounded by
@@ -139,31 +271,36 @@ def _load(args: argparse.Namespace) -> MADFormerPipeline:
     return pipeline
 
 
-def _describe(pipeline: MADFormerPipeline) -> str:
+def _prepare(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: str) -> None:
+    """Put the network into its precision, on its kernels."""
+    from madformer.engine.precision import apply
+
+    pipeline.transformer = apply(pipeline.transformer, precision)
+    pipeline.transformer.set_backend(args.backend)
+    alone = args.num_images <= args.batch_size and _process()[0] == 0
+    pipeline.set_progress_bar_config(disable=args.json or not alone, desc="sampling", unit="step")
+
+
+def _load_and_prepare(args: argparse.Namespace, device: str) -> MADFormerPipeline:
+    """For an actor, which has no terminal."""
+    pipeline = _load(args, device)
+    _prepare(pipeline, args, _precision(args, device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _describe(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: str) -> str:
     """One line: what was loaded and what will run it."""
     from madformer.kernels import dispatch
 
     model = pipeline.transformer
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    what = f"{parameters:.1f} M parameters, {type(pipeline.scheduler).__name__}, precision {precision}"
+    if args.ray is not None:
+        return f"{what} on Ray's actors"
     layers = dispatch.resolve("cached_attention", model.backend, model.device, model.dtype)
     update = dispatch.resolve("denoise_step", "auto", model.device)
-    return (
-        f"{parameters:.1f} M parameters, {str(model.dtype).removeprefix('torch.')} on {model.device}, "
-        f"{type(pipeline.scheduler).__name__}; layers: {layers}, denoise_step: {update}"
-    )
-
-
-def _save(image: Any, folder: Path, seed: int) -> None:
-    from safetensors.torch import save_file
-
-    from madformer.model.persistence import atomic_path
-
-    if hasattr(image, "save"):
-        with atomic_path(folder / f"{seed:08d}.png") as path:
-            image.save(path, "PNG")
-    else:
-        with atomic_path(folder / f"{seed:08d}.safetensors") as path:
-            save_file({"latents": image.contiguous().cpu()}, path)
+    return f"{what} on {model.device}; layers: {layers}, denoise_step: {update}"
 
 
 def _save_grid(images: list[Image.Image], file: Path) -> None:
@@ -180,10 +317,13 @@ def _save_grid(images: list[Image.Image], file: Path) -> None:
         grid.save(path, "PNG")
 
 
-def _report(args: argparse.Namespace, pipeline: MADFormerPipeline, seconds: float) -> None:
+def _report(
+    args: argparse.Namespace, pipeline: MADFormerPipeline, precision: str, device: str, drawn: int, seconds: float
+) -> None:
+    """What is there, and what this process did for it."""
     written = [str(path) for path in (args.out, args.grid) if path]
+    each = seconds / drawn if drawn else None
     if args.json:
-        model = pipeline.transformer
         record = {
             "model": args.model,
             "num_images": args.num_images,
@@ -191,15 +331,16 @@ def _report(args: argparse.Namespace, pipeline: MADFormerPipeline, seconds: floa
             "batch_size": args.batch_size,
             "seed": args.seed,
             "scheduler": type(pipeline.scheduler).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "precision": precision,
+            "device": device,
+            "world_size": _process()[1],
+            "num_drawn": drawn,
             "seconds": round(seconds, 3),
-            "seconds_per_image": round(seconds / args.num_images, 4),
+            "seconds_per_image": each and round(each, 4),
             "written": written,
         }
         print(json.dumps(record))
     else:
-        print(
-            f"{args.num_images} images in {seconds:.1f} s ({seconds / args.num_images:.2f} s an image): "
-            + ", ".join(written)
-        )
+        did = f"drew {drawn} in {seconds:.1f} s ({each:.2f} s an image)" if each else "all were there"
+        process = "this process " if drawn and _process()[1] > 1 else ""
+        print(f"{args.num_images} images in {', '.join(written)}: {process}{did}")

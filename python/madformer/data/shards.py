@@ -22,7 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch.utils.data import Dataset
 
-__all__ = ["KEY", "ShardDataset", "list_shards", "write_shards"]
+from madformer.model.persistence import atomic_path
+
+__all__ = ["KEY", "ShardDataset", "list_shards", "write_shard", "write_shards"]
 
 KEY = "__key__"
 _MAX_OPEN_FILES = 64  # below the usual 1,024 descriptors of a process, shared with everything else it opens
@@ -65,6 +67,18 @@ def write_shards(samples: Iterable[Sample], folder: str | Path, prefix: str, max
         if pattern.fullmatch(path.name) and path not in final:
             path.unlink()
     return final
+
+
+def write_shard(samples: Iterable[Sample], path: str | Path) -> None:
+    """Write one shard, which appears under its name when it is complete; samples as :func:`write_shards` takes them.
+
+    The caller sees to it that the keys are good and do not repeat.
+    """
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for extension, value in sample.items():
+                if extension != KEY:
+                    _add_member(tar, f"{sample[KEY]}.{extension}", value)
 
 
 def _write_temporary(

@@ -64,8 +64,13 @@ class Projections:
             backend=self.backend,
         )
 
-    def heads_into(self, k_cache_BHSD: Tensor, v_cache_BHSD: Tensor, positions_B: Tensor) -> Tensor | None:
-        """Writes keys and values of the one stream to the cache at ``positions_B``; returns the queries, if any."""
+    def heads_into(
+        self, k_cache_RHSD: Tensor, v_cache_RHSD: Tensor, positions_B: Tensor, rows_B: Tensor | None
+    ) -> Tensor | None:
+        """Writes keys and values of the one stream to the cache at ``positions_B``; returns the queries, if any.
+
+        See :func:`madformer.kernels.qk_norm_rope.qk_norm_rope_cached`.
+        """
         ((cos, sin),) = self.tables
         return qk_norm_rope_cached(
             self.qkv[0],
@@ -73,9 +78,10 @@ class Projections:
             self.k_weights[0],
             cos,
             sin,
-            k_cache_BHSD,
-            v_cache_BHSD,
+            k_cache_RHSD,
+            v_cache_RHSD,
             positions_B,
+            rows_B=rows_B,
             num_heads=self.num_heads,
             axes=self.axes,
             eps=QK_NORM_EPS,

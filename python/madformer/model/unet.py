@@ -46,6 +46,7 @@ class ResnetBlock(ResnetBlock2D):
             assert block.time_embedding_norm == "default"
             assert block.upsample is None
             assert block.downsample is None
+            assert block.output_scale_factor == 1
             block.__class__ = cls
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class ResnetBlock(ResnetBlock2D):
         hidden = self.conv2(self._norm_silu(self.norm2, hidden, temb))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return (input_tensor + hidden) / self.output_scale_factor
+        return input_tensor + hidden
 
     def _norm_silu(self, norm: nn.GroupNorm, x_NCHW: Tensor, temb_NC: Tensor | None = None) -> Tensor:
         return group_norm_silu(

@@ -1,0 +1,102 @@
+"""How a block's steps are launched: what it costs to launch them, when the device idles, and what a step is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved, synchronize
+from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
+from madformer.engine.packing import shared_copy
+from madformer.engine.sampler import Plan, Sampler
+from madformer.model import MADFormer
+from released import CannotCompare, Shape, make_scheduler, sample_ours
+
+
+def refusals(device: torch.device) -> dict[str, str]:
+    """Why some ways of launching cannot be had here."""
+    if device.type != "cuda":
+        return dict.fromkeys(("replays", "one launch"), "it needs CUDA")
+    return {"one launch": why} if (why := loop_refusal()) else {}
+
+
+def time_launches(model: MADFormer, shape: Shape, repeats: int) -> dict[str, Spread]:
+    """Drawing by every way of launching that can be had.
+
+    Raises:
+        CannotCompare: the results are not the same bits.
+    """
+    ways: dict[str, Launcher] = {"eager": EagerLauncher()}
+    refused = refusals(model.device)
+    if "replays" not in refused:
+        ways["replays"] = GraphLauncher(model.device, one_launch=False)
+    if "one launch" not in refused:
+        ways["one launch"] = GraphLauncher(model.device, one_launch=True)
+    plans = {
+        name: Sampler(model, make_scheduler(), launcher=way).plan(shape.batch, shape.steps)
+        for name, way in ways.items()
+    }
+    drawn = {name: sample_ours(plan, shape) for name, plan in plans.items()}
+    different = [name for name, latents in drawn.items() if not torch.equal(latents, drawn["eager"])]
+    if different:
+        raise CannotCompare(f"no speeds: images launched by {', '.join(different)} are not the eager ones")
+    runs: dict[str, Run] = {name: lambda plan=plan: sample_ours(plan, shape) for name, plan in plans.items()}  # type: ignore[misc]
+    return interleaved(runs, repeats, model.device)
+
+
+def time_loops(plans: Mapping[str, Plan], repeats: int) -> dict[str, Spread]:
+    """A block's whole loop of each plan, interleaved, by the device's clock."""
+    watches = {name: Stopwatch(plan.model.device) for name, plan in plans.items()}
+    for plan in plans.values():
+        plan.warmup().run(torch.randn(plan.slots.canvas_RMLC.shape, device=plan.model.device))
+    times: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(repeats):
+        for name, plan in plans.items():
+            watches[name].around(plan.loop)()
+            times[name].append(watches[name].read())
+    return {name: Spread.of(values) for name, values in times.items()}
+
+
+def idle(plan: Plan, repeats: int) -> dict[str, float]:
+    """What of a block's loop no kernel runs in.
+
+    The loop is timed by events, without the profiler. The kernels' time is the profiler's, over as many replays of the
+    same captured step: whether it records what a conditional node launches depends on the driver.
+    """
+    loop = time_loops({"loop": plan}, repeats)["loop"].median
+    spans = kernel_spans(EagerLauncher().loop(plan.denoise, len(plan.timesteps)), plan.model.device)
+    if not spans:
+        raise CannotCompare("the profiler recorded no kernels")
+    busy = busy_time(spans)
+    return {"loop_seconds": loop, "kernel_seconds": busy, "kernels": len(spans), "idle_fraction": 1 - busy / loop}
+
+
+def kernel_spans(run: Run, device: torch.device) -> list[tuple[float, float]]:
+    """Start and end, in seconds, of all that the device did during ``run``."""
+    with profile(activities=[ProfilerActivity.CUDA]) as records:
+        run()
+        synchronize(device)
+    events = [event for event in records.events() or () if event.device_type == DeviceType.CUDA]
+    return [(event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
+
+
+def busy_time(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def time_unets(model: MADFormer, batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """Seconds of a captured step with the U-Net halves as they are, and compiled."""
+    compiled = shared_copy(model)
+    for half in ("downsampler", "upsampler"):
+        setattr(compiled, half, torch.compile(getattr(compiled, half), dynamic=False))
+    models = {"channels-last, cuDNN": model, "torch.compile": compiled}
+    plans = {name: Sampler(one, make_scheduler()).plan(batch, steps) for name, one in models.items()}
+    return {name: spread.median / steps for name, spread in time_loops(plans, repeats).items()}

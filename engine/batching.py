@@ -1,0 +1,267 @@
+"""In-flight batching: images at different blocks and steps share every denoising step, and join and leave between two.
+
+A batch that is drawn as one keeps its slots until its slowest image is done, and whoever comes late waits for it.
+Here each slot stands at a block and step of its own (:mod:`.slots`), so that a free one is filled at the next step.
+
+Shape legend: M blocks, L latents of a block, C channels, R slots.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from madformer.engine import memory
+from madformer.engine.cache import ConditioningCache
+from madformer.engine.graphs import Work, launcher_for
+from madformer.engine.passes import Passes
+from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image
+from madformer.engine.schedule import ScheduleTable, tabulate
+from madformer.engine.slots import ScheduleRows, Slots
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as were to be admitted."""
+
+
+@dataclass(order=True)
+class Job:
+    """A request and, while it has a slot, where it stands; ordered by who goes first."""
+
+    priority: int
+    arrival: int
+    noise_MLC: Tensor = field(compare=False)
+    schedule: ScheduleRows = field(compare=False)
+    init_noise_sigma: float = field(compare=False)
+    future: Future[Tensor] = field(compare=False)
+    row: int = field(compare=False, default=-1)
+    block: int = field(compare=False, default=0)
+    step: int = field(compare=False, default=0)
+
+
+class InFlightBatcher:
+    """Draws images as they are asked for, up to ``slots`` at once.
+
+    :meth:`submit` may be called from any thread, and returns at once. One thread calls :meth:`step` again and again, or
+    :meth:`run_until_idle`. An image is the one that a plan draws from the same noise alone: to rounding, because
+    matrix products of another batch size may add up in another order.
+
+    Args:
+        sampler: of a scheduler that can be tabulated: DDIM or DPM-Solver++.
+        slots: R, images at once.
+        max_steps: the most denoising steps of a block that a request may ask for.
+        max_waiting: requests that may wait for a slot.
+
+    Raises:
+        ValueError: the scheduler cannot be tabulated, or a number that makes no sense.
+        madformer.engine.memory.OutOfMemoryError: so many slots do not fit; the message names how many do.
+    """
+
+    def __init__(self, sampler: Sampler, slots: int, *, max_steps: int = 250, max_waiting: int = 1024) -> None:
+        for name, value in (("slots", slots), ("max_steps", max_steps), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.sampler, self.num_slots = sampler, slots
+        self.max_steps, self.max_waiting = max_steps, max_waiting
+        self.config = sampler.source.config
+        self.launcher = sampler.launcher or launcher_for(sampler.source.device)
+        self.clip = self._table(1).clip
+        device = sampler.source.device
+        per_slot = bytes_per_image(sampler.source, max_steps)
+        self.cache, self.slots = memory.largest_fit(self._allocate, slots, per_slot, device)
+        self._schedules: dict[int, tuple[ScheduleRows, float]] = {}
+        self._launches: dict[tuple[str, int], tuple[Work, Tensor]] = {}
+        self._prepared_for: memory.Fingerprint | None = None
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._lock, self._arrivals = threading.Lock(), itertools.count()
+
+    @torch.inference_mode()
+    def _allocate(self, slots: int) -> tuple[ConditioningCache, Slots]:
+        model = self.sampler.source
+        rows = slots + self.launcher.captures  # what a captured batch is filled up with works on a row of its own
+        cache = ConditioningCache(model.config, rows, dtype=model.dtype, device=model.device, backend=model.backend)
+        return cache, Slots(model.config, rows, self.max_steps, model.device)
+
+    def _table(self, num_steps: int) -> ScheduleTable:
+        table = tabulate(self.sampler.scheduler, num_steps, self.sampler.source.device)
+        if table is None:
+            name = type(self.sampler.scheduler).__name__
+            raise ValueError(f"in-flight batching needs a scheduler that can be tabulated, and this {name} cannot")
+        return table
+
+    # Requests
+
+    def submit(self, noise_MLC: Tensor, num_inference_steps: int, *, priority: int = 0) -> Future[Tensor]:
+        """Ask for an image.
+
+        Args:
+            noise_MLC: standard normal, ``(M, L, C)``.
+            num_inference_steps: denoising steps of every block.
+            priority: lower goes first; requests of one priority go in the order in which they came.
+
+        Returns:
+            Clean latents ``(M, L, C)`` in fp32 on the model's device, to come. ``cancel()`` works until they are there,
+            and frees the slot. The exception is :class:`~madformer.engine.sampler.NonFiniteError` where the network
+            gave numbers that are not finite; the other images are not harmed.
+
+        Raises:
+            ValueError: noise of another shape, or a step count that the scheduler or this batcher does not have.
+            QueueFullError: ``max_waiting`` requests wait.
+        """
+        shape = tuple(self.slots.canvas_RMLC.shape[1:])
+        if tuple(noise_MLC.shape) != shape:
+            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
+        with self._lock:
+            schedule, sigma = self._schedule(num_inference_steps)
+            self._waiting = [job for job in self._waiting if not job.future.cancelled()]
+            heapq.heapify(self._waiting)
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests wait already")
+            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future())
+            heapq.heappush(self._waiting, job)
+        return job.future
+
+    def _schedule(self, num_steps: int) -> tuple[ScheduleRows, float]:
+        """What a slot is given for ``num_steps`` steps, and the standard deviation of its noise."""
+        if num_steps not in self._schedules:
+            table = self._table(num_steps)
+            if table.num_steps > self.max_steps:
+                raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
+            rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps)
+            self._schedules[num_steps] = rows, table.init_noise_sigma
+        return self._schedules[num_steps]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not job.future.cancelled() for job in self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    # The loop
+
+    @torch.inference_mode()
+    def step(self) -> int:
+        """One denoising step of every image that has a slot, after those that are done have left and others joined.
+
+        Returns:
+            How many images took it; 0 where there is nothing to do.
+        """
+        self._leave()
+        between = [job for job in self._running if job.step == job.schedule.num_steps]
+        if between:
+            self._launch("next_block", between)
+            for job in between:
+                job.block, job.step = job.block + 1, 0
+        if joined := self._join():
+            self._launch("first_block", joined)
+        if self._running:
+            self._launch("denoise", self._running)
+            for job in self._running:
+                job.step += 1
+        return len(self._running)
+
+    def run_until_idle(self) -> None:
+        """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
+        while self.step():
+            pass
+
+    def _leave(self) -> None:
+        """Images that are done, and requests that were cancelled, give up their slots."""
+        last = self.config.num_blocks - 1
+        done = [job for job in self._running if job.block == last and job.step == job.schedule.num_steps]
+        self._running = [job for job in self._running if job not in done and not job.future.cancelled()]
+        for job in done:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
+            sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
+            if sound < steps * self.config.num_blocks:
+                where = f"from block {sound // steps}, step {sound % steps} on"
+                job.future.set_exception(NonFiniteError(f"the image is not finite {where}"))
+            else:
+                job.future.set_result(self.slots.canvas_RMLC[job.row].clone())
+
+    def _join(self) -> list[Job]:
+        """Give free slots to those who wait, in their order."""
+        taken = {job.row for job in self._running}
+        free = [row for row in range(self.num_slots) if row not in taken]
+        joined: list[Job] = []
+        with self._lock:
+            while free and self._waiting:
+                job = heapq.heappop(self._waiting)
+                if not job.future.cancelled():
+                    job.row = free.pop(0)
+                    joined.append(job)
+        if joined and not self._running:
+            self.warmup()  # weights may have changed while nothing ran
+        for job in joined:
+            self._place(job)
+        self._running += joined
+        return joined
+
+    def _place(self, job: Job) -> None:
+        """Put a request's noise and schedule into its slot."""
+        self.slots.assign(job.schedule, self.passes.model, job.row)
+        canvas = self.slots.canvas_RMLC[job.row]
+        canvas.copy_(job.noise_MLC, non_blocking=True)
+        canvas *= job.init_noise_sigma
+
+    # Launches
+
+    @torch.inference_mode()
+    def warmup(self) -> InFlightBatcher:
+        """Make ready what the first steps would: pack weights, compile, capture each batch size.
+
+        Raises:
+            RuntimeError: images are being drawn, whose state it would overwrite.
+        """
+        if self._running:
+            raise RuntimeError(f"warmup() while {len(self._running)} images are being drawn")
+        signature = memory.fingerprint(self.sampler.source, versions=self.sampler.pack_weights)
+        if signature == self._prepared_for:
+            return self
+        self.passes = Passes(self.sampler.prepare_model(), self.cache, self.slots, self.clip, self.sampler.backend)
+        self._launches = {}
+        if self.launcher.captures:
+            for size in self._sizes():
+                for name in ("first_block", "denoise", "next_block"):
+                    self._prepare(name, size)
+        self._prepared_for = signature
+        return self
+
+    def _sizes(self) -> list[int]:
+        """The batch sizes that are captured: powers of two, and all slots."""
+        return sorted({*(2**power for power in range(self.num_slots.bit_length())), self.num_slots})
+
+    def _prepare(self, name: str, size: int) -> tuple[Work, Tensor]:
+        """A launch of a pass over ``size`` rows, and where the rows are read from."""
+        scratch = len(self.slots.block_R) - 1
+        rows_B = torch.full((size,), scratch, device=self.slots.block_R.device)
+        work: Callable[[Tensor], None] = getattr(self.passes, name)
+        launch = self.launcher.prepare(f"{name}, {size} slots", lambda: work(rows_B), self._reset)
+        return self._launches.setdefault((name, size), (launch, rows_B))
+
+    def _reset(self) -> None:
+        self.cache.reset()
+        self.slots.reset()
+
+    def _launch(self, name: str, jobs: list[Job]) -> None:
+        rows = [job.row for job in jobs]
+        if not self.launcher.captures:
+            getattr(self.passes, name)(torch.tensor(rows, device=self.slots.block_R.device))
+            return
+        size = next(size for size in self._sizes() if size >= len(rows))
+        launch, rows_B = self._launches[name, size]
+        rows += [self.num_slots] * (size - len(rows))
+        rows_B.copy_(torch.tensor(rows), non_blocking=True)
+        launch()

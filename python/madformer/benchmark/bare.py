@@ -1,0 +1,180 @@
+"""The network's arithmetic without an engine, and how much of it there is.
+
+Shape legend: B batch, L latents of a block, C channels, S tokens of a block, E time embedding, H heads, D head dim,
+M blocks, R rows of the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from madformer.config import MADFormerConfig
+from madformer.engine.cache import ConditioningCache
+from madformer.model import MADFormer
+from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
+
+
+class BareModel:
+    """Embedding, layers and decoding of a batch, called directly: what an engine cannot do without.
+
+    Latents, time embeddings and the finished prefix are tensors that are there already. Keys and values go to a fixed
+    place behind the prefix, by the kernel that norms and rotates them, and PyTorch attends to a slice: no length is
+    kept or read, there are no slots and no schedule, the prediction is not used, and nothing is looked at. The numbers
+    are arbitrary, the shapes those of sampling.
+
+    Args:
+        model: packed or not; what the engine to compare with computes with.
+        cache: for B rows; its memory is used, and overwritten.
+    """
+
+    def __init__(self, model: MADFormer, cache: ConditioningCache) -> None:
+        self.model, self.config, self.cache = model, model.config, cache
+        batch, config = len(cache.condition_RLC), model.config
+        self.batch = batch
+        self.latents_B1LC = torch.randn(
+            batch, 1, config.latents_per_block, config.latent_channels, device=model.device, dtype=model.dtype
+        )
+        self.temb_BE = torch.randn(batch, config.unet.time_embed_dim, device=model.device)
+        starts_M = config.block_size * torch.arange(config.num_blocks, device=model.device)
+        self.positions_MB = starts_M[:, None].expand(-1, batch)
+
+    def ar(self, block: int) -> None:
+        """The pass before ``block``: the finished block through the layers that read it, and the condition."""
+        config = self.config
+        if block == 0:
+            shifted = self.model.boi.expand(self.batch, -1, -1) if config.has_condition else None
+        else:
+            shifted = self.model.embed(self.latents_B1LC, self.temb_BE)[0] if config.context != "noise" else None
+        if shifted is None:
+            return
+        if block and config.has_clean_stream:
+            self._layers("clean", shifted, block - 1, range(self.model.clean_layers), needs_output=False)
+        if config.has_condition:
+            self._layers("noise", shifted, block, range(config.ar_layers))
+
+    def denoise(self, block: int) -> None:
+        """The prediction of one step of ``block``."""
+        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
+        if self.config.has_condition:
+            tokens_BSC = self.cache.condition_RLC + tokens_BSC
+        tokens_BSC = self._layers("noise", tokens_BSC, block, range(self.config.ar_layers, self.config.num_layers))
+        self.model.decode(tokens_BSC, self.temb_BE, skips)
+
+    def unet(self) -> None:
+        """The part of a step that is not the Transformer's; the same for every block."""
+        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
+        self.model.decode(tokens_BSC, self.temb_BE, skips)
+
+    def _layers(
+        self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
+    ) -> Tensor:
+        rope = self.model.rope
+        tables = {stream: rope.tables(block, 1)}
+        streams: Streams = {stream: tokens_BSC}
+        for index in layers:
+            outputs = [stream] if needs_output or index < layers[-1] else []
+            layer = self.model.layers[index]
+            assert isinstance(layer, TransformerLayer)
+            streams = layer(streams, rope, tables, self._attention(index, block), outputs)
+        return streams.get(stream, tokens_BSC)
+
+    def _attention(self, index: int, block: int) -> Attention:
+        size = self.config.block_size
+        cross_block = self.config.cross_block_attention or index < self.config.ar_layers
+        span = slice(0 if cross_block else block * size, (block + 1) * size)
+        keys, values = self.cache.keys_RHSD[index], self.cache.values_RHSD[index]
+
+        def attend(projections: Projections) -> Tensor | None:
+            q_BHLD = projections.heads_into(keys, values, self.positions_MB[block], None)
+            return (
+                None if q_BHLD is None else F.scaled_dot_product_attention(q_BHLD, keys[:, :, span], values[:, :, span])
+            )
+
+        return attend
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one image asks for.
+
+    Attributes:
+        ar_flops, step_flops: of the AR passes of all blocks, and of one denoising step at every block: products,
+            convolutions and attention, two for a multiply-add; the rest is not counted.
+        unet_flops: of ``step_flops``, the U-Net's.
+        ar_bytes, step_bytes: of the weights that an AR pass and a denoising step read once, whatever the batch.
+    """
+
+    num_blocks: int
+    ar_flops: int
+    step_flops: int
+    unet_flops: int
+    ar_bytes: int
+    step_bytes: int
+
+    @classmethod
+    def of(cls, model: MADFormer) -> Work:
+        """Counted on the ``meta`` device, with PyTorch's own formulas; bytes are of the weights as they are."""
+        config = model.config
+        layers = [layer for layer in model.layers if isinstance(layer, TransformerLayer)]
+        denoising = [layer.tower("noise") for layer in layers[config.ar_layers :]]
+        reading = [layer.tower("clean") for layer in layers[: model.clean_layers]] if config.has_clean_stream else []
+        predicting = [layer.tower("noise") for layer in layers[: config.ar_layers]] if config.has_condition else []
+        unet: list[nn.Module] = [model.downsampler, model.upsampler]
+        return cls(
+            num_blocks=config.num_blocks,
+            **_flops(config),
+            ar_bytes=_bytes([model.downsampler, *reading, *predicting]),
+            step_bytes=_bytes([*unet, *denoising]),
+        )
+
+    def flops(self, steps: int) -> int:
+        """Of an image with that many denoising steps a block."""
+        return self.ar_flops + steps * self.step_flops
+
+    def weight_bytes(self, steps: int) -> int:
+        """Of a batch, whatever its size."""
+        return self.num_blocks * (self.ar_bytes + steps * self.step_bytes)
+
+
+@functools.lru_cache
+def _flops(config: MADFormerConfig) -> dict[str, int]:
+    meta = torch.device("meta")
+    with meta:
+        model = MADFormer(config).to(meta).requires_grad_(False)
+    model.set_backend("reference")
+    cache = ConditioningCache(config, 1, dtype=model.dtype, device=meta, backend="reference")
+    bare, last = BareModel(model, cache), config.num_blocks - 1
+    ar, step = _Counted(bare.ar), _Counted(bare.denoise)
+    return {
+        # every further block adds the same to the prefix: the sum over blocks is an arithmetic series
+        "ar_flops": ar[0] + (last * (ar[1] + ar[last]) // 2 if last else 0),
+        "step_flops": config.num_blocks * (step[0] + step[last]) // 2,
+        "unet_flops": config.num_blocks * _Counted(lambda _: bare.unet())[0],
+    }
+
+
+class _Counted(dict[int, int]):
+    """Floating-point operations of a pass by its block."""
+
+    def __init__(self, work: Callable[[int], None]) -> None:
+        super().__init__()
+        self.work = work
+
+    def __missing__(self, block: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.work(block)
+        self[block] = counter.get_total_flops()
+        return self[block]
+
+
+def _bytes(modules: list[nn.Module]) -> int:
+    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())

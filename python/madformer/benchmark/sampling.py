@@ -1,0 +1,247 @@
+"""What sampling costs: a row of measurements for each batch size and step count, held against this device's own rates.
+
+How each figure is measured. All are medians over interleaved rounds, after one round to warm up.
+
+* ``seconds``: wall time of ``plan.run`` on noise that lies on the device, and of the autoencoder if there is one,
+  until the device is done. On a GPU the passes are graphs, captured before.
+* ``ar``, ``denoise``: marks around every launch of that very run: those of ``first_block`` and ``next_block``, and of
+  the step loops. Events in the stream on a GPU, the host's clock on a CPU, where a launch returns when it is done.
+* ``unet``: the U-Net halves alone, ``model.embed`` and ``model.decode``, launched as often in a row as a block has
+  steps and in the way that the plan launches its steps, times the blocks.
+* ``transformer``: ``denoise`` less ``unet``; the scheduler's update and the slots' bookkeeping are in it.
+* ``vae``: marks around the decoding of that run's latents.
+* ``host``: what is left of ``seconds``: Python between launches, noise, checks; on a GPU the time between events.
+* ``bare_seconds``: wall time of all passes of :class:`~madformer.benchmark.bare.BareModel` over the same packed
+  weights; on a GPU captured as well, one graph a block and pass. ``overhead`` is what the run without the autoencoder
+  takes beyond that, as a fraction of it: updates, slots, schedule, writing and finding the cache, and the look for
+  numbers that are not finite. It is the median of the rounds' own ratios.
+* ``operations_floor``: operations (:class:`~madformer.benchmark.bare.Work`) over the rate of a large matrix product in
+  the same dtype on the same device and threads. ``bytes_floor``: the weights, read once a pass, over the rate of a
+  large copy (bytes read and written). Both without the autoencoder.
+* ``fraction_of_roof``: ``operations_floor`` over the time of the run without the autoencoder. In FP8 the roof is the
+  bf16 product, in which half of the work still is.
+
+Shape legend: B batch, M blocks, L latents of a block, C channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madformer.benchmark.bare import BareModel, Work
+from madformer.benchmark.timing import Run, Spread, Stopwatch, seconds
+from madformer.engine import memory
+from madformer.engine.graphs import Launcher, launcher_for
+from madformer.engine.sampler import Plan, Sampler
+from madformer.model.blocks import from_blocks
+from madformer.vae import decode
+
+PARTS = ("ar", "transformer", "unet", "vae", "host")
+"""What ``seconds`` is split into, in the order of a run."""
+
+
+@dataclass(frozen=True)
+class Roof:
+    """Rates measured here: operations and bytes a second, of a large matrix product and a large copy."""
+
+    matmul_flops: float
+    copy_bytes: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roof:
+        size, numbers, calls = (8192, 1 << 30, 8) if device.type == "cuda" else (2048, 1 << 26, 1)
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = _per_call(lambda: torch.mm(a, b), calls, repeats, device)
+        source = torch.ones(numbers, device=device, dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        copy = _per_call(lambda: target.copy_(source), calls, repeats, device)
+        return cls(2 * size**3 / product, 2 * source.nbytes / copy)
+
+
+def _per_call(run: Run, calls: int, repeats: int, device: torch.device) -> float:
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    several()
+    return median(seconds(several, device) for _ in range(repeats)) / calls
+
+
+@dataclass(frozen=True)
+class Row:
+    """One batch size and step count; the head of this file says how each figure is measured.
+
+    Attributes:
+        steps: denoising steps of a block.
+        seconds: of a batch, pictures included.
+        split: seconds by the names in :data:`PARTS`.
+    """
+
+    batch: int
+    steps: int
+    seconds: Spread
+    split: dict[str, float]
+    bare_seconds: Spread
+    overhead: float
+    operations_floor: float
+    bytes_floor: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch / self.seconds.median
+
+    @property
+    def fraction_of_roof(self) -> float:
+        return self.operations_floor / (self.seconds.median - self.split["vae"])
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = {"images_per_second": self.images_per_second, "fraction_of_roof": self.fraction_of_roof}
+        return {**asdict(self), **derived}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Attributes:
+    rows: in the order of measurement.
+    stopped: why a step count has no larger batches, one line each.
+    not_measured: rows that there was no time for.
+    """
+
+    rows: list[Row]
+    stopped: list[str]
+    not_measured: list[str]
+
+
+def sweep(
+    sampler: Sampler,
+    batch_sizes: Sequence[int],
+    step_counts: Sequence[int],
+    roof: Roof,
+    *,
+    vae: Any = None,
+    repeats: int = 5,
+    budget: float = float("inf"),
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Sweep:
+    """Measure every batch size, from the smallest on, at every step count.
+
+    A batch that does not fit ends its step count; the rows before it stay.
+
+    Args:
+        budget: seconds after which no further row is begun.
+        on_row: called with every row as soon as it is there.
+
+    Raises:
+        ValueError: a number that makes no sense, or a scheduler that cannot be tabulated.
+    """
+    started, work = time.perf_counter(), Work.of(sampler.source)
+    result = Sweep([], [], [])
+    for steps in sorted(set(step_counts)):
+        for batch in sorted(set(batch_sizes)):
+            if time.perf_counter() - started > budget:
+                result.not_measured.append(f"batch {batch}, {steps} steps")
+                continue
+            try:
+                row = measure(sampler.plan(batch, steps), roof, work, vae=vae, repeats=repeats)
+            except (memory.OutOfMemoryError, torch.OutOfMemoryError) as error:
+                result.stopped.append(f"{steps} steps: {_one_line(error, batch)}")
+                break
+            finally:
+                memory.release(sampler.source.device)
+            result.rows.append(row)
+            on_row(row)
+    return result
+
+
+def _one_line(error: RuntimeError, batch: int) -> str:
+    if isinstance(error, memory.OutOfMemoryError):
+        return str(error)
+    return f"batch={batch}: {str(error).splitlines()[0]}"
+
+
+def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int = 5) -> Row:
+    """One row; see the head of this file.
+
+    Raises:
+        ValueError: the plan's scheduler cannot be tabulated: its steps are not launches that could be timed.
+    """
+    if plan.table is None:
+        raise ValueError(f"a run under {type(plan.scheduler).__name__} has no step loop to time: it is not tabulated")
+    device, steps, blocks = plan.model.device, len(plan.timesteps), plan.config.num_blocks
+    plan.warmup()
+    noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
+    with torch.inference_mode():
+        bare = BareModel(plan.model, plan.cache)
+        bare_image = image_of(bare, steps, launcher_for(device))
+        unet = plan.launcher.loop(plan.launcher.prepare("U-Net alone", bare.unet, lambda: None), steps)
+        unet_watch, rounds = Stopwatch(device), []
+        with watched(plan, vae) as (watches, draw):
+            for _ in range(repeats + 1):
+                taken = {"total": seconds(lambda: draw(noise), device)}
+                taken |= {name: watch.read() for name, watch in watches.items()}
+                taken["bare"] = seconds(bare_image, device)
+                unet_watch.around(unet)()
+                taken["unet"] = blocks * unet_watch.read()
+                rounds.append(taken)
+    return _row(plan, rounds[1:], roof, work)
+
+
+def _row(plan: Plan, rounds: list[dict[str, float]], roof: Roof, work: Work) -> Row:
+    steps = len(plan.timesteps)
+    middle = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
+    host = median(taken["total"] - taken["ar"] - taken["denoise"] - taken["vae"] for taken in rounds)
+    parts = {"transformer": middle["denoise"] - middle["unet"], "host": host}
+    return Row(
+        batch=plan.batch,
+        steps=plan.num_inference_steps,
+        seconds=Spread.of([taken["total"] for taken in rounds]),
+        split={part: parts.get(part, middle.get(part, 0.0)) for part in PARTS},
+        bare_seconds=Spread.of([taken["bare"] for taken in rounds]),
+        overhead=median((taken["total"] - taken["vae"]) / taken["bare"] for taken in rounds) - 1,
+        operations_floor=plan.batch * work.flops(steps) / roof.matmul_flops,
+        bytes_floor=work.weight_bytes(steps) / roof.copy_bytes,
+    )
+
+
+@contextmanager
+def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch], Callable[[Tensor], Any]]]:
+    """Within it the plan's launches are timed; gives the stopwatches and a function that draws from noise."""
+    watches = {name: Stopwatch(plan.model.device) for name in ("ar", "denoise", "vae")}
+    launches = plan.first_block, plan.next_block, plan.loop
+    plan.first_block, plan.next_block = (watches["ar"].around(launch) for launch in launches[:2])
+    plan.loop = watches["denoise"].around(launches[2])
+
+    def draw(noise_BMLC: Tensor) -> None:
+        latents = from_blocks(plan.run(noise_BMLC))
+        if vae is not None:
+            watches["vae"].around(lambda: decode(vae, latents))()
+
+    try:
+        yield watches, draw
+    finally:
+        plan.first_block, plan.next_block, plan.loop = launches
+
+
+def image_of(bare: BareModel, steps: int, launcher: Launcher) -> Run:
+    """All passes of a batch, in the order of sampling, launched as ``launcher`` does it."""
+
+    def prepare(work: Callable[[int], None], block: int) -> Run:
+        return launcher.prepare(f"bare {work.__name__}, block {block}", lambda: work(block), lambda: None)
+
+    blocks = range(bare.config.num_blocks)
+    loops = [(prepare(bare.ar, block), launcher.loop(prepare(bare.denoise, block), steps)) for block in blocks]
+
+    def image() -> None:
+        for ar, loop in loops:
+            ar()
+            loop()
+
+    return image

@@ -1,0 +1,7 @@
+"""Sampling at length: many images into a folder, by any number of processes, going on where it stopped."""
+
+from madformer.bulk.drawing import Drawing, draw_missing
+from madformer.bulk.folder import OutputFolder
+from madformer.bulk.settings import Settings
+
+__all__ = ["Drawing", "OutputFolder", "Settings", "draw_missing"]

@@ -1,0 +1,173 @@
+"""Draws what a folder lacks; decoding, encoding and writing go on behind the sampling of the next batch.
+
+Shape legend: B images of a batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from madformer.bulk.folder import OutputFolder
+from madformer.vae import decode, to_uint8
+
+if TYPE_CHECKING:
+    from madformer.pipeline import MADFormerPipeline
+
+# zlib encodes a picture of 1024 x 1024 in some tenths of a second, without Python's lock
+ENCODERS = 4
+
+
+class Drawing:
+    """Draws batches into a folder, each written while the next is sampled.
+
+    One batch at most is behind the one being sampled, so a kill loses no more than these two. A context: leaving it
+    waits for what is being written, also after an error.
+
+    Args:
+        on_written: called with the number of images once they are in the folder, from another thread.
+    """
+
+    def __init__(
+        self, pipeline: MADFormerPipeline, folder: OutputFolder, on_written: Callable[[int], object] | None = None
+    ) -> None:
+        self.pipeline, self.folder, self.on_written = pipeline, folder, on_written
+        self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
+        self._writer = ThreadPoolExecutor(1, "write")
+        self._behind: Future[None] | None = None
+        device = pipeline.transformer.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def draw(self, batch: int) -> None:
+        """Sample a batch, and leave it to be written.
+
+        Raises:
+            Whatever sampling raises, or writing the batch before.
+        """
+        if self._behind is not None and self._behind.done():
+            self.wait()
+        span, settings = self.folder.span(batch), self.folder.settings
+        latents = self.pipeline(len(span), settings.steps, seed=settings.seed + span[0], output_type="latent").images
+        images, ready = self._to_host(latents)
+        self.wait()
+        self._behind = self._writer.submit(self._write, batch, images, ready)
+
+    def wait(self) -> None:
+        """Until the last batch is in the folder.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception:
+            # the first error is the one to tell
+            if error is None:
+                raise
+        finally:
+            self._writer.shutdown()
+            self._encoders.shutdown()
+
+    def _to_host(self, latents_BCHW: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Latents, or pictures ``(B, H, W, 3)`` as bytes, on the CPU; on a GPU from when the event has happened.
+
+        There it is queued on a stream of its own, beside the next batch's sampling.
+        """
+        if self._stream is None:
+            return self._finish(latents_BCHW), None
+        self._stream.wait_stream(torch.cuda.current_stream(latents_BCHW.device))
+        with torch.cuda.stream(self._stream):
+            images = self._finish(latents_BCHW)
+            latents_BCHW.record_stream(self._stream)
+            host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+            host.copy_(images, non_blocking=True)
+            ready = torch.cuda.Event(blocking=True)
+            ready.record(self._stream)
+        return host, ready
+
+    def _finish(self, latents_BCHW: Tensor) -> Tensor:
+        if self.folder.settings.latents:
+            return latents_BCHW
+        assert self.pipeline.vae is not None
+        return to_uint8(decode(self.pipeline.vae, latents_BCHW))
+
+    def _write(self, batch: int, images: Tensor, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
+            ready.synchronize()
+        span = self.folder.span(batch)
+        # the list is what raises an encoder's error
+        list(self._encoders.map(self._write_image, span, images))
+        self.folder.pack()
+        if self.on_written is not None:
+            self.on_written(len(span))
+
+    def _write_image(self, index: int, image: Tensor) -> None:
+        self.folder.write(index, encode_latents(image) if self.folder.settings.latents else encode_png(image))
+
+
+def draw_missing(
+    pipeline: MADFormerPipeline,
+    folder: OutputFolder,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> int:
+    """Draw what an opened folder lacks of a process's batches; nothing that is there is drawn or decoded again.
+
+    Args:
+        pipeline: on its device, in its precision. progress: show a bar over images.
+
+    Returns:
+        How many images were drawn.
+
+    Raises:
+        OSError: a file cannot be written. FloatingPointError: the network gave numbers that are not finite. Every
+            image finished before is in the folder.
+    """
+    batches = folder.batches(rank, world_size)
+    missing = folder.missing(batches)
+    with progress_bar(folder, batches, missing, progress) as bar, Drawing(pipeline, folder, bar.update) as drawing:
+        for batch in missing:
+            drawing.draw(batch)
+    return num_images(folder, missing)
+
+
+def num_images(folder: OutputFolder, batches: Sequence[int]) -> int:
+    return sum(len(folder.span(batch)) for batch in batches)
+
+
+def progress_bar(folder: OutputFolder, batches: Sequence[int], missing: Sequence[int], shown: bool) -> tqdm:
+    """Over images: rate and time left are of what is drawn now, the count is of all ``batches``."""
+    total = num_images(folder, batches)
+    done = total - num_images(folder, missing)
+    return tqdm(total=total, initial=done, desc="sampling", unit=" images", disable=not shown)
+
+
+def encode_png(image_HWC: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC.numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_latents(latents_CHW: Tensor) -> bytes:
+    return safetensors.torch.save({"latents": latents_CHW.contiguous()})

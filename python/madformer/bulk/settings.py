@@ -1,0 +1,133 @@
+"""What decides every bit of an image, written down beside the images so that a resumed run makes the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from madformer.pipeline import MADFormerPipeline
+
+Format = Literal["png", "wds"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the images of a folder have in common.
+
+    The device and the kernels' backend are not part of it: they change an image by rounding at most.
+
+    Attributes:
+        format: ``"png"`` for a file an image, ``"wds"`` for tar shards.
+        latents: latents in place of pictures.
+        shard_size: images of a shard; None without shards.
+        batch_size: images drawn at once; the last batch may be smaller.
+        seed: of the first image; image ``i`` is drawn from ``seed + i``.
+        scheduler: its class and configuration.
+        model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
+            latents.
+    """
+
+    format: Format
+    latents: bool
+    shard_size: int | None
+    batch_size: int
+    seed: int
+    steps: int
+    precision: str
+    scheduler: Mapping[str, Any]
+    model: str
+    vae: str | None
+    vae_tile: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "shard_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0: it names the files")
+        if (self.shard_size is not None) != (self.format == "wds"):
+            raise ValueError(f"shard_size={self.shard_size} does not go with format={self.format!r}")
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: MADFormerPipeline,
+        *,
+        steps: int,
+        precision: str,
+        seed: int = 0,
+        batch_size: int = 16,
+        latents: bool = False,
+        shard_size: int | None = None,
+    ) -> Settings:
+        """Those of a pipeline; with a ``shard_size`` it will write shards.
+
+        Call it on the model as loaded: once a precision is applied, the weights are others.
+        """
+        from madformer.vae import tile_of
+
+        vae = None if latents else pipeline.vae
+        return cls(
+            format="png" if shard_size is None else "wds",
+            latents=latents,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            seed=seed,
+            steps=steps,
+            precision=precision,
+            scheduler=_scheduler_settings(pipeline.scheduler),
+            model=fingerprint(pipeline.transformer, pipeline.transformer.config.to_dict()),
+            vae=None if vae is None else fingerprint(vae, vae.config),
+            vae_tile=None if vae is None else tile_of(vae),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def difference(self, stored: Mapping[str, Any]) -> str | None:
+        """The first field in which ``stored`` is not these settings, as ``name=its value, not ours``; or None."""
+        own, other = _flat(self.to_dict()), _flat(stored)
+        for name in [*own, *(name for name in other if name not in own)]:
+            if name not in own or name not in other or own[name] != other[name]:
+                return f"{name}={other.get(name, 'absent')!r}, not {own.get(name, 'absent')!r}"
+        return None
+
+
+def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of SHA-256 over configuration and all weights, wherever they were loaded from.
+
+    It reads every byte: about a second for a gigabyte.
+    """
+    public = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """The configuration as JSON that every parser takes: infinities as strings, nothing private."""
+    config = json.loads(scheduler.to_json_string())
+    values = {name: value for name, value in config.items() if not name.startswith("_")}
+    finite = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in sorted(values.items())
+    }
+    return {"class": type(scheduler).__name__, **finite}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,0 +1,192 @@
+"""In-flight batching: every image is the one drawn alone, whoever shared its steps; who goes first, and who leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from engine_cases import CASES, draw_noise, make_model
+from recording import RecordingLauncher
+from torch import Tensor
+
+from madformer.config import tiny
+from madformer.engine.batching import InFlightBatcher, QueueFullError
+from madformer.engine.graphs import EagerLauncher, Launcher
+from madformer.engine.sampler import NonFiniteError, Sampler
+from madformer.model import MADFormer
+from testing import relative_error
+
+TOLERANCE = 1e-4
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"eager": EagerLauncher, "captured": RecordingLauncher}
+
+
+def make_batcher(model: MADFormer, slots: int, launcher: Launcher | None = None, **options: int) -> InFlightBatcher:
+    scheduler = DPMSolverMultistepScheduler(prediction_type=model.config.prediction_type)
+    sampler = Sampler(model, scheduler, pack_weights=False, launcher=launcher or EagerLauncher())
+    batcher = InFlightBatcher(sampler, slots, **options)
+    if batcher.launcher.captures:
+        batcher.cache.on_host = False
+    return batcher
+
+
+def drawn_alone(model: MADFormer, noise_MLC: Tensor, steps: int) -> Tensor:
+    scheduler = DPMSolverMultistepScheduler(prediction_type=model.config.prediction_type)
+    return Sampler(model, scheduler, pack_weights=False).plan(1, steps).run(noise_MLC[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        *((name, "eager") for name in ("both", "condition only", "noisy blocks only", "clean only", "one block")),
+        *((name, "captured") for name in ("both", "condition only", "block-local", "released quirks")),
+    ],
+)
+def test_each_image_is_the_one_drawn_alone(name: str, launcher: str) -> None:
+    """Five requests of several step counts through three slots: images at different blocks and steps share passes."""
+    model = make_model(CASES[name])
+    noise = draw_noise(CASES[name], batch=5)
+    batcher = make_batcher(model, 3, LAUNCHERS[launcher](), max_steps=4)
+    steps = (3, 1, 4, 2, 3)
+    futures = [batcher.submit(noise[index], count) for index, count in enumerate(steps)]
+    batcher.run_until_idle()
+    for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
+        assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], count)) < TOLERANCE
+
+
+def test_company_does_not_change_an_image() -> None:
+    """Nor do the neighbours' numbers: the same image beside others, bit for bit where the batch has the same size."""
+    model, noise = make_model(tiny()), draw_noise(tiny(), batch=3)
+    images = []
+    for neighbour in (1, 2):
+        batcher = make_batcher(model, 2)
+        future = batcher.submit(noise[0], 3)
+        batcher.submit(noise[neighbour], 3)
+        batcher.run_until_idle()
+        images.append(future.result(timeout=0))
+    assert torch.equal(*images)
+
+
+def test_joining_between_steps() -> None:
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    batcher = make_batcher(model, 2)
+    early = batcher.submit(noise[0], 3)
+    assert batcher.step() == 1
+    late = batcher.submit(noise[1], 3)
+    assert batcher.step() == 2
+    while not early.done():
+        batcher.step()
+    assert not late.done()
+    batcher.run_until_idle()
+    for future, index in ((early, 0), (late, 1)):
+        assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], 3)) < TOLERANCE
+
+
+def order_of(futures: dict[str, Future[Tensor]], batcher: InFlightBatcher) -> list[str]:
+    order: list[str] = []
+    for name, future in futures.items():
+        future.add_done_callback(lambda _, name=name: order.append(name))
+    batcher.run_until_idle()
+    return order
+
+
+def test_priorities_then_arrival() -> None:
+    batcher = make_batcher(make_model(tiny()), 1)
+    noise = draw_noise(tiny(), batch=1)[0]
+    priorities = {"late": 1, "first": 0, "urgent": -1, "second": 0}
+    futures = {name: batcher.submit(noise, 1, priority=value) for name, value in priorities.items()}
+    assert order_of(futures, batcher) == ["urgent", "first", "second", "late"]
+
+
+def test_cancelling_frees_the_slot() -> None:
+    """One that waits never starts; one that is being drawn leaves at the next step, and its slot is drawn in anew."""
+    model, noise = make_model(tiny()), draw_noise(tiny(), batch=3)
+    batcher = make_batcher(model, 1)
+    running, waiting, kept = (batcher.submit(noise[index], 3) for index in range(3))
+    for _ in range(4):
+        batcher.step()
+    assert running.cancel()
+    assert waiting.cancel()
+    batcher.step()
+    assert batcher.num_running == 1
+    batcher.run_until_idle()
+    for future in (running, waiting):
+        with pytest.raises(CancelledError):
+            future.result(timeout=0)
+    assert relative_error(kept.result(timeout=0), drawn_alone(model, noise[2], 3)) < TOLERANCE
+
+
+def test_admission_limit() -> None:
+    batcher = make_batcher(make_model(tiny()), 1, max_waiting=2)
+    noise = draw_noise(tiny(), batch=1)[0]
+    futures = [batcher.submit(noise, 1) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already"):
+        batcher.submit(noise, 1)
+    futures[0].cancel()
+    futures.append(batcher.submit(noise, 1))
+    batcher.run_until_idle()
+    assert [future.cancelled() for future in futures] == [True, False, False]
+
+
+def test_a_fault_is_one_images_own() -> None:
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    noise[0, 2, 0, 0] = torch.nan
+    batcher = make_batcher(model, 2)
+    bad, good = (batcher.submit(noise[index], 3) for index in range(2))
+    batcher.run_until_idle()
+    with pytest.raises(NonFiniteError, match="the image is not finite from block 2, step 0 on"):
+        bad.result(timeout=0)
+    assert relative_error(good.result(timeout=0), drawn_alone(model, noise[1], 3)) < TOLERANCE
+
+
+def test_new_weights_are_seen_once_nothing_runs() -> None:
+    model, noise = make_model(tiny()), draw_noise(tiny())[0]
+    batcher = make_batcher(model, 1)
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            model.downsampler.time_embedding.linear_2.weight.mul_(scale)
+        future = batcher.submit(noise, 2)
+        batcher.run_until_idle()
+        assert relative_error(future.result(timeout=0), drawn_alone(model, noise, 2)) < TOLERANCE
+
+
+def test_captured_sizes() -> None:
+    """A batch is filled up to the next captured size, never replayed at another."""
+    launcher = RecordingLauncher()
+    batcher = make_batcher(make_model(tiny()), 3, launcher, max_steps=1).warmup()
+    sizes = [f"{name}, {size} slots" for size in (1, 2, 3) for name in ("first_block", "denoise", "next_block")]
+    assert launcher.prepared == sizes
+    batcher.submit(draw_noise(tiny(), batch=1)[0], 1)
+    batcher.step()
+    with pytest.raises(RuntimeError, match=r"warmup\(\) while 1 images are being drawn"):
+        batcher.warmup()
+
+
+def test_bad_requests() -> None:
+    model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
+    batcher = make_batcher(model, 1, max_steps=5)
+    with pytest.raises(ValueError, match=r"noise must have the shape \(4, 16, 4\), got \(3, 16, 4\)"):
+        batcher.submit(noise[:3], 1)
+    with pytest.raises(ValueError, match="num_inference_steps=6 must be at most max_steps=5"):
+        batcher.submit(noise, 6)
+    with pytest.raises(ValueError, match="num_inference_steps=0 must be between 1 and"):
+        batcher.submit(noise, 0)
+    assert batcher.num_waiting == 0
+    with pytest.raises(ValueError, match="slots=0 must be at least 1"):
+        make_batcher(model, 0)
+    with pytest.raises(ValueError, match="in-flight batching needs a scheduler that can be tabulated, and this UniPC"):
+        InFlightBatcher(Sampler(model, UniPCMultistepScheduler()), 1)
+
+
+def test_packed_weights_and_ddim() -> None:
+    """As a user has it: defaults, in whatever way this machine packs."""
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    sampler = Sampler(model, DDIMScheduler())
+    batcher = InFlightBatcher(sampler, 2)
+    futures = [batcher.submit(noise[index], 3) for index in range(2)]
+    batcher.run_until_idle()
+    expected = sampler.plan(2, 3).run(noise)
+    for index, future in enumerate(futures):
+        assert relative_error(future.result(timeout=0), expected[index]) < TOLERANCE

@@ -1,0 +1,87 @@
+"""What makes a plan fit for CUDA graphs: no pass needs the host, and a replay is the pass, whatever block or run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
+from recording import HostReadError, RecordingLauncher
+
+from madformer.engine.graphs import EagerLauncher
+from madformer.engine.sampler import Plan, Sampler
+
+
+def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher) -> Plan:
+    config = CASES[name]
+    scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
+    sampler = Sampler(make_model(config), scheduler, pack_weights=False, launcher=launcher)
+    plan = sampler.plan(BATCH, STEPS)
+    plan.cache.on_host = False  # as on a GPU, where nothing is
+    return plan
+
+
+# What the network predicts, and how, is the same to a graph.
+PASSES = [name for name in CASES if name not in ("no QK-norm", "sample prediction", "v prediction", "shared towers")]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_replay_equals_eager(name: str) -> None:
+    """Bit for bit, at every block, and again for a second request with other noise."""
+    eager, replayed = make_plan(name, EagerLauncher()), make_plan(name, RecordingLauncher())
+    for seed in (1, 2):
+        noise = draw_noise(CASES[name], seed=seed)
+        expected, actual = eager.run(noise), replayed.run(noise)
+        for block in range(CASES[name].num_blocks):
+            assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
+
+
+def test_the_recorder_sees_what_the_host_put_in() -> None:
+    """The check above can fail: attention that slices by lengths on the host is wrong from the second block on."""
+    eager, replayed = make_plan("both", EagerLauncher()), make_plan("both", RecordingLauncher())
+    replayed.cache.on_host = True
+    noise = draw_noise(CASES["both"])
+    expected, actual = eager.run(noise), replayed.run(noise, check=False)
+    assert torch.allclose(actual[:, 0], expected[:, 0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(actual[:, 1], expected[:, 1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_recorder_refuses_a_read() -> None:
+    flag = torch.ones(1)
+
+    def read() -> None:
+        if flag.sum().item():
+            flag.zero_()
+
+    with pytest.raises(HostReadError):
+        RecordingLauncher().prepare("reads", read, lambda: None)
+
+
+def test_weights_that_move_are_captured_anew() -> None:
+    """A graph reads the memory that it was captured with: replaced weights need another."""
+    launcher = RecordingLauncher()
+    model = make_model(CASES["both"])
+    plan = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False, launcher=launcher).plan(BATCH, STEPS)
+    plan.cache.on_host = False
+    noise = draw_noise(CASES["both"])
+    first = plan.run(noise)
+    assert len(launcher.prepared) == 3
+    with torch.no_grad():
+        model.upsampler.conv_out.weight.mul_(0.5)  # the same memory: the graphs see it
+    changed = plan.run(noise)
+    assert len(launcher.prepared) == 3
+    assert not torch.equal(first, changed)
+    model.upsampler.conv_out.weight = torch.nn.Parameter(model.upsampler.conv_out.weight.detach() * 2)
+    assert torch.equal(plan.run(noise), first)
+    assert len(launcher.prepared) == 6
+
+
+def test_a_plan_refuses_other_shapes() -> None:
+    plan = make_plan("both", RecordingLauncher())
+    noise = draw_noise(CASES["both"])
+    with pytest.raises(ValueError, match=r"noise must have the plan's shape \(2, 4, 16, 4\), got \(1, 4, 16, 4\)"):
+        plan.run(noise[:1])
+    with pytest.raises(ValueError, match="out must have the plan's shape"):
+        plan.run(noise, out=noise[:, :1])
+    result = torch.empty_like(noise)
+    assert plan.run(noise, out=result) is result

@@ -1,0 +1,96 @@
+"""Captured passes on a GPU: a replay is the eager pass, and a run neither waits nor allocates, nor steps in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from engine_cases import BATCH, CASES, draw_noise, make_model
+from torch import Tensor
+
+from madformer.config import tiny
+from madformer.engine.batching import InFlightBatcher
+from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
+from madformer.engine.sampler import Plan, Sampler
+from testing import DEVICE, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device"),
+]
+STEPS = 5
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make_plan(name: str, launcher: Launcher | None, dtype: torch.dtype = torch.float32) -> Plan:
+    config = CASES[name]
+    scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
+    model = make_model(config).to(DEVICE, dtype)
+    return Sampler(model, scheduler, launcher=launcher).plan(BATCH, STEPS)
+
+
+def launcher(kind: str) -> Launcher:
+    if kind == "eager":
+        return EagerLauncher()
+    if kind == "one launch" and (why := loop_refusal()):
+        pytest.skip(why)
+    return GraphLauncher(DEVICE, one_launch=kind == "one launch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["replay", "one launch"])
+@pytest.mark.parametrize("name", CASES)
+def test_replay_equals_eager(name: str, kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit, at every block, and again for a second request with other noise."""
+    eager, captured = make_plan(name, EagerLauncher(), dtype), make_plan(name, launcher(kind), dtype)
+    for seed in (1, 2):
+        noise = draw_noise(CASES[name], seed=seed).to(DEVICE)
+        expected, actual = eager.run(noise), captured.run(noise)
+        for block in range(CASES[name].num_blocks):
+            assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
+
+
+@pytest.mark.parametrize("kind", ["replay", "one launch"])
+def test_a_run_neither_waits_nor_allocates(kind: str, no_waiting: None) -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    plan = make_plan("both", launcher(kind)).warmup()
+    noise = draw_noise(tiny()).to(DEVICE)
+    out = torch.empty_like(noise)
+    plan.run(noise, out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["num_device_alloc"], torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    plan.run(noise, out=out, check=False)
+    torch.cuda.set_sync_debug_mode("default")
+    assert (torch.cuda.memory_stats()["num_device_alloc"], torch.cuda.memory_allocated()) == before
+    plan.check()
+
+
+def test_on_block_tells_what_is_done() -> None:
+    plan = make_plan("both", None)
+    seen: list[int] = []
+    plan.run(draw_noise(tiny()).to(DEVICE), on_block=seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["both", "condition only", "block-local"])
+def test_in_flight(name: str) -> None:
+    """Five requests through three slots: each as a plan draws it alone."""
+    config = CASES[name]
+    sampler = Sampler(make_model(config).to(DEVICE), DPMSolverMultistepScheduler())
+    batcher = InFlightBatcher(sampler, 3, max_steps=4).warmup()
+    noise = draw_noise(config, batch=5)
+    steps = (3, 1, 4, 2, 3)
+    futures = [batcher.submit(noise[index], count) for index, count in enumerate(steps)]
+    batcher.run_until_idle()
+    for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
+        alone: Tensor = sampler.plan(1, count).run(noise[index : index + 1])[0]
+        assert relative_error(future.result(timeout=0), alone) < 1e-4
