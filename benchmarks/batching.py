@@ -188,7 +188,7 @@ def compare(
     plan = sampler.plan(slots, steps)
     noise = Noise(plan)
     exact = exact_images(exact_model, scheduler, steps, noise, min(CHECKED, requests))
-    batcher = InFlightBatcher(sampler, slots, max_steps=len(plan.timesteps), max_waiting=requests)
+    batcher = InFlightBatcher(sampler, slots, max_steps=len(plan.timesteps), max_waiting=max(requests, 3 * slots))
     serve_in_flight(batcher, [0.0] * slots, steps, noise)  # warms up
     full = capacity(plan, noise)
     in_flight_full = serve_in_flight(batcher, [0.0] * (3 * slots), steps, noise)

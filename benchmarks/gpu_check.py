@@ -32,7 +32,7 @@ from ops.case import Case, every_case, leaves_of, tensors_of
 from record import ROOT, environment, results_folder, write
 from timing import Captured, calls_for, capture, rounds
 
-GATE = ("tests/kernels", "tests/engine", "tests/model")
+GATE = ("tests/csrc", "tests/kernels", "tests/engine", "tests/model")
 PACKAGES = ("triton", "diffusers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel")
 OURS = "triton"
 SECONDS_A_ROW = 0.4

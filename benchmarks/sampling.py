@@ -88,7 +88,7 @@ class Scale:
 
 FULL = Scale(FFHQ_1024, 25, 250, 16, (1, 4, 16, 32, 64), slots=8, in_flight_steps=10, requests=96)
 LAPTOP = Scale(SMALL, 3, 10, 4, (1, 4), slots=4, in_flight_steps=3, requests=16)
-TRIAL = Scale(TINY, 2, 3, 3, (1, 3), slots=2, in_flight_steps=2, requests=6)
+TRIAL = Scale(TINY, 1, 2, 2, (1, 2), slots=2, in_flight_steps=1, requests=4)
 
 
 @dataclass(frozen=True)

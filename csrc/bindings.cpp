@@ -35,6 +35,7 @@ void bind_captured_loop(py::module_& module) {
   using madformer::CapturedLoop;
   const auto make = [](std::uintptr_t graph, std::uintptr_t counter, std::uintptr_t bound, int32_t cap,
                        int device) {
+    const py::gil_scoped_release unlocked;
     return std::make_unique<CapturedLoop>(pointer<cudaGraph_t>(graph), pointer<int32_t*>(counter),
                                           pointer<const int32_t*>(bound), cap, device);
   };
@@ -54,7 +55,7 @@ Raises:
     ValueError: the step holds a node that a conditional node may not hold, such as a host function.
     RuntimeError: CUDA's error, with the call that gave it.)")
       .def(py::init(make), py::kw_only(), py::arg("graph"), py::arg("counter"), py::arg("bound"),
-           py::arg("cap"), py::arg("device"), py::call_guard<py::gil_scoped_release>())
+           py::arg("cap"), py::arg("device"))
       .def(
           "launch",
           [](CapturedLoop& loop, std::uintptr_t stream) { loop.launch(pointer<cudaStream_t>(stream)); },

@@ -12,7 +12,7 @@ import torch
 
 logger = logging.getLogger("madformer.engine")
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 class Launcher(Protocol):

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from madformer.cli import sample
 from madformer.cli.main import main
+from madformer.engine.precision import PRECISIONS, apply
 from madformer.kernels import launch
 from madformer.pipeline import MADFormerPipeline
 from testing import GOLDEN, golden_cases
@@ -65,14 +67,15 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_convert_then_sample(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", "--model", model, "--num-images", 3, "--steps", 2, "--seed", 5, "--batch-size", 2]
-    arguments += ["--out", tmp_path / "images", "--grid", tmp_path / "grid.png", "--dtype", "fp32", "--json"]
+    arguments += ["--out", tmp_path / "images", "--grid", tmp_path / "grid.png", "--precision", "exact", "--json"]
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert (record["num_images"], record["num_inference_steps"], record["dtype"]) == (3, 2, "float32")
+    assert (record["num_images"], record["num_inference_steps"], record["precision"]) == (3, 2, "exact")
     assert record["scheduler"] == "DPMSolverMultistepScheduler"
     assert record["seconds_per_image"] == pytest.approx(record["seconds"] / 3, abs=0.01)
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [f"{seed:08d}.png" for seed in (5, 6, 7)]
+    files = sorted(p.name for p in (tmp_path / "images").iterdir() if not p.name.startswith("."))
+    assert files == [*(f"{seed:08d}.png" for seed in (5, 6, 7)), "manifest.json"]
     pictures = [np.asarray(Image.open(tmp_path / "images" / f"{seed:08d}.png")) for seed in (5, 6, 7)]
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (32, 32, 3)
@@ -94,6 +97,26 @@ def test_latents_need_no_autoencoder(
     assert load_file(tmp_path / "out" / "00000000.safetensors")["latents"].shape == (4, 16, 16)
     message = fails(capsys, *arguments)
     assert "give --vae FOLDER, or --latents" in message
+
+
+@pytest.mark.parametrize("precision", ["exact", "default", "fp8"])
+def test_precision(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str) -> None:
+    """Each mode draws what the pipeline draws with the network so prepared and the autoencoder in its dtype."""
+    options = ["--num-images", 2, "--steps", 2, "--out", tmp_path, "--json", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([str(argument) for argument in ("sample", "--model", model, *options, "--precision", precision)]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == precision
+    dtype = PRECISIONS[precision].dtype
+    pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32, vae_dtype=dtype)
+    assert pipeline.vae.dtype == dtype
+    pipeline.transformer = apply(pipeline.transformer, precision)
+    pipeline.set_progress_bar_config(disable=True)
+    for seed, picture in enumerate(pipeline(2, 2, seed=0).images):
+        assert Image.open(tmp_path / f"{seed:08d}.png").tobytes() == picture.tobytes()
+
+
+def test_precisions_are_the_engines() -> None:
+    assert ("auto", *PRECISIONS) == sample.PRECISIONS
 
 
 def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,17 @@ def sampling_inputs(device: torch.device, batch: int) -> tuple[Tensor, ...]:
     return qkv, *parameters(device, BLOCK, grad=False), *caches, positions
 
 
+def in_flight_inputs(device: torch.device, batch: int) -> tuple[Tensor, ...]:
+    """Samples that joined a cache of twice as many rows one by one."""
+    qkv, *others, positions = sampling_inputs(device, 2 * batch)
+    rows = torch.arange(1, 2 * batch, 2, device=device, dtype=torch.int32)
+    return qkv[:batch], *others, positions[:batch], rows
+
+
+def cached_in_rows(function: Any, *inputs: Any, **options: Any) -> Any:
+    return function(*inputs[:-1], rows_B=inputs[-1], **GEOMETRY, **options)
+
+
 def peers(reference: Any) -> dict[str, Any]:
     return {
         "eager": partial(reference, **GEOMETRY),
@@ -77,4 +88,12 @@ def cases() -> list[Case]:
         )
         for batch in (1, 16)
     ]
-    return training + sampling
+    in_flight = Case(
+        op="qk_norm_rope_cached",
+        label=f"batch 4 in rows of 8, a block of {BLOCK} into a cache of {CACHE_TOKENS}, bf16",
+        inputs=partial(in_flight_inputs, batch=4),
+        run=partial(cached_in_rows, qk_norm_rope_cached),
+        forward_bytes=BLOCK * (4 * 6 * PART_BYTES + TABLE_BYTES),
+        peers={"eager": partial(cached_in_rows, qk_norm_rope_cached_ref)},
+    )
+    return [*training, *sampling, in_flight]

@@ -149,11 +149,12 @@ def qk_norm_rope_cached(
             qkv_BLC, *parameters, *caches, rows_B=rows_B, num_heads=num_heads, axes=axes, eps=eps
         )
     check_floating("qkv", qkv_BLC)
-    op = torch.ops.madformer.qk_norm_rope_cached
+    scalars = num_heads, head_dim, axes, eps
     if chosen == "cpp":
-        op = torch.ops.madformer.qk_norm_rope_cached_cpp
-        parameters = tuple(None if x is None else x.float() for x in parameters)
-    q = op(qkv_BLC, *parameters, *caches, rows_B, num_heads, head_dim, axes, eps)
+        in_float32 = [None if x is None else x.float() for x in parameters]
+        q = torch.ops.madformer.qk_norm_rope_cached_cpp(qkv_BLC, *in_float32, *caches, rows_B, *scalars)
+    else:
+        q = torch.ops.madformer.qk_norm_rope_cached(qkv_BLC, *parameters, *caches, rows_B, *scalars)
     return q if has_queries else None
 
 

@@ -51,8 +51,8 @@ def set_tile(vae: AutoencoderKL, tile: int) -> None:
     result is not quite the untiled one: GroupNorm and attention see a tile, not the picture.
 
     Raises:
-        ValueError: ``tile`` is not a positive multiple of four times :func:`downscale`, so that a quarter is no
-            whole number of latents.
+        ValueError: ``tile`` is neither 0 nor a multiple of four times :func:`downscale`, whose quarter is a whole
+            number of latents.
     """
     if tile == 0:
         vae.disable_tiling()

@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from madformer.config import MADFormerConfig
@@ -46,32 +46,31 @@ class BareModel:
         starts_M = config.block_size * torch.arange(config.num_blocks, device=model.device)
         self.positions_MB = starts_M[:, None].expand(-1, batch)
 
-    def ar(self, block: int) -> None:
-        """The pass before ``block``: the finished block through the layers that read it, and the condition."""
+    def ar(self, block: int) -> Tensor | None:
+        """The pass before ``block``: the finished block through the layers that read it, and the condition if any."""
         config = self.config
         if block == 0:
             shifted = self.model.boi.expand(self.batch, -1, -1) if config.has_condition else None
         else:
             shifted = self.model.embed(self.latents_B1LC, self.temb_BE)[0] if config.context != "noise" else None
         if shifted is None:
-            return
+            return None
         if block and config.has_clean_stream:
             self._layers("clean", shifted, block - 1, range(self.model.clean_layers), needs_output=False)
-        if config.has_condition:
-            self._layers("noise", shifted, block, range(config.ar_layers))
+        return self._layers("noise", shifted, block, range(config.ar_layers)) if config.has_condition else None
 
-    def denoise(self, block: int) -> None:
-        """The prediction of one step of ``block``."""
+    def denoise(self, block: int) -> Tensor:
+        """The prediction ``(B, 1, L, C)`` of one step of ``block``."""
         tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
         if self.config.has_condition:
             tokens_BSC = self.cache.condition_RLC + tokens_BSC
         tokens_BSC = self._layers("noise", tokens_BSC, block, range(self.config.ar_layers, self.config.num_layers))
-        self.model.decode(tokens_BSC, self.temb_BE, skips)
+        return self.model.decode(tokens_BSC, self.temb_BE, skips)
 
-    def unet(self) -> None:
+    def unet(self) -> Tensor:
         """The part of a step that is not the Transformer's; the same for every block."""
         tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
-        self.model.decode(tokens_BSC, self.temb_BE, skips)
+        return self.model.decode(tokens_BSC, self.temb_BE, skips)
 
     def _layers(
         self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
@@ -109,30 +108,28 @@ class Work:
         ar_flops, step_flops: of the AR passes of all blocks, and of one denoising step at every block: products,
             convolutions and attention, two for a multiply-add; the rest is not counted.
         unet_flops: of ``step_flops``, the U-Net's.
-        ar_bytes, step_bytes: of the weights that an AR pass and a denoising step read once, whatever the batch.
+        step_bytes: of the weights that one denoising step at one block reads, whatever the batch.
     """
 
     num_blocks: int
     ar_flops: int
     step_flops: int
     unet_flops: int
-    ar_bytes: int
     step_bytes: int
 
     @classmethod
     def of(cls, model: MADFormer) -> Work:
-        """Counted on the ``meta`` device, with PyTorch's own formulas; bytes are of the weights as they are."""
-        config = model.config
+        """Operations are counted on the ``meta`` device by PyTorch's own formulas, bytes of the weights as they are."""
         layers = [layer for layer in model.layers if isinstance(layer, TransformerLayer)]
-        denoising = [layer.tower("noise") for layer in layers[config.ar_layers :]]
-        reading = [layer.tower("clean") for layer in layers[: model.clean_layers]] if config.has_clean_stream else []
-        predicting = [layer.tower("noise") for layer in layers[: config.ar_layers]] if config.has_condition else []
-        unet: list[nn.Module] = [model.downsampler, model.upsampler]
+        towers = [layer.tower("noise") for layer in layers[model.config.ar_layers :]]
+        # time embeddings are tabulated: a step does not read their weights
+        unet = (*model.downsampler.named_children(), *model.upsampler.named_children())
+        modules = [*towers, *(child for name, child in unet if name != "time_embedding")]
+        tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
         return cls(
-            num_blocks=config.num_blocks,
-            **_flops(config),
-            ar_bytes=_bytes([model.downsampler, *reading, *predicting]),
-            step_bytes=_bytes([*unet, *denoising]),
+            num_blocks=model.config.num_blocks,
+            **_flops(model.config),
+            step_bytes=sum(tensor.nbytes for tensor in tensors),
         )
 
     def flops(self, steps: int) -> int:
@@ -140,8 +137,8 @@ class Work:
         return self.ar_flops + steps * self.step_flops
 
     def weight_bytes(self, steps: int) -> int:
-        """Of a batch, whatever its size."""
-        return self.num_blocks * (self.ar_bytes + steps * self.step_bytes)
+        """What the denoising steps of a batch read, whatever its size; AR passes, one a block, are left out."""
+        return self.num_blocks * steps * self.step_bytes
 
 
 @functools.lru_cache
@@ -152,29 +149,16 @@ def _flops(config: MADFormerConfig) -> dict[str, int]:
     model.set_backend("reference")
     cache = ConditioningCache(config, 1, dtype=model.dtype, device=meta, backend="reference")
     bare, last = BareModel(model, cache), config.num_blocks - 1
-    ar, step = _Counted(bare.ar), _Counted(bare.denoise)
+    # every further block adds the same to the prefix: the sum over blocks is an arithmetic series
+    between = last * (_count(bare.ar, 1) + _count(bare.ar, last)) // 2 if last else 0
     return {
-        # every further block adds the same to the prefix: the sum over blocks is an arithmetic series
-        "ar_flops": ar[0] + (last * (ar[1] + ar[last]) // 2 if last else 0),
-        "step_flops": config.num_blocks * (step[0] + step[last]) // 2,
-        "unet_flops": config.num_blocks * _Counted(lambda _: bare.unet())[0],
+        "ar_flops": _count(bare.ar, 0) + between,
+        "step_flops": config.num_blocks * (_count(bare.denoise, 0) + _count(bare.denoise, last)) // 2,
+        "unet_flops": config.num_blocks * _count(bare.unet),
     }
 
 
-class _Counted(dict[int, int]):
-    """Floating-point operations of a pass by its block."""
-
-    def __init__(self, work: Callable[[int], None]) -> None:
-        super().__init__()
-        self.work = work
-
-    def __missing__(self, block: int) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.work(block)
-        self[block] = counter.get_total_flops()
-        return self[block]
-
-
-def _bytes(modules: list[nn.Module]) -> int:
-    tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+def _count(work: Callable[..., object], *block: int) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work(*block)
+    return counter.get_total_flops()

@@ -13,11 +13,11 @@ How each figure is measured. All are medians over interleaved rounds, after one 
 * ``host``: what is left of ``seconds``: Python between launches, noise, checks; on a GPU the time between events.
 * ``bare_seconds``: wall time of all passes of :class:`~madformer.benchmark.bare.BareModel` over the same packed
   weights; on a GPU captured as well, one graph a block and pass. ``overhead`` is what the run without the autoencoder
-  takes beyond that, as a fraction of it: updates, slots, schedule, writing and finding the cache, and the look for
+  takes beyond that, as a fraction of it: updates, slots, schedule, the lengths of the prefixes, and the look for
   numbers that are not finite. It is the median of the rounds' own ratios.
 * ``operations_floor``: operations (:class:`~madformer.benchmark.bare.Work`) over the rate of a large matrix product in
-  the same dtype on the same device and threads. ``bytes_floor``: the weights, read once a pass, over the rate of a
-  large copy (bytes read and written). Both without the autoencoder.
+  the same dtype on the same device and threads. ``bytes_floor``: the weights of a denoising step, read once a step,
+  over the rate of a large copy (bytes read and written). Both without the autoencoder.
 * ``fraction_of_roof``: ``operations_floor`` over the time of the run without the autoencoder. In FP8 the roof is the
   bf16 product, in which half of the work still is.
 
@@ -191,10 +191,10 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
                 unet_watch.around(unet)()
                 taken["unet"] = blocks * unet_watch.read()
                 rounds.append(taken)
-    return _row(plan, rounds[1:], roof, work)
+    return row_of(plan, rounds[1:], roof, work)
 
 
-def _row(plan: Plan, rounds: list[dict[str, float]], roof: Roof, work: Work) -> Row:
+def row_of(plan: Plan, rounds: list[dict[str, float]], roof: Roof, work: Work) -> Row:
     steps = len(plan.timesteps)
     middle = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
     host = median(taken["total"] - taken["ar"] - taken["denoise"] - taken["vae"] for taken in rounds)
@@ -233,7 +233,7 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
 def image_of(bare: BareModel, steps: int, launcher: Launcher) -> Run:
     """All passes of a batch, in the order of sampling, launched as ``launcher`` does it."""
 
-    def prepare(work: Callable[[int], None], block: int) -> Run:
+    def prepare(work: Callable[[int], object], block: int) -> Run:
         return launcher.prepare(f"bare {work.__name__}, block {block}", lambda: work(block), lambda: None)
 
     blocks = range(bare.config.num_blocks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from madformer.bulk.drawing import Drawing, num_images, progress_bar
 from madformer.bulk.folder import OutputFolder
+from madformer.kernels.dispatch import BackendUnavailableError
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -49,6 +50,7 @@ def draw_missing(
     """
     try:
         import ray
+        import ray.data
     except ImportError as error:
         raise ImportError("Ray is not installed: pip install 'madformer[ray]'") from error
     batches = folder.batches()
@@ -82,17 +84,18 @@ def draw_missing(
             for row in drawn.iter_rows():
                 bar.update(row["images"])
     except ray.exceptions.RayError as error:
-        raise _first_cause(error) from error
+        raise _first_cause(error) from None
     finally:
         if started_here:
             ray.shutdown()
     return num_images(folder, missing)
 
 
-def _first_cause(error: BaseException) -> Exception:
-    """What an actor raised, in one line, under Ray's own errors."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return error
-    return ValueError(f"a Ray actor stopped: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+def _first_cause(error: BaseException) -> BaseException:
+    """What an actor raised, under Ray's own errors, if it is one that is told in a line; else Ray's error."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, (ValueError, OSError, FloatingPointError, BackendUnavailableError)):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error

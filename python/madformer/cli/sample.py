@@ -105,6 +105,8 @@ def _sample(args: argparse.Namespace) -> None:
     from madformer.engine.schedule import tabulate
 
     device = _device(args)
+    if args.ray is not None:
+        _make_absolute(args)
     pipeline = _load(args, "cpu" if args.ray is not None else device)
     tabulate(pipeline.scheduler, args.steps)  # to refuse a step count before anything is written
     precision = _precision(args, device)
@@ -164,7 +166,7 @@ def _draw_grid(pipeline: MADFormerPipeline, args: argparse.Namespace) -> None:
     images: list[Image.Image] = []
     started = time.perf_counter()
     shown = args.num_images > args.batch_size and not args.json
-    with tqdm(total=args.num_images, desc="sampling", unit=" images", disable=not shown) as bar:
+    with tqdm(total=args.num_images, desc="sampling", unit="image", disable=not shown) as bar:
         for first in range(0, args.num_images, args.batch_size):
             count = min(args.batch_size, args.num_images - first)
             images += pipeline(count, args.steps, seed=args.seed + first).images
@@ -248,7 +250,8 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     from madformer.vae import load_vae, set_tile
 
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        # kernels are launched on the current device
+        torch.cuda.set_device(torch.device(device).index or 0)
     vae_dtype = PRECISIONS[_precision(args, device)].dtype
     pipeline = MADFormerPipeline.from_pretrained(
         args.model, vae=args.vae, dtype=torch.float32, vae_dtype=vae_dtype, device=device
@@ -269,6 +272,15 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
         options = {"clip_sample": config.get("clip_sample", False)} if args.scheduler == "ddim" else {}
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(config, **options)
     return pipeline
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """Folders by their whole paths: an actor works in another one."""
+    args.out = args.out.absolute()
+    for name in ("model", "vae"):
+        value = getattr(args, name)
+        if value is not None and Path(value).is_dir():
+            setattr(args, name, str(Path(value).absolute()))
 
 
 def _prepare(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: str) -> None:

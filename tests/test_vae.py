@@ -1,0 +1,143 @@
+"""The autoencoder: decoding in groups, one by one and in tiles gives the same pictures, as far as each promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from madformer.vae import bytes_per_picture, decode, downscale, encode, load_vae, set_tile, tile_of, to_uint8
+from testing import DEVICE, assert_within_budget
+
+ROOT = Path(__file__).parent.parent
+VAE = ROOT / "assets" / "emoji64" / "vae"
+WIDEST = 9 * 96  # what a convolution of the decoder sums
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return load_vae(VAE)
+
+
+@pytest.fixture(scope="module")
+def picture_latents(vae: AutoencoderKL) -> Tensor:
+    """Of a sheet of 16 emoji, 256 x 256 pixels: (1, 4, 64, 64)."""
+    sheet = np.asarray(Image.open(ROOT / "docs" / "images" / "grid.png").convert("RGB"))[:256, :256]
+    pixels = torch.from_numpy(sheet.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    return encode(vae, pixels)[0]
+
+
+def test_loaded_for_speed(vae: AutoencoderKL) -> None:
+    kernels = [weight for weight in vae.parameters() if weight.ndim == 4 and weight.shape[-1] > 1]
+    assert kernels
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    assert not any(weight.requires_grad for weight in vae.parameters())
+    assert (downscale(vae), tile_of(vae)) == (4, 1024)
+
+
+def test_decode_is_the_autoencoders(vae: AutoencoderKL, picture_latents: Tensor) -> None:
+    latents = picture_latents.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)[:5]
+    raw = latents / vae.config.scaling_factor
+    plain = AutoencoderKL.from_pretrained(VAE, low_cpu_mem_usage=False)
+    with torch.no_grad():
+        eager, oracle = plain.decode(raw).sample, plain.double().decode(raw.double()).sample
+    pictures = decode(vae, latents)
+    for name, actual in (("all", pictures), ("two", decode(vae, latents[:2]))):
+        expected, budget = ((t / 2 + 0.5).clamp(0, 1)[: len(actual)] for t in (oracle, eager))
+        assert_within_budget(actual, expected, budget, name=name, rows=WIDEST)
+    # no picture depends on its neighbours
+    assert all(torch.equal(decode(vae, latents[i : i + 1])[0], pictures[i]) for i in range(5))
+
+
+def test_bytes_are_rounded_as_numpy_does() -> None:
+    pixels = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    pixels[0, 0, 0] = torch.tensor([0.0, 1.0, 0.5 / 255, 1.5 / 255, 254.5 / 255])
+    expected = np.uint8(np.floor(pixels.permute(0, 2, 3, 1).numpy() * np.float32(255) + np.float32(0.5)))
+    assert np.array_equal(to_uint8(pixels).numpy(), expected)
+
+
+def test_tiles(vae: AutoencoderKL, picture_latents: Tensor) -> None:
+    """Near the untiled picture everywhere; the tiles' own pictures where they do not overlap."""
+    whole = decode(vae, picture_latents)
+    corner = decode(vae, picture_latents[:, :, :32, :32])
+    try:
+        set_tile(vae, 128)
+        tiled = decode(vae, picture_latents)
+        small = decode(vae, picture_latents[:, :, :32, :32])
+    finally:
+        set_tile(vae, 1024)
+    assert tiled.shape == whole.shape
+    error = (tiled - whole).square()
+    # measured: 38.4 dB, and 39.4 where the first two columns of tiles are blended
+    assert -10 * error.mean().log10() > 37
+    assert -10 * error[..., 96:128].mean().log10() > 37
+    # steps of 96 pixels: up to there the first tile is alone
+    torch.testing.assert_close(tiled[:, :, :96, :96], corner[:, :, :96, :96], rtol=1e-5, atol=1e-5)
+    assert torch.equal(small, corner)  # no larger than a tile
+
+
+def test_bad_tiles(vae: AutoencoderKL) -> None:
+    for tile in (-16, 24, 1):
+        with pytest.raises(ValueError, match=f"tile={tile} must be a multiple of 16 pixels"):
+            set_tile(vae, tile)
+    assert tile_of(vae) == 1024
+    set_tile(vae, 0)
+    assert (tile_of(vae), vae.use_tiling) == (0, False)
+    set_tile(vae, 1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_a_picture(dtype: torch.dtype) -> None:
+    """Against what torch counts of Stable Diffusion's decoder, whose pictures it need not compute for that."""
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            levels = 4
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels,
+                layers_per_block=2,
+            )
+            latents = torch.randn(1, 4, 64, 64)
+            tracker = MemTracker()
+            tracker.track_external(vae, latents)
+            with tracker, torch.no_grad():
+                vae.decode(latents)
+            peak = sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+            weights = sum(p.numel() * p.element_size() for p in vae.parameters())
+            assert bytes_per_picture(vae, latents) == pytest.approx(peak - weights, rel=0.02)
+            set_tile(vae, 256)
+            assert bytes_per_picture(vae, latents) == pytest.approx((peak - weights) / 4, rel=0.02)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.gpu
+def test_groups_decode_as_single_pictures() -> None:
+    vae = load_vae(VAE, DEVICE)
+    latents = torch.randn(9, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    singles = torch.cat([decode(vae, latent[None]) for latent in latents])
+    oracle = load_vae(VAE, DEVICE, torch.float64)
+    exact = (oracle.decode(latents.to(DEVICE).double() / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert_within_budget(decode(vae, latents), exact, singles, rows=WIDEST)
+
+
+@pytest.mark.gpu
+def test_decoding_waits_for_nothing() -> None:
+    vae = load_vae(VAE, DEVICE)
+    latents = torch.randn(9, 4, 16, 16, device=DEVICE)
+    expected = to_uint8(decode(vae, latents))
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        pictures = to_uint8(decode(vae, latents))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(pictures, expected)
