@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"batches of {options.slots} draw; an image alone takes {figures['seconds_alone']:.3g} s"
     )
     head = environment("batching", device, ("diffusers", "triton"))
-    return {**head, "model": options.preset or options.model, "precision": precision, **figures}
+    return {**head, "model": options.preset or Path(options.model).name, "precision": precision, **figures}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

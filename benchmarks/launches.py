@@ -47,6 +47,7 @@ def time_launches(model: MADFormer, shape: Shape, repeats: int) -> dict[str, Spr
     return interleaved(runs, repeats, model.device)
 
 
+@torch.inference_mode()
 def time_loops(plans: Mapping[str, Plan], repeats: int) -> dict[str, Spread]:
     """A block's whole loop of each plan, interleaved, by the device's clock."""
     watches = {name: Stopwatch(plan.model.device) for name, plan in plans.items()}
@@ -60,6 +61,7 @@ def time_loops(plans: Mapping[str, Plan], repeats: int) -> dict[str, Spread]:
     return {name: Spread.of(values) for name, values in times.items()}
 
 
+@torch.inference_mode()
 def idle(plan: Plan, repeats: int) -> dict[str, float]:
     """What of a block's loop no kernel runs in.
 

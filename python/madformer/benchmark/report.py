@@ -9,6 +9,7 @@ from madformer.benchmark.sampling import PARTS, Roof, Row, Sweep
 from madformer.model.persistence import atomic_path
 
 HEADINGS = {"ar": "AR", "transformer": "Transf.", "unet": "U-Net", "vae": "VAE", "host": "host"}
+LABELS = HEADINGS | {"ar": "AR passes", "transformer": "Transformer"}
 COLOURS = {"ar": "#E69F00", "transformer": "#0072B2", "unet": "#009E73", "vae": "#CC79A7", "host": "#999999"}
 """Of Okabe and Ito, which the colour-blind can tell apart."""
 
@@ -92,7 +93,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     bottoms = [0.0] * len(shown)
     for part in PARTS:
         shares = [100 * row.split[part] / sum(row.split.values()) for row in shown]
-        right.bar(range(len(shown)), shares, bottom=bottoms, color=COLOURS[part], label=HEADINGS[part])
+        right.bar(range(len(shown)), shares, bottom=bottoms, color=COLOURS[part], label=LABELS[part])
         bottoms = [low + share for low, share in zip(bottoms, shares, strict=True)]
     right.set_xticks(range(len(shown)), [str(row.batch) for row in shown])
     right.set(xlabel="batch size", ylabel=f"% of the time, {steps} steps a block", ylim=(0, 100))

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -109,10 +110,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Attributes:
-    rows: in the order of measurement.
-    stopped: why a step count has no larger batches, one line each.
-    not_measured: rows that there was no time for.
+    """What :func:`sweep` found.
+
+    Attributes:
+        rows: in the order of measurement.
+        stopped: why a step count has no larger batches, one line each.
+        not_measured: rows that there was no time for.
     """
 
     rows: list[Row]
@@ -181,7 +184,7 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     with torch.inference_mode():
         bare = BareModel(plan.model, plan.cache)
         bare_image = image_of(bare, steps, launcher_for(device))
-        unet = plan.launcher.loop(plan.launcher.prepare("U-Net alone", bare.unet, lambda: None), steps)
+        unet = plan.launcher.loop(_prepare(plan.launcher, "U-Net alone", bare.unet), steps)
         unet_watch, rounds = Stopwatch(device), []
         with watched(plan, vae) as (watches, draw):
             for _ in range(repeats + 1):
@@ -232,12 +235,11 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
 
 def image_of(bare: BareModel, steps: int, launcher: Launcher) -> Run:
     """All passes of a batch, in the order of sampling, launched as ``launcher`` does it."""
-
-    def prepare(work: Callable[[int], object], block: int) -> Run:
-        return launcher.prepare(f"bare {work.__name__}, block {block}", lambda: work(block), lambda: None)
-
-    blocks = range(bare.config.num_blocks)
-    loops = [(prepare(bare.ar, block), launcher.loop(prepare(bare.denoise, block), steps)) for block in blocks]
+    loops = []
+    for block in range(bare.config.num_blocks):
+        ar = _prepare(launcher, f"bare AR pass, block {block}", partial(bare.ar, block))
+        step = _prepare(launcher, f"bare step, block {block}", partial(bare.denoise, block))
+        loops.append((ar, launcher.loop(step, steps)))
 
     def image() -> None:
         for ar, loop in loops:
@@ -245,3 +247,12 @@ def image_of(bare: BareModel, steps: int, launcher: Launcher) -> Run:
             loop()
 
     return image
+
+
+def _prepare(launcher: Launcher, name: str, work: Run) -> Run:
+    """A launch of something that needs no state of its own."""
+
+    def run() -> None:
+        work()
+
+    return launcher.prepare(name, run, lambda: None)
