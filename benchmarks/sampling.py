@@ -213,11 +213,13 @@ def confirm(bench: Bench, name: str, batch: int) -> None:
 
 
 def ask_to_confirm(bench: Bench, name: str, batch: int) -> None:
-    known = bench.figure(name, batch, bench.scale.steps)
-    if known is not None:
-        factor = bench.scale.confirmed_steps / bench.scale.steps * (2 if name == OURS else 1)
+    """Unless it has been, or was never measured at fewer steps."""
+    few, many = bench.scale.steps, bench.scale.confirmed_steps
+    known = bench.figure(name, batch, few) or (bench.figure("sweep", batch, few) if name == OURS else None)
+    if known is not None and bench.figure(name, batch, many) is None:
+        expected = known.seconds.median * many / few * (2 if name == OURS else 1)
         title = f"confirmed: {name}, batch {batch}"
-        bench.ask(title, lambda own: confirm(own, name, batch), expected=factor * known.seconds.median)
+        bench.ask(title, lambda own: confirm(own, name, batch), expected=expected)
 
 
 # Ours alone
@@ -362,16 +364,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     bench.ask("launches", ask_for_launches)
     bench.ask("sweep", sweep_batches)
     bench.ask("in flight", in_flight)
-    if (batch := best_batch(bench)) is not None:
-        swept = bench.figure("sweep", batch)
-        assert swept is not None
-        expected = 2 * swept.seconds.median * bench.scale.confirmed_steps / bench.scale.steps
-        bench.ask("confirmed: best batch", lambda own: confirm(own, OURS, batch), expected=expected)
+    if (best := best_batch(bench)) is not None:
+        ask_to_confirm(bench, OURS, best)
     for batch in (1, large):
         bench.ask(f"U-Net, batch {batch}", lambda own, batch=batch: unet_options(own, batch), needs=no_cuda)
     for name in (OURS, RELEASED_BF16):
-        if (name, large) != (OURS, best_batch(bench)):
-            ask_to_confirm(bench, name, large)
+        ask_to_confirm(bench, name, large)
     return {
         **environment("sampling", device, ("diffusers", "transformers", "triton")),
         "released_commit": git_commit(options.released) if options.released else None,

@@ -16,6 +16,7 @@ Shape legend: R rows (all dimensions but the last), K inputs, N outputs.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,8 +178,13 @@ def quantize_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
     return (x_RK / scale_R1).to(FP8), scale_R1
 
 
-# One kernel in place of four launches that write the row in fp32 and read it again.
-_quantize_rows_fused = torch.compile(quantize_rows, dynamic=True)
+@functools.cache
+def _quantize_rows_fused() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """One kernel in place of four launches that write the row in fp32 and read it again.
+
+    Not made at import: ``torch.compile`` takes two seconds to be loaded.
+    """
+    return torch.compile(quantize_rows, dynamic=True)
 
 
 class FP8Linear(nn.Module):
@@ -204,7 +210,7 @@ class FP8Linear(nn.Module):
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         """The outputs from ``first`` on: ``(..., K)`` to ``(..., N - first)`` in bf16."""
         x_RK = x.flatten(0, -2)
-        quantized_RK, scale_R1 = (_quantize_rows_fused if x.is_cuda else quantize_rows)(x_RK)
+        quantized_RK, scale_R1 = (_quantize_rows_fused() if x.is_cuda else quantize_rows)(x_RK)
         y_RN = torch._scaled_mm(
             quantized_RK,
             self.weight_NK[first:].t(),

@@ -63,7 +63,6 @@ class Slots:
     def __init__(self, config: MADFormerConfig, rows: int, max_steps: int, device: torch.device) -> None:
         block = (config.latents_per_block, config.latent_channels)
         embedding = config.unet.time_embed_dim
-        self.max_steps = max_steps
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -75,6 +74,9 @@ class Slots:
         self.coefficients_RT6[:] = torch.tensor(STAND_STILL, device=device)
         self.down_RTE, self.up_RTE = (zeros(max_steps + 1, embedding) for _ in range(2))
         self.clean_RE = zeros(embedding)
+        row_R = torch.arange(rows, device=device)
+        # where each row's blocks and steps begin in the tables above with their rows laid end to end
+        self.first_block_R, self.first_step_R = row_R * config.num_blocks, row_R * (max_steps + 1)
 
     def assign(self, schedule: ScheduleRows, model: MADFormer, row: int | None = None) -> None:
         """Give a slot (all of them for None) a schedule, and put it before the first step of the first block.
@@ -102,7 +104,7 @@ class Slots:
     def start_block(self, rows_B: Tensor | None) -> None:
         """Take the noise of the block at hand from the canvas."""
         blocks = self.canvas_RMLC.flatten(0, 1)
-        at_B = _position(rows_B, self.block_R, self.canvas_RMLC.shape[1])
+        at_B = take(self.first_block_R + self.block_R, rows_B)
         put(self.latents_RLC, rows_B, blocks.index_select(0, at_B))
         if rows_B is None:
             self.step_R.zero_()
@@ -118,13 +120,13 @@ class Slots:
     def finish_block(self, rows_B: Tensor | None) -> Tensor:
         """Put the block at hand into the canvas; returns its latents ``(B, L, C)``."""
         latents_BLC = take(self.latents_RLC, rows_B)
-        at_B = _position(rows_B, self.block_R, self.canvas_RMLC.shape[1])
+        at_B = take(self.first_block_R + self.block_R, rows_B)
         self.canvas_RMLC.flatten(0, 1).index_copy_(0, at_B, latents_BLC)
         return latents_BLC
 
     def schedule(self, rows_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients ``(B, 6)`` and time embeddings ``(B, E)`` of both U-Net halves at each sample's step."""
-        at_B = _position(rows_B, self.step_R, self.max_steps + 1)
+        at_B = take(self.first_step_R + self.step_R, rows_B)
         tables = self.coefficients_RT6, self.down_RTE, self.up_RTE
         coefficients, down, up = (table.flatten(0, 1).index_select(0, at_B) for table in tables)
         return coefficients, down, up
@@ -137,9 +139,3 @@ class Slots:
         put(self.sound_R, rows_B, take(self.sound_R, rows_B) + sound_B)
         step_B = take(self.step_R, rows_B) + 1
         put(self.step_R, rows_B, torch.minimum(step_B, take(self.num_steps_R, rows_B)))
-
-
-def _position(rows_B: Tensor | None, column_R: Tensor, num_columns: int) -> Tensor:
-    """Where each sample's column stands in a table ``(R, num_columns, ...)`` whose rows are laid end to end."""
-    starts_R = torch.arange(len(column_R), device=column_R.device) * num_columns
-    return take(starts_R + column_R, rows_B)

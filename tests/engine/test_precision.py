@@ -379,7 +379,7 @@ def test_fused_quantisation_is_the_eager_one() -> None:
         pytest.skip(why)
     for rows, columns in ((256, 1152), (4096, 4096), (3, 64)):
         x = torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16)
-        (fused, fused_scale), (eager, scale) = precision._quantize_rows_fused(x), quantize_rows(x)
+        (fused, fused_scale), (eager, scale) = precision._quantize_rows_fused()(x), quantize_rows(x)
         torch.testing.assert_close(fused_scale, scale, rtol=1e-6, atol=0)
         assert (fused.view(torch.uint8) != eager.view(torch.uint8)).double().mean() < 1e-3
         assert ((fused.double() * fused_scale.double() - x.double()).abs() <= rounding(x) * (1 + 1e-5)).all()
