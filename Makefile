@@ -1,4 +1,4 @@
-# make install | demo | test | lint | format | kernel-check | cuda-check | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --num-images 16 --seed 0 --grid samples/grid.png
 
-.PHONY: install demo test lint format kernel-check cuda-check gpu-check bench package-tree
+.PHONY: install demo test test-slow lint format kernel-check cuda-check gpu-check bench package-tree
 
 install: $(STAMP)
 
@@ -29,7 +29,10 @@ demo: install
 	$(BIN)/madformer $(DEMO)
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
 
 # pytest-benchmark's table of what sampling is made of.
 bench: install

@@ -232,7 +232,7 @@ def test_autocast(name: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["both", "condition only"])
+@pytest.mark.parametrize("name", ["both", pytest.param("condition only", marks=pytest.mark.slow)])
 def test_compile(name: str) -> None:
     """Traced whole, without a break; forward and backward as in eager."""
     model, arguments = make_model(MODELS[name]), draw(MODELS[name])
