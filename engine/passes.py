@@ -46,23 +46,21 @@ class Passes:
 
     def next_block(self, rows_B: Tensor | None) -> None:
         """Between two blocks: pass the finished one into the cache and, shifted, on to the condition."""
-        config, slots = self.config, self.slots
+        config, slots, clean_layers = self.config, self.slots, self.model.clean_layers
         finished_BLC = slots.finish_block(rows_B)
-        if not config.has_clean_stream:
-            # the noise stream is its own context: what its layers saw last stays
-            self.cache.advance(config.block_size, rows_B)
-        shifted_BSC = self._embed_clean(rows_B, finished_BLC) if config.context != "noise" else None
-        if config.has_clean_stream and shifted_BSC is not None:
-            layers = range(self.model.clean_layers)
-            self._layers("clean", shifted_BSC, rows_B, layers, needs_output=False)
-            self.cache.advance(config.block_size, rows_B)
+        if config.has_condition or clean_layers:
+            shifted_BSC = self._embed_clean(rows_B, finished_BLC)
+        if clean_layers:
+            self._layers("clean", shifted_BSC, rows_B, range(clean_layers), needs_output=False)
+        # without a clean stream the noise stream is its own context: what its layers saw last stays
+        self.cache.advance(config.block_size, rows_B)
         slots.start_next_block(rows_B)
-        if config.has_condition and shifted_BSC is not None:
+        if config.has_condition:
             self._predict_condition(rows_B, shifted_BSC)
 
     def denoise(self, rows_B: Tensor | None) -> None:
         """One step of every sample, each at its own block and step."""
-        coefficients, down_BE, up_BE = self.slots.schedule(rows_B)
+        down_BE, up_BE, coefficients = self.slots.schedule(rows_B)
         latents_BLC = take(self.slots.latents_RLC, rows_B)
         previous_BLC = take(self.slots.previous_RLC, rows_B)
         output = self.predict(rows_B, latents_BLC, down_BE, up_BE)
@@ -80,7 +78,7 @@ class Passes:
         return model.decode(tokens_BSC, up_BE, skips)[:, 0]
 
     def _embed_clean(self, rows_B: Tensor | None, finished_BLC: Tensor) -> Tensor:
-        temb_BE = take(self.slots.clean_RE, rows_B)
+        temb_BE = self.slots.clean_embedding(rows_B)
         tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.model.dtype), temb_BE)
         return tokens_BSC
 

@@ -179,7 +179,7 @@ class Plan:
         passes = self._make_passes()
 
         def prepare(name: str, work: Callable[[None], None]) -> Work:
-            return self.launcher.prepare(f"{name}, batch {self.batch}", lambda: work(None), self._reset)
+            return self.launcher.prepare(f"{name}, batch {self.batch}", lambda: work(None), self.reset)
 
         self.first_block = prepare("first block", passes.first_block)
         self.denoise = prepare("denoising step", passes.denoise)
@@ -193,7 +193,7 @@ class Plan:
     def try_passes(self) -> None:
         """Run every pass once, which shows whether its scratch memory is there."""
         passes = self._make_passes()
-        self._reset()
+        self.reset()
         passes.first_block(None)
         passes.denoise(None)
         if self.config.num_blocks > 1:
@@ -279,8 +279,8 @@ class Plan:
             if isinstance(tensor, Tensor) and tensor.shape != shape:
                 raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
-    def _reset(self) -> None:
-        """Before the first step of the first block."""
+    def reset(self) -> None:
+        """Put every image before the first step of its first block."""
         self.cache.reset()
         self.slots.reset()
 
@@ -335,7 +335,7 @@ class Plan:
             timestep = self.timesteps[index]
             # a copy: schedulers of several stages keep the sample that they were given
             latents = self.slots.latents_RLC.clone()
-            _, down_BE, up_BE = self.slots.schedule(None)
+            down_BE, up_BE, _ = self.slots.schedule(None)
             scaled = self.scheduler.scale_model_input(latents, timestep)
             output = self.passes.predict(None, scaled, down_BE, up_BE)
             stepped = self.scheduler.step(output.float(), timestep, latents, **keywords).prev_sample

@@ -57,7 +57,7 @@ def test_bare_passes_are_the_engines(name: str) -> None:
             return
         checked.append(block)
         bare.latents_B1LC = plan.slots.canvas_RMLC[:, block - 1 : block] if block else bare.latents_B1LC
-        bare.temb_BE = plan.slots.clean_RE
+        bare.temb_BE = plan.slots.clean_embedding(None)
         if (condition := bare.ar(block)) is not None:
             assert relative_error(condition, plan.cache.condition_RLC) < 1e-5
         bare.latents_B1LC = plan.slots.latents_RLC[:, None]
@@ -144,17 +144,18 @@ def test_stopwatch_adds_up_its_calls_and_no_others(monkeypatch: pytest.MonkeyPat
 def test_rows_are_medians_whose_parts_add_up() -> None:
     plan = make_sampler(tiny()).plan(2, 3)
     rounds = [
-        {"total": 10.0, "ar": 1.0, "denoise": 6.0, "vae": 2.0, "unet": 4.0, "bare": 7.5},
-        {"total": 12.0, "ar": 1.5, "denoise": 7.0, "vae": 2.5, "unet": 4.0, "bare": 10.0},
-        {"total": 90.0, "ar": 1.5, "denoise": 7.0, "vae": 2.0, "unet": 5.0, "bare": 9.0},
+        {"total": 10.0, "ar": 1.0, "denoise": 6.0, "vae": 2.0, "unet": 4.0},
+        {"total": 12.0, "ar": 1.5, "denoise": 7.0, "vae": 2.5, "unet": 4.0},
+        {"total": 90.0, "ar": 1.5, "denoise": 7.0, "vae": 2.0, "unet": 5.0},
     ]
     work = Work(num_blocks=4, ar_flops=10**6, step_flops=10**6, unet_flops=1, step_bytes=500)
-    row = sampling.row_of(plan, rounds, ROOF, work)
+    pairs = [(1.0, 0.9), (1.2, 1.0), (90.0, 10.0)]
+    row = sampling.row_of(plan, rounds, pairs, ROOF, work)
     assert row.split == {"ar": 1.5, "transformer": 3.0, "unet": 4.0, "vae": 2.0, "host": 1.0}
     assert row.seconds.median == 12.0
     assert row.images_per_second == 2 / 12
-    # 8 / 7.5, 9.5 / 10 and 88 / 9: of these the one in the middle
-    assert row.overhead == pytest.approx(8 / 7.5 - 1)
+    assert row.overhead == pytest.approx(0.2), "the middle one of the pairs' own ratios"
+    assert row.bare_seconds.median == 1.0
     assert row.operations_floor == pytest.approx(2 * 4e6 / 1e9)
     assert row.bytes_floor == pytest.approx(4 * 3 * 500 / 1e6)
     assert row.fraction_of_roof == pytest.approx(row.operations_floor / 10)
@@ -165,7 +166,8 @@ def test_a_row_is_measured_on_the_run_itself() -> None:
     launches = plan.first_block, plan.next_block, plan.loop
     row = sampling.measure(plan, ROOF, Work.of(plan.model), repeats=2)
     assert (plan.first_block, plan.next_block, plan.loop) == launches
-    assert len(row.seconds.samples) == len(row.bare_seconds.samples) == 2
+    assert len(row.seconds.samples) == 2
+    assert len(row.bare_seconds.samples) == 2 * plan.config.num_blocks
     assert row.split["vae"] == 0
     assert all(row.split[part] > 0 for part in ("ar", "unet", "host"))
     parts = row.split["ar"] + row.split["transformer"] + row.split["unet"] + row.split["host"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from madformer.config import MADFormerConfig, UNetConfig, preset
 
 if TYPE_CHECKING:
+    from madformer.compat.accelerate import accelerate, restore
     from madformer.model import MADFormer, MADFormerOutput
     from madformer.pipeline import MADFormerPipeline
 
@@ -24,7 +25,9 @@ __all__ = [
     "MADFormerOutput",
     "MADFormerPipeline",
     "UNetConfig",
+    "accelerate",
     "preset",
+    "restore",
 ]
 
 # torch and diffusers take seconds to import: `madformer --help` need not wait for them
@@ -32,6 +35,8 @@ _LAZY = {
     "MADFormer": "madformer.model",
     "MADFormerOutput": "madformer.model",
     "MADFormerPipeline": "madformer.pipeline",
+    "accelerate": "madformer.compat.accelerate",
+    "restore": "madformer.compat.accelerate",
 }
 
 

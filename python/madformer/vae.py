@@ -16,6 +16,9 @@ from madformer.model.persistence import resolve_folder
 
 MAX_UNTILED = 1024
 """Pixels a side: larger pictures are decoded in tiles of this size, unless :func:`set_tile` says otherwise."""
+ENCODED_PIXELS = 2**21
+"""Of the pictures that a GPU encodes at once: with Stable Diffusion's encoder 5 GiB of activations in fp32, counted by
+torch's ``MemTracker``."""
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -71,10 +74,17 @@ def tile_of(vae: AutoencoderKL) -> int:
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scaled latents, each ``(B, C, H, W)``, of images in [-1, 1]."""
-    posterior = vae.encode(images_BCHW.to(vae.device, vae.dtype)).latent_dist
+    """Mean and standard deviation of the scaled latents, each ``(B, C, H, W)``, of images in [-1, 1].
+
+    On a GPU in groups of ``ENCODED_PIXELS``; on a CPU all together, which for pictures of 64 pixels takes half as long
+    as one by one.
+    """
+    images = images_BCHW.to(vae.device, vae.dtype)
+    group = len(images) if images.device.type == "cpu" else max(1, ENCODED_PIXELS // images[0, 0].numel())
+    posteriors = [vae.encode(some).latent_dist for some in images.split(group)]
     scale = vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+    mean = torch.cat([posterior.mean for posterior in posteriors]).float() * scale
+    return mean, torch.cat([posterior.std for posterior in posteriors]).float() * scale
 
 
 @torch.no_grad()

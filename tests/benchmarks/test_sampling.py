@@ -142,9 +142,10 @@ def test_gate(monkeypatch: pytest.MonkeyPatch, factor: float, wrong: str | None)
             sampling.agreement(bench)
 
 
-def test_no_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
+def test_no_gpu_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "record.json"
     assert sampling.main(["--out", str(out)]) == 1
     assert capsys.readouterr().err == "sampling: --device cuda: this PyTorch sees no CUDA device\n"

@@ -48,15 +48,15 @@ class BareModel:
 
     def ar(self, block: int) -> Tensor | None:
         """The pass before ``block``: the finished block through the layers that read it, and the condition if any."""
-        config = self.config
-        if block == 0:
-            shifted = self.model.boi.expand(self.batch, -1, -1) if config.has_condition else None
-        else:
-            shifted = self.model.embed(self.latents_B1LC, self.temb_BE)[0] if config.context != "noise" else None
-        if shifted is None:
+        config, clean_layers = self.config, self.model.clean_layers if block else 0
+        if not config.has_condition and not clean_layers:
             return None
-        if block and config.has_clean_stream:
-            self._layers("clean", shifted, block - 1, range(self.model.clean_layers), needs_output=False)
+        if block:
+            shifted = self.model.embed(self.latents_B1LC, self.temb_BE)[0]
+        else:
+            shifted = self.model.boi.expand(self.batch, -1, -1)
+        if clean_layers:
+            self._layers("clean", shifted, block - 1, range(clean_layers), needs_output=False)
         return self._layers("noise", shifted, block, range(config.ar_layers)) if config.has_condition else None
 
     def denoise(self, block: int) -> Tensor:

@@ -11,10 +11,11 @@ How each figure is measured. All are medians over interleaved rounds, after one 
 * ``transformer``: ``denoise`` less ``unet``; the scheduler's update and the slots' bookkeeping are in it.
 * ``vae``: marks around the decoding of that run's latents.
 * ``host``: what is left of ``seconds``: Python between launches, noise, checks; on a GPU the time between events.
-* ``bare_seconds``: wall time of all passes of :class:`~madformer.benchmark.bare.BareModel` over the same packed
-  weights; on a GPU captured as well, one graph a block and pass. ``overhead`` is what the run without the autoencoder
-  takes beyond that, as a fraction of it: updates, slots, schedule, the lengths of the prefixes, and the look for
-  numbers that are not finite. It is the median of the rounds' own ratios.
+* ``bare_seconds``: wall time of the passes of one block, autoregressive and denoising, of
+  :class:`~madformer.benchmark.bare.BareModel` over the same packed weights; on a GPU captured as well. ``overhead`` is
+  what the plan's launches of a block take beyond that, as a fraction of it: updates, slots, schedule, the lengths of the
+  prefixes. It is the median of the ratios of neighbouring pairs, each in both orders, because a hundredth of a second
+  is less than what a shared machine adds to it.
 * ``operations_floor``: operations (:class:`~madformer.benchmark.bare.Work`) over the rate of a large matrix product in
   the same dtype on the same device and threads. ``bytes_floor``: the weights of a denoising step, read once a step,
   over the rate of a large copy (bytes read and written). Both without the autoencoder.
@@ -183,21 +184,22 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
     with torch.inference_mode():
         bare = BareModel(plan.model, plan.cache)
-        bare_image = image_of(bare, steps, launcher_for(device))
         unet = plan.launcher.loop(_prepare(plan.launcher, "U-Net alone", bare.unet), steps)
         unet_watch, rounds = Stopwatch(device), []
         with watched(plan, vae) as (watches, draw):
             for _ in range(repeats + 1):
                 taken = {"total": seconds(lambda: draw(noise), device)}
                 taken |= {name: watch.read() for name, watch in watches.items()}
-                taken["bare"] = seconds(bare_image, device)
                 unet_watch.around(unet)()
                 taken["unet"] = blocks * unet_watch.read()
                 rounds.append(taken)
-    return row_of(plan, rounds[1:], roof, work)
+        pairs = block_pairs(plan, bare, repeats * blocks)
+    return row_of(plan, rounds[1:], pairs, roof, work)
 
 
-def row_of(plan: Plan, rounds: list[dict[str, float]], roof: Roof, work: Work) -> Row:
+def row_of(
+    plan: Plan, rounds: list[dict[str, float]], pairs: list[tuple[float, float]], roof: Roof, work: Work
+) -> Row:
     steps = len(plan.timesteps)
     middle = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
     host = median(taken["total"] - taken["ar"] - taken["denoise"] - taken["vae"] for taken in rounds)
@@ -207,8 +209,8 @@ def row_of(plan: Plan, rounds: list[dict[str, float]], roof: Roof, work: Work) -
         steps=plan.num_inference_steps,
         seconds=Spread.of([taken["total"] for taken in rounds]),
         split={part: parts.get(part, middle.get(part, 0.0)) for part in PARTS},
-        bare_seconds=Spread.of([taken["bare"] for taken in rounds]),
-        overhead=median((taken["total"] - taken["vae"]) / taken["bare"] for taken in rounds) - 1,
+        bare_seconds=Spread.of([bare for _, bare in pairs]),
+        overhead=median(ours / bare for ours, bare in pairs) - 1,
         operations_floor=plan.batch * work.flops(steps) / roof.matmul_flops,
         bytes_floor=work.weight_bytes(steps) / roof.copy_bytes,
     )
@@ -233,20 +235,28 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
         plan.first_block, plan.next_block, plan.loop = launches
 
 
-def image_of(bare: BareModel, steps: int, launcher: Launcher) -> Run:
-    """All passes of a batch, in the order of sampling, launched as ``launcher`` does it."""
-    loops = []
-    for block in range(bare.config.num_blocks):
-        ar = _prepare(launcher, f"bare AR pass, block {block}", partial(bare.ar, block))
-        step = _prepare(launcher, f"bare step, block {block}", partial(bare.denoise, block))
-        loops.append((ar, launcher.loop(step, steps)))
+def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, float]]:
+    """Seconds of one block by the plan's launches and by the bare passes, ``count`` times."""
+    device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
+    launcher = launcher_for(device)
+    bare_ar = _prepare(launcher, "bare AR pass", partial(bare.ar, block))
+    bare_loop = launcher.loop(_prepare(launcher, "bare step", partial(bare.denoise, block)), len(plan.timesteps))
 
-    def image() -> None:
-        for ar, loop in loops:
-            ar()
-            loop()
+    def ours() -> float:
+        plan.reset()
+        if block:
+            plan.first_block()
+        return seconds(lambda: ((plan.next_block if block else plan.first_block)(), plan.loop()), device)
 
-    return image
+    def without_engine() -> float:
+        return seconds(lambda: (bare_ar(), bare_loop()), device)
+
+    ours(), without_engine()
+    pairs = []
+    for _ in range(count):
+        first, second, third, fourth = ours(), without_engine(), without_engine(), ours()
+        pairs.append(((first + fourth) / 2, (second + third) / 2))
+    return pairs
 
 
 def _prepare(launcher: Launcher, name: str, work: Run) -> Run:

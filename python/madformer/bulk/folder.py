@@ -9,7 +9,6 @@ With shards, images wait as files in ``unpacked/`` until their shard's are all t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 from madformer.bulk.settings import Settings
 from madformer.data.shards import KEY, write_shard
-from madformer.model.persistence import atomic_path, check_writable
+from madformer.model.persistence import atomic_path, check_writable, locked
 
 MANIFEST = "manifest.json"
 UNPACKED = "unpacked"
@@ -64,8 +63,8 @@ class OutputFolder:
             OSError: it cannot be written, or a process of this rank is at work in it.
         """
         check_writable(self.path)
-        with _lock(self.path / f".lock-{rank}", wait=False):
-            with _lock(self.path / ".lock"):
+        with locked(self.path / f".lock-{rank}", wait=False):
+            with locked(self.path / ".lock"):
                 if overwrite:
                     self._clear()
                 self._settle_manifest()
@@ -106,13 +105,13 @@ class OutputFolder:
     def pack(self) -> None:
         """Pack the shards whose images are all there, if there are any."""
         if self._complete_shards():
-            with _lock(self.path / ".lock"):
+            with locked(self.path / ".lock"):
                 # again: another process may have seen the same and been faster
                 self._pack(self._complete_shards())
 
     def finish(self) -> bool:
         """Note in the manifest that all images are there, if they are; whether this call was the one to do it."""
-        with _lock(self.path / ".lock"):
+        with locked(self.path / ".lock"):
             if self._read_manifest()["complete"] or len(self.present()) < self.num_images:
                 return False
             self._write_manifest(complete=True)
@@ -266,18 +265,3 @@ def _matches(pattern: re.Pattern[str], folder: Path) -> Iterator[re.Match[str]]:
     except FileNotFoundError:
         return
     yield from filter(None, map(pattern.fullmatch, sorted(names)))
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that the system releases when the process ends, however it ends.
-
-    Raises:
-        OSError: another process holds it and ``wait`` is off, or the file system has no locks.
-    """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise OSError(f"another process is filling {path.parent}") from error
-        yield

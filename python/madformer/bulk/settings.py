@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
+from madformer.model.persistence import fingerprint
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -100,19 +98,6 @@ class Settings:
             if name not in own or name not in other or own[name] != other[name]:
                 return f"{name}={other.get(name, 'absent')!r}, not {own.get(name, 'absent')!r}"
         return None
-
-
-def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of SHA-256 over configuration and all weights, wherever they were loaded from.
-
-    It reads every byte: about a second for a gigabyte.
-    """
-    public = {name: value for name, value in config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from madformer.cli.choices import device_of, precision_of
+
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
 
@@ -68,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
     from madformer.benchmark.sampling import Roof, sweep
     from madformer.engine.sampler import Sampler
 
-    device, precision = _device(args.device), args.precision
-    precision = _fast_precision(device) if precision == "auto" else precision
+    device = device_of(args.device)
+    precision = precision_of(args.precision, device)
     pipeline = _load(args, precision, device)
     model = pipeline.transformer
     sampler = Sampler(model, pipeline.scheduler)
@@ -123,25 +125,6 @@ def _check(args: argparse.Namespace) -> None:
         check_writable(path.parent)
         if path.is_dir():
             raise ValueError(f"{path} is a folder; --plot and --out name files")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _fast_precision(device: str) -> str:
-    import torch
-
-    from madformer.pipeline import default_dtype
-
-    return "default" if default_dtype(device) == torch.bfloat16 else "exact"
 
 
 def _load(args: argparse.Namespace, precision: str, device: str) -> MADFormerPipeline:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from madformer.cli.choices import device_of, precision_of
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -104,12 +106,12 @@ def _sample(args: argparse.Namespace) -> None:
     from madformer.bulk import OutputFolder, Settings
     from madformer.engine.schedule import tabulate
 
-    device = _device(args)
+    device = device_of(args.device, elsewhere=args.ray is not None)
     if args.ray is not None:
         _make_absolute(args)
     pipeline = _load(args, "cpu" if args.ray is not None else device)
     tabulate(pipeline.scheduler, args.steps)  # to refuse a step count before anything is written
-    precision = _precision(args, device)
+    precision = precision_of(args.precision, device)
     folder = None
     if args.out:
         shard_size = (args.shard_size or SHARD_SIZE) if args.format == "wds" else None
@@ -174,7 +176,7 @@ def _draw_grid(pipeline: MADFormerPipeline, args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     _save_grid(images, args.grid)
     device = str(pipeline.transformer.device)
-    _report(args, pipeline, _precision(args, device), device, args.num_images, seconds)
+    _report(args, pipeline, precision_of(args.precision, device), device, args.num_images, seconds)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -215,31 +217,6 @@ def _process() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _device(args: argparse.Namespace) -> str:
-    """The device to sample on; under torchrun each process of a machine has a GPU of its own."""
-    import torch
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if args.ray is None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _precision(args: argparse.Namespace, device: str) -> str:
-    import torch
-
-    from madformer.pipeline import default_dtype
-
-    if args.precision == "auto":
-        return "default" if default_dtype(device) == torch.bfloat16 else "exact"
-    return args.precision
-
-
 def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     """The pipeline with the network as stored, in fp32, and the autoencoder as it will run."""
     import diffusers
@@ -252,7 +229,7 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     if device.startswith("cuda"):
         # kernels are launched on the current device
         torch.cuda.set_device(torch.device(device).index or 0)
-    vae_dtype = PRECISIONS[_precision(args, device)].dtype
+    vae_dtype = PRECISIONS[precision_of(args.precision, device)].dtype
     pipeline = MADFormerPipeline.from_pretrained(
         args.model, vae=args.vae, dtype=torch.float32, vae_dtype=vae_dtype, device=device
     )
@@ -296,7 +273,7 @@ def _prepare(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: s
 def _load_and_prepare(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     """For an actor, which has no terminal."""
     pipeline = _load(args, device)
-    _prepare(pipeline, args, _precision(args, device))
+    _prepare(pipeline, args, precision_of(args.precision, device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

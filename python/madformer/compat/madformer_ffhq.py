@@ -176,26 +176,7 @@ class MADFormer(nn.Module):
         Returns:
             Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``.
         """
-        output = self.to_native()(clean_x, noised_x, t.to(clean_x.device), return_clean=not self.clear_clean)
-        assert output.condition is not None
-        prediction = output.prediction
-        if torch.is_grad_enabled():
-            prediction = _ZeroGradient.apply(prediction, *self._possibly_unused())
-        clean = None if output.clean is None else to_maps(output.clean)
-        return to_maps(prediction), to_maps(output.condition), clean
-
-    def _possibly_unused(self) -> list[nn.Parameter]:
-        """Parameters that a loss may not reach: the released code gives those zero gradients, not None."""
-        config = self.config
-        unused = [] if config.has_condition else [self.boi_block]
-        for index, layer in enumerate(self.blocks):
-            assert isinstance(layer, ReleasedLayer)
-            last_read = self.to_native().clean_layers - 1
-            if not config.has_clean_stream or index >= last_read:
-                unused += layer.stream_parameters("clean")
-            if not self.to_native().has_tower("noise", index):
-                unused += layer.stream_parameters("noise")
-        return unused
+        return training_pass(self.to_native(), self, clean_x, noised_x, t)
 
     @torch.no_grad()
     def sample(
@@ -217,20 +198,7 @@ class MADFormer(nn.Module):
         Returns:
             Latents ``(N, T, B, C)``.
         """
-        from diffusers.utils.torch_utils import randn_tensor
-
-        images, blocks, latents, channels = target_shape
-        expected = (self.config.num_blocks, self.config.latents_per_block, self.config.latent_channels)
-        if (blocks, latents, channels) != expected:
-            raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
-
-        def noise(block: int) -> Tensor:
-            shape = (images, 1, latents, channels)
-            return randn_tensor(shape, generator=generator, device=self.boi_block.device, dtype=dtype)[:, 0]
-
-        plan = Sampler(self.to_native(), scheduler).plan(images, num_inference_steps)
-        # a copy, so that the result is no inference tensor and may be trained on
-        return plan.run(noise, generator=generator).to(dtype, copy=True)
+        return draw(self.to_native(), scheduler, num_inference_steps, target_shape, generator, dtype)
 
     @classmethod
     def from_released(
@@ -274,11 +242,6 @@ class ReleasedLayer(nn.Module):
         self.input_layernorm_list = nn.ModuleList(tower.input_norm for tower in towers)
         self.post_attention_layernorm_list = nn.ModuleList(tower.post_attention_norm for tower in towers)
 
-    def stream_parameters(self, stream: str) -> list[nn.Parameter]:
-        index = STREAMS.index(stream)
-        lists = (module for module in self.modules() if isinstance(module, nn.ModuleList))
-        return [parameter for modules in lists for parameter in modules[index].parameters()]
-
 
 def _unused_tower(config: MADFormerConfig) -> Tower:
     tower = Tower(config)
@@ -290,17 +253,68 @@ def _unused_tower(config: MADFormerConfig) -> Tower:
     return tower
 
 
-class _ZeroGradient(torch.autograd.Function):
-    """Identity on the first argument that gives the others a gradient of zero."""
+def training_pass(
+    native: NativeMADFormer, released: nn.Module, clean_x: Tensor, noised_x: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:meth:`MADFormer.forward` of ``released``, a module with the released names, by ``native`` on its weights."""
+    output = native(clean_x, noised_x, t.to(clean_x.device), return_clean=native.config.has_clean_stream)
+    assert output.condition is not None
+    prediction = output.prediction
+    if torch.is_grad_enabled() and (unused := possibly_unused(native, released)):
+        # Nothing of each parameter: its gradient is zero where the loss reaches it by no other way.
+        prediction = prediction + torch.cat([parameter.flatten()[:0] for parameter in unused]).sum()
+    clean = None if output.clean is None else to_maps(output.clean)
+    return to_maps(prediction), to_maps(output.condition), clean
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+def possibly_unused(native: NativeMADFormer, released: nn.Module) -> list[nn.Parameter]:
+    """Parameters of ``released`` that a loss may not reach: the released code gives those zero gradients, not None."""
+    unused = [] if native.config.has_condition else [released.get_parameter("boi_block")]
+    last_read = native.clean_layers - 1
+    for index, layer in enumerate(cast(nn.ModuleList, released.blocks)):
+        if not native.config.has_clean_stream or index >= last_read:
+            unused += stream_parameters(layer, "clean")
+        if not native.has_tower("noise", index):
+            unused += stream_parameters(layer, "noise")
+    return unused
+
+
+def stream_parameters(layer: nn.Module, stream: str) -> list[nn.Parameter]:
+    """What one stream passes in a layer with the released names."""
+    index = STREAMS.index(stream)
+    lists = (module for module in layer.modules() if isinstance(module, nn.ModuleList))
+    return [parameter for modules in lists for parameter in modules[index].parameters()]
+
+
+def draw(
+    native: NativeMADFormer,
+    scheduler: Any,
+    num_inference_steps: int,
+    target_shape: tuple[int, int, int, int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:meth:`MADFormer.sample` by ``native``."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    images, blocks, latents, channels = target_shape
+    config = native.config
+    expected = (config.num_blocks, config.latents_per_block, config.latent_channels)
+    if (blocks, latents, channels) != expected:
+        raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
+
+    def noise(block: int) -> Tensor:
+        shape = (images, 1, latents, channels)
+        return randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)[:, 0]
+
+    memory = [(parameter, parameter.data) for parameter in native.parameters()]
+    plan = Sampler(native, scheduler).plan(images, num_inference_steps)
+    # a copy, so that the result is no inference tensor and may be trained on
+    latents = plan.run(noise, generator=generator).to(dtype, copy=True)
+    # The plan makes convolutions channels-last; an optimiser's state and DDP's buckets go by the layout that they met.
+    for parameter, data in memory:
+        parameter.data = data
+    return latents
 
 
 def _read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -162,19 +162,29 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for {length} samples")
         index %= length
-        for candidate in (*range(index, length), *range(index)) if self.on_error == "skip" else (index,):
-            if self._bad[candidate]:
-                continue
-            try:
-                sample = self._load(candidate)
-            except UnreadableImageError as error:
-                if self.on_error == "raise":
-                    raise
-                self._count_bad(candidate, error)
-            else:
-                self._seen[candidate] = True
+        if self.on_error == "raise":
+            return self._load(index)
+        for candidate in (*range(index, length), *range(index)):
+            sample = self.try_read(candidate)
+            if sample is not None:
                 return sample
         raise ValueError(f"none of the {length} samples is readable")
+
+    def try_read(self, index: int) -> dict[str, Any] | None:
+        """The sample, or None where it is unreadable, which is counted and logged whatever ``on_error`` says.
+
+        Raises:
+            ValueError: too many are.
+        """
+        if self._bad[index]:
+            return None
+        try:
+            sample = self._load(index)
+        except UnreadableImageError as error:
+            self._count_bad(index, error)
+            return None
+        self._seen[index] = True
+        return sample
 
     def _load(self, index: int) -> dict[str, Any]:
         try:

@@ -1,29 +1,332 @@
-"""From a data set of images to batches of blocked latents, in an order that depends on the step alone.
+"""What a training step gets: latents, noise and timesteps that depend on the seed and the position in the run alone.
 
-Shape legend: B batch, C channels, H rows, W columns, M blocks, L latents of a block.
+Positions count the samples of a run; epoch after epoch, each is a permutation of the data that the seed and the
+epoch's number give. Optimiser step ``s`` takes positions ``s * global_batch`` and following. Whatever is random about a
+sample is drawn from a generator that the seed and its position key. So nothing depends on how many processes, workers
+and micro-batches share a step, and a run is resumed by the number of its next step, on any number of processes. That is
+why no loader's state is kept: torchdata's ``StatefulDataLoader`` saves one a rank, and resumes on as many ranks.
+
+Shape legend: B samples of a micro-batch, M blocks, L latents of a block, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from tqdm import tqdm
 
+from madformer.config import MADFormerConfig
+from madformer.data.images import NO_LABEL, ImageDataset
+from madformer.data.latents import LatentDataset, check_geometry
+from madformer.data.shards import ShardDataset
 from madformer.model.blocks import to_blocks
-from madformer.vae import encode
+from madformer.vae import downscale, encode
+
+Order = Literal["uniform", "shards"]
+WINDOW = 8
+"""Shards whose samples ``order="shards"`` mixes."""
+_ORDER, _DRAWS = 0, 1  # streams of random numbers
 
 
-def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int = 64) -> TensorDataset:
+class CachedLatents(TensorDataset):
+    """Posterior mean and standard deviation of every image, each ``(N, C, H, W)``, in memory.
+
+    Args:
+        labels: -1 where unknown; None for no labels at all. captions: None for none.
+    """
+
+    def __init__(
+        self, means: Tensor, deviations: Tensor, labels: Sequence[int] | None = None, captions: list[str] | None = None
+    ) -> None:
+        super().__init__(means, deviations)
+        self.labels = labels if labels is not None else [NO_LABEL] * len(means)
+        self.captions = captions if captions is not None else [""] * len(means)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """As :meth:`madformer.data.latents.LatentDataset.read`."""
+        mean, deviation = self[index]
+        return {"mean": mean, "deviation": deviation, "label": self.labels[index], "caption": self.captions[index]}
+
+
+def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int = 64) -> CachedLatents:
     """Encode a whole data set once: :func:`encode`'s mean and standard deviation of every image."""
-    loader = DataLoader(images, batch_size=batch_size)
-    encoded = [encode(vae, batch["image"]) for batch in tqdm(loader, desc="encoding", unit="batch")]
-    means, deviations = (torch.cat(parts).cpu().clone() for parts in zip(*encoded, strict=True))
-    return TensorDataset(means, deviations)
+    moments, labels, captions = [], [], []
+    for batch in tqdm(DataLoader(images, batch_size=batch_size), desc="encoding", unit="batch"):
+        moments.append(torch.stack(encode(vae, batch["image"])).cpu())
+        labels += batch["label"].tolist()
+        captions += batch["caption"]
+    means, deviations = torch.cat(moments, dim=1).clone()
+    return CachedLatents(means, deviations, labels, captions)
+
+
+@dataclass
+class Batch:
+    """A micro-batch on the CPU, in pinned memory where there is a GPU.
+
+    Attributes:
+        clean_BMLC: latents drawn from the posterior, fp32. They are on the VAE's device if it encodes in passing.
+        noise_BMLC: standard normal, fp32.
+        timestep_BM: int64, one for every block.
+        labels_B: int64, -1 unknown. captions: empty where there is none.
+    """
+
+    clean_BMLC: Tensor
+    noise_BMLC: Tensor
+    timestep_BM: Tensor
+    labels_B: Tensor
+    captions: list[str]
+
+    def pin_memory(self) -> Self:
+        """What a ``DataLoader`` calls on batches that it does not know."""
+        for name in ("clean_BMLC", "noise_BMLC", "timestep_BM", "labels_B"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+
+class BatchStream:
+    """Endless micro-batches of one process, in order: those of step ``first_step``, of the next step, and so on.
+
+    With ``W`` processes and micro-batches of ``b``, a step has ``A = global_batch / (W * b)`` of them for each; number
+    ``a`` of rank ``r`` holds positions ``step * global_batch + (a * W + r) * b`` and the ``b - 1`` that follow. All of
+    them together are bit for bit what one process would get (with images on a GPU, to the VAE's rounding).
+
+    Random numbers are drawn in the workers: there is one stream of Philox for a pair of seed and position. In it stand,
+    in this order, the flip, the posterior's noise, the timesteps, the noise; a flip is drawn even if it is not used.
+
+    Args:
+        data: moments on the disk (:class:`LatentDataset`) or in memory (:func:`cache_latents`, or any tensors of means
+            and deviations): no VAE is called. Or images, which the VAE encodes in passing, in this process.
+        vae: as stored; of latents on the disk it is asked whether it made them. None will do for latents.
+        config: gives blocks and geometry.
+        global_batch: samples of an optimiser step. micro_batch: of one batch here.
+        seed: at least 0. first_step: where to begin, or to go on.
+        num_workers: processes that read and draw, beside this one; with 0 this one does.
+        num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
+        flip: mirror every second sample, by chance.
+        order: ``uniform`` permutations, or ``shards`` for disks that seek slowly: shards are permuted, and the samples
+            within each :data:`WINDOW` of them.
+
+    Raises:
+        ValueError: an argument out of range; data that do not fit the model, or the VAE; flips or shards where there
+            are none. Later: data that are damaged, or too many unreadable images.
+    """
+
+    def __init__(
+        self,
+        data: LatentDataset | TensorDataset | ImageDataset,
+        vae: AutoencoderKL | None,
+        *,
+        config: MADFormerConfig,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int,
+        first_step: int = 0,
+        num_workers: int = 0,
+        num_timesteps: int = 1000,
+        flip: bool = False,
+        order: Order = "uniform",
+    ) -> None:
+        for name, value, low in (
+            ("micro_batch", micro_batch, 1),
+            ("global_batch", global_batch, 1),
+            ("num_timesteps", num_timesteps, 1),
+            ("first_step", first_step, 0),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < low:
+                raise ValueError(f"{name}={value} must be at least {low}")
+        if global_batch % (micro_batch * world_size):
+            raise ValueError(
+                f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x world_size={world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+        if order not in ("uniform", "shards"):
+            raise ValueError(f"order={order!r} must be 'uniform' or 'shards'")
+        if isinstance(data, TensorDataset) and not isinstance(data, CachedLatents):
+            data = CachedLatents(*data.tensors)
+        _check_data(data, vae, config, flip)
+        self.vae, self.config = vae, config
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.order = EpochOrder(len(data), seed, _shard_lengths(data) if order == "shards" else None)
+        loader: DataLoader[_Draw] = DataLoader(
+            _Draws(data, config, seed, num_timesteps, flip),
+            batch_sampler=self._places(),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            collate_fn=_as_drawn,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_interrupts_to_the_parent,
+        )
+        # one iterator for the whole run: its workers live as long
+        self._draws = iter(loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        drawn = next(self._draws)
+        if isinstance(drawn, Exception):
+            raise drawn
+        batch, pixels_BCHW = drawn
+        if pixels_BCHW is not None:
+            batch.clean_BMLC = self._encode(pixels_BCHW, batch.clean_BMLC)
+        return batch
+
+    def _places(self) -> Iterator[list[_Place]]:
+        for step in itertools.count(self.first_step):
+            first, last = step * self.global_batch, (step + 1) * self.global_batch
+            for start in range(first + self.rank * self.micro_batch, last, self.world_size * self.micro_batch):
+                yield [(position, self.order[position]) for position in range(start, start + self.micro_batch)]
+
+    def _encode(self, pixels_BCHW: Tensor, noise_BMLC: Tensor) -> Tensor:
+        assert self.vae is not None
+        # on a CPU one by one: oneDNN's results change with the batch, and with it would the draw
+        num = 1 if self.vae.device.type == "cpu" else len(pixels_BCHW)
+        encoded = [encode(self.vae, some) for some in pixels_BCHW.split(num)]
+        mean, deviation = (to_blocks(torch.cat(parts), self.config.num_blocks) for parts in zip(*encoded, strict=True))
+        return mean + deviation * noise_BMLC.to(mean.device, non_blocking=True)
+
+
+class EpochOrder:
+    """Which sample stands at a position: endless epochs, each a permutation given by the seed and its number.
+
+    Args:
+        length: samples. shard_lengths: of consecutive shards, to keep together what lies together.
+    """
+
+    def __init__(self, length: int, seed: int, shard_lengths: Sequence[int] | None = None) -> None:
+        self.length, self.seed, self.shard_lengths = length, seed, shard_lengths
+        self._epoch, self._samples = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, offset = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch, self._samples = epoch, self._permutation(epoch)
+        return int(self._samples[offset])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        random = _generator(self.seed, epoch, _ORDER)
+        if self.shard_lengths is None:
+            return random.permutation(self.length)
+        shards = np.split(np.arange(self.length), np.cumsum(self.shard_lengths)[:-1])
+        shuffled = [shards[i] for i in random.permutation(len(shards))]
+        windows = (np.concatenate(shuffled[i : i + WINDOW]) for i in range(0, len(shuffled), WINDOW))
+        return np.concatenate([random.permutation(window) for window in windows])
+
+
+_Place = tuple[int, int]  # position, and the sample that stands there
+_Draw = tuple[Batch, Tensor | None] | Exception
+
+
+class _Draws(Dataset[Any]):
+    """What a worker makes of places: a batch and None; or with images their pixels, and the batch with the posterior's
+    noise for clean latents.
+
+    An error is handed over, not raised: the loader would wrap it in the worker's traceback.
+    """
+
+    def __init__(
+        self,
+        data: LatentDataset | CachedLatents | ImageDataset,
+        config: MADFormerConfig,
+        seed: int,
+        num_timesteps: int,
+        flip: bool,
+    ) -> None:
+        self.data, self.config, self.seed, self.num_timesteps, self.flip = data, config, seed, num_timesteps, flip
+
+    def __getitems__(self, places: Sequence[_Place]) -> _Draw:
+        try:
+            samples = [self._draw(*place) for place in places]
+        except (ValueError, OSError) as error:
+            return error
+        clean, noise, timestep = (torch.stack([sample[name] for sample in samples]) for name in _DRAWN)
+        batch = Batch(
+            to_blocks(clean, self.config.num_blocks),
+            noise,
+            timestep,
+            torch.tensor([sample["label"] for sample in samples]),
+            [sample["caption"] for sample in samples],
+        )
+        images = [sample["image"] for sample in samples if "image" in sample]
+        return batch, torch.stack(images) if images else None
+
+    def _draw(self, position: int, index: int) -> dict[str, Any]:
+        config, random = self.config, _generator(self.seed, position, _DRAWS)
+        flipped = bool(random.random() < 0.5) and self.flip
+        posterior_CHW = _normal(random, config.latent_channels, config.latent_side, config.latent_side)
+        timestep_M = torch.from_numpy(random.integers(0, self.num_timesteps, config.num_blocks))
+        noise_MLC = _normal(random, config.num_blocks, config.latents_per_block, config.latent_channels)
+        if isinstance(self.data, LatentDataset):
+            sample = self.data.read(index, flipped=flipped)
+        elif isinstance(self.data, CachedLatents):
+            sample = self.data.read(index)
+        else:
+            sample = self.data[index]
+            if flipped:
+                sample["image"] = sample["image"].flip(-1)
+        clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
+        return {**sample, "clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M}
+
+
+_DRAWN = ("clean", "noise", "timestep")
+
+
+def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
+    """Random numbers of a key; of torch's generators on a CPU only the low 32 bits of a seed count."""
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, stream]))
+
+
+def _normal(random: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+
+
+def _as_drawn(drawn: _Draw) -> _Draw:
+    return drawn
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches the whole group: a run that then saves a checkpoint still needs its data
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check_data(
+    data: LatentDataset | CachedLatents | ImageDataset, vae: AutoencoderKL | None, config: MADFormerConfig, flip: bool
+) -> None:
+    if isinstance(data, LatentDataset):
+        data.check(config, vae)
+        if flip and not data.flips:
+            raise ValueError(f"flip=True needs mirror images, and {data.folder} was written with --no-flip")
+    elif isinstance(data, CachedLatents):
+        check_geometry(data.tensors[0].shape[1:], config, "data in memory")
+        if flip:
+            raise ValueError("flip=True needs mirror images: `madformer data latents` encodes them, the cache does not")
+    else:
+        if vae is None:
+            raise ValueError("vae=None: images need one")
+        side = data.image_size // downscale(vae)
+        what = f"images of image_size={data.image_size}"
+        check_geometry((vae.config.latent_channels, side, side), config, what)
+
+
+def _shard_lengths(data: LatentDataset | CachedLatents | ImageDataset) -> list[int]:
+    shards = data if isinstance(data, LatentDataset) else getattr(getattr(data, "source", None), "shards", None)
+    if not isinstance(shards, (LatentDataset, ShardDataset)):
+        raise ValueError("order='shards' needs data in .tar shards")
+    return shards.shard_lengths
 
 
 class ShuffledStream(Sampler[int]):

@@ -1,0 +1,254 @@
+"""A data set of images encoded once through a VAE, into WebDataset shards that training reads with no VAE in the loop.
+
+Beside ``latents-000000.tar``, ``latents-000001.tar``, ... stands ``latents.json``: what the latents are and of what.
+A sample has up to three members, named by its number in the source:
+
+- ``00000042.json``: its ``key``, ``label`` (-1 unknown) and ``caption``;
+- ``00000042.npy``: ``(2, C, H, W)``, posterior mean and standard deviation, scaled as :func:`madformer.vae.encode`
+  gives them;
+- ``00000042.flip.npy``: the same of the image mirrored left to right, which is not the mirrored latents.
+
+Shard ``k`` is made of the source's samples ``k * shard_size .. (k + 1) * shard_size - 1`` and of nothing else: so any
+number of processes can share the work, and a shard that is there is done. :mod:`madformer.data.encoding` writes them.
+
+Shape legend: C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from madformer.config import MADFormerConfig
+from madformer.data.images import ImageDataset
+from madformer.data.shards import ShardDataset
+from madformer.model.persistence import atomic_path, fingerprint
+from madformer.vae import downscale
+
+__all__ = ["LatentDataset", "LatentDescription", "check_geometry", "holds_latents"]
+
+DESCRIPTION = "latents.json"
+VERSION = 1
+Precision = Literal["float16", "float32"]
+PLAIN, FLIPPED = "npy", "flip.npy"
+
+
+@dataclass(frozen=True)
+class LatentDescription:
+    """What ``latents.json`` says, known before the first image is encoded.
+
+    Attributes:
+        source: as the user named it. num_images: of the source, unreadable ones included.
+        class_names: by label; empty if unknown.
+        image_size: pixels along a side of what was encoded.
+        latent_shape: channels, rows, columns.
+        dtype: that the moments are rounded to.
+        flips: whether mirrored images were encoded, too.
+        vae: its name. vae_fingerprint: what :func:`madformer.model.persistence.fingerprint` says of it as stored.
+        shard_size: images of a shard, unreadable ones included.
+    """
+
+    source: str
+    num_images: int
+    class_names: tuple[str, ...]
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    dtype: Precision
+    flips: bool
+    vae: str
+    vae_fingerprint: str
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "image_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.dtype not in get_args(Precision):
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(get_args(Precision))}")
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageDataset,
+        vae: AutoencoderKL,
+        *,
+        source: str,
+        vae_name: str,
+        dtype: Precision = "float16",
+        flips: bool = True,
+        shard_size: int = 1000,
+    ) -> LatentDescription:
+        """Of what a VAE, as stored, makes of a data set.
+
+        Raises:
+            ValueError: the VAE makes no whole latents of images of that size, or another argument is out of range.
+        """
+        side, rest = divmod(images.image_size, downscale(vae))
+        if rest:
+            raise ValueError(
+                f"image_size={images.image_size} must be a multiple of {downscale(vae)}, a latent's pixels"
+            )
+        return cls(
+            source=source,
+            num_images=len(images),
+            class_names=tuple(images.class_names),
+            image_size=images.image_size,
+            latent_shape=(vae.config.latent_channels, side, side),
+            dtype=dtype,
+            flips=flips,
+            vae=vae_name,
+            vae_fingerprint=fingerprint(vae, vae.config),
+            shard_size=shard_size,
+        )
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_images / self.shard_size)
+
+    def shard_name(self, shard: int) -> str:
+        return f"latents-{shard:06d}.tar"
+
+    def span(self, shard: int) -> range:
+        """The source's samples that a shard is made of."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self.num_images))
+
+    def difference(self, stored: LatentDescription) -> str | None:
+        """The first field in which ``stored`` is of other latents, as ``name=its value, not ours``; or None."""
+        for field in dataclasses.fields(self):
+            ours, theirs = getattr(self, field.name), getattr(stored, field.name)
+            # the same weights may have two names; classes follow from the source, and may be a thousand
+            if field.name not in ("vae", "class_names") and ours != theirs:
+                return f"{field.name}={theirs!r}, not {ours!r}"
+        return None
+
+    def write(self, folder: Path) -> None:
+        values = {"version": VERSION, **dataclasses.asdict(self)}
+        with atomic_path(folder / DESCRIPTION) as path:
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> LatentDescription:
+        """Inverse of :meth:`write`.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it is something else; one line.
+        """
+        path = folder / DESCRIPTION
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; `madformer data latents` writes one")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if (version := values.pop("version")) != VERSION:
+                raise ValueError(f"version {version}, where {VERSION} is known")
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} describes no latents: {error}") from error
+
+
+def holds_latents(source: str | Path) -> bool:
+    """Whether a data source is a folder for :class:`LatentDataset`, not one of images."""
+    return (Path(source) / DESCRIPTION).is_file()
+
+
+def check_geometry(latent_shape: Sequence[int], config: MADFormerConfig, what: str) -> None:
+    """Raises ``ValueError`` where latents are not those that a model takes; ``what`` names them in the message."""
+    wanted = (config.latent_channels, config.latent_side, config.latent_side)
+    if tuple(latent_shape) != wanted:
+        given, taken = (" x ".join(map(str, shape)) for shape in (latent_shape, wanted))
+        raise ValueError(
+            f"{what}: latents are {given}, the model takes {taken} (latent_channels; num_blocks, block_size, unet)"
+        )
+
+
+class LatentDataset(Dataset[dict[str, Any]]):
+    """Posterior moments that :func:`write_latents` wrote, for any number of DataLoader workers.
+
+    ``dataset[i]`` is ``{"mean": fp32 (C, H, W), "deviation": the same, "label": int, "caption": str, "key": str}``.
+    Opening it reads the shards' tar headers. It pickles, as :class:`ShardDataset` does, and shares that one's limits.
+
+    Raises:
+        FileNotFoundError: there is no description, or not every shard of it.
+        ValueError: a description or a shard that is damaged, or not one readable sample.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.description = LatentDescription.read(self.folder)
+        paths = [self.folder / self.description.shard_name(k) for k in range(self.description.num_shards)]
+        there = sum(path.is_file() for path in paths)
+        if there < len(paths):
+            raise FileNotFoundError(
+                f"{folder} holds {there} of {len(paths)} shards: the same `madformer data latents` adds the others"
+            )
+        self.shards = ShardDataset(paths)
+        if not len(self.shards):
+            raise ValueError(f"{folder} holds no sample: none of its {self.description.num_images} images was readable")
+
+    @property
+    def class_names(self) -> list[str]:
+        """By label; empty if unknown."""
+        return list(self.description.class_names)
+
+    @property
+    def flips(self) -> bool:
+        """Whether mirrored images were encoded, too."""
+        return self.description.flips
+
+    @property
+    def num_bad(self) -> int:
+        """Images of the source that were unreadable, and are left out."""
+        return self.description.num_images - len(self)
+
+    @property
+    def shard_lengths(self) -> list[int]:
+        """Samples of each shard, in order."""
+        return self.shards.shard_lengths
+
+    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None = None) -> None:
+        """Raises ``ValueError`` where a model does not take these latents, or ``vae``, as stored, did not make them."""
+        check_geometry(self.description.latent_shape, config, str(self.folder))
+        if vae is not None and (found := fingerprint(vae, vae.config)) != self.description.vae_fingerprint:
+            raise ValueError(
+                f"{self.folder} was encoded by {self.description.vae} ({self.description.vae_fingerprint}), "
+                f"not by this VAE ({found})"
+            )
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    def read(self, index: int, *, flipped: bool = False) -> dict[str, Any]:
+        """A sample, or the one of the mirrored image: only what is asked for is read from the disk.
+
+        Raises:
+            ValueError: a member is damaged, or ``flipped`` where there are no flips.
+        """
+        if flipped and not self.flips:
+            raise ValueError(f"{self.folder} holds no flips: it was written with --no-flip")
+        record = self.shards.member(index, "json")
+        data = self.shards.member(index, FLIPPED if flipped else PLAIN)
+        try:
+            if record is None or data is None:
+                raise ValueError("a member is missing")
+            moments = np.load(io.BytesIO(data))
+            if moments.shape != (2, *self.description.latent_shape):
+                raise ValueError(f"its shape is {moments.shape}")
+            # torch's conversion from fp16 is ten times as fast as NumPy's
+            mean, deviation = torch.from_numpy(moments).float()
+            return {"mean": mean, "deviation": deviation, **json.loads(record)}
+        except ValueError as error:
+            raise ValueError(f"{self.shards.path(index)}:{self.shards.key(index)} is damaged: {error}") from error
