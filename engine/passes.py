@@ -14,7 +14,7 @@ from madformer.engine.cache import CacheView, ConditioningCache
 from madformer.engine.rows import put, take
 from madformer.engine.slots import Slots
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
-from madformer.kernels.denoise_step import denoise_step
+from madformer.kernels.denoise_step import denoise_step_op
 from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.madformer import MADFormer
 
@@ -34,12 +34,16 @@ class Passes:
     ) -> None:
         self.model, self.config = model, model.config
         self.cache, self.slots = cache, slots
-        self.clip, self.backend = clip, backend
+        self.clip, self.update = clip, denoise_step_op(backend, model.device)
+        # rotation of each row's block at hand: looked up once a block
+        shape = (len(slots.block_R), self.config.block_size, model.rope.cos.shape[-1])
+        self.cos_RSD, self.sin_RSD = (table.new_zeros(shape) for table in (model.rope.cos, model.rope.sin))
 
     def first_block(self, rows_B: Tensor | None) -> None:
         """Before the first block: its noise, and the condition that the BOI block gives."""
         self.cache.reset(rows_B)
         self.slots.start_block(rows_B)
+        self._look_up_rotation(rows_B)
         if self.config.has_condition:
             batch = len(take(self.slots.block_R, rows_B))
             self._predict_condition(rows_B, self.model.boi.expand(batch, -1, -1))
@@ -55,6 +59,7 @@ class Passes:
         # without a clean stream the noise stream is its own context: what its layers saw last stays
         self.cache.advance(config.block_size, rows_B)
         slots.start_next_block(rows_B)
+        self._look_up_rotation(rows_B)
         if config.has_condition:
             self._predict_condition(rows_B, shifted_BSC)
 
@@ -64,7 +69,7 @@ class Passes:
         latents_BLC = take(self.slots.latents_RLC, rows_B)
         previous_BLC = take(self.slots.previous_RLC, rows_B)
         output = self.predict(rows_B, latents_BLC, down_BE, up_BE)
-        denoise_step(latents_BLC, output, previous_BLC, coefficients, clip=self.clip, backend=self.backend)
+        self.update(latents_BLC, output, previous_BLC, coefficients, self.clip)
         self.slots.finish_step(rows_B, latents_BLC, previous_BLC)
 
     def predict(self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor) -> Tensor:
@@ -86,6 +91,12 @@ class Passes:
         condition_BSC = self._layers("noise", shifted_BSC, rows_B, range(self.config.ar_layers))
         put(self.cache.condition_RLC, rows_B, condition_BSC)
 
+    def _look_up_rotation(self, rows_B: Tensor | None) -> None:
+        block_B = take(self.slots.block_R, rows_B)
+        for table, rotation_RSD in ((self.model.rope.cos, self.cos_RSD), (self.model.rope.sin, self.sin_RSD)):
+            by_block = table.unflatten(0, (-1, self.config.block_size))
+            put(rotation_RSD, rows_B, by_block.index_select(0, block_B))
+
     def _layers(
         self,
         stream: str,
@@ -96,16 +107,14 @@ class Passes:
         needs_output: bool = True,
     ) -> Tensor:
         """One block of one stream through some layers, on the cached prefix of its slot."""
-        rope, block_B = self.model.rope, take(self.slots.block_R, rows_B)
-        by_block = (table.unflatten(0, (-1, self.config.block_size)) for table in (rope.cos, rope.sin))
-        cos, sin = (table.index_select(0, block_B) for table in by_block)
+        tables = {stream: (take(self.cos_RSD, rows_B), take(self.sin_RSD, rows_B))}
         view = self.cache.view(rows_B, self.config.block_size)
         streams: Streams = {stream: tokens_BSC}
         for index in layers:
             outputs = [stream] if needs_output or index < layers[-1] else []
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
-            streams = layer(streams, rope, {stream: (cos, sin)}, self._attention(view, index), outputs)
+            streams = layer(streams, self.model.rope, tables, self._attention(view, index), outputs)
         return streams.get(stream, tokens_BSC)
 
     def _attention(self, view: CacheView, index: int) -> Attention:

@@ -5,6 +5,8 @@ Shape legend: B samples, each at its own step of its own schedule; ... any furth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, library
 
@@ -167,15 +169,19 @@ def denoise_step(
         ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    chosen = dispatch.resolve(OP, backend, sample.device)
+    op = denoise_step_op(backend, sample.device)
     _validate(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
-    arguments = (sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
-    if chosen == "triton":
-        torch.ops.madformer.denoise_step_triton_(*arguments)
-    elif chosen == "cpp":
-        torch.ops.madformer.denoise_step_(*arguments)
-    else:
-        denoise_step_ref(*arguments)
+    op(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
+
+
+def denoise_step_op(backend: str, device: torch.device) -> Callable[..., None]:
+    """What :func:`denoise_step` calls, with its arguments in order and none of its checks.
+
+    For loops whose arguments are always of one kind: on a CPU the checks cost more than the step of a small block.
+    """
+    ops = torch.ops.madformer
+    chosen = dispatch.resolve(OP, backend, device)
+    return {"triton": ops.denoise_step_triton_, "cpp": ops.denoise_step_}.get(chosen, denoise_step_ref)
 
 
 def _validate(

@@ -17,16 +17,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from madformer.data.images import ImageDataset
 from madformer.data.latents import DESCRIPTION, FLIPPED, PLAIN, LatentDescription
 from madformer.data.shards import KEY, index_path, write_index, write_shard
+from madformer.data.workers import fetch_batches
 from madformer.model.persistence import check_writable, locked
 from madformer.vae import encode
 
 __all__ = ["EncodingReport", "write_latents"]
+
+
+_Records = list[tuple[int, dict[str, Any]]]
+_Read = tuple[_Records, Tensor, int]
 
 
 @dataclass
@@ -151,14 +155,8 @@ class _Encoder:
 
     def write(self, shards: Sequence[int], folder: Path, progress: bool) -> None:
         numbers = [batch for shard in shards for batch in self._batches(shard)]
-        loader: DataLoader[_Read] = DataLoader(
-            _Readable(self.images),
-            batch_sampler=numbers,  # type: ignore[arg-type]
-            num_workers=self.num_workers,
-            collate_fn=_as_read,
-            pin_memory=self.vae.device.type == "cuda",
-        )
-        reads = iter(loader)
+        on_gpu = self.vae.device.type == "cuda"
+        reads = fetch_batches(_Reader(self.images), numbers, num_workers=self.num_workers, pin_memory=on_gpu)
         with tqdm(total=sum(map(len, numbers)), desc="encoding", unit="image", disable=not progress) as bar:
             for shard in shards:
                 path = folder / self.description.shard_name(shard)
@@ -171,10 +169,7 @@ class _Encoder:
         return [span[i : i + self.batch_size] for i in range(0, len(span), self.batch_size)]
 
     def _samples(self, reads: Iterator[_Read], bar: tqdm) -> Iterator[dict[str, Any]]:
-        for read in reads:
-            if isinstance(read, Exception):
-                raise read
-            records, pixels_BCHW, num_read = read
+        for records, pixels_BCHW, num_read in reads:
             if records:
                 moments = {PLAIN: self._encode(pixels_BCHW, records)}
                 if self.description.flips:
@@ -198,31 +193,17 @@ class _Encoder:
         return moments
 
 
-_Records = list[tuple[int, dict[str, Any]]]
-_Read = tuple[_Records, Tensor, int] | Exception
+@dataclass(frozen=True)
+class _Reader:
+    """What a worker reads of a batch: number and record of the readable samples, their pixels, how many were asked for."""
 
+    images: ImageDataset
 
-class _Readable(Dataset[Any]):
-    """What a worker reads of a batch: number and record of the readable samples, their pixels, how many were asked for.
-
-    An error is handed over, not raised: the loader would wrap it in the worker's traceback.
-    """
-
-    def __init__(self, images: ImageDataset) -> None:
-        self.images = images
-
-    def __getitems__(self, numbers: Sequence[int]) -> _Read:
-        try:
-            read = [(number, sample) for number in numbers if (sample := self.images.try_read(number)) is not None]
-        except (ValueError, OSError) as error:
-            return error
+    def __call__(self, numbers: Sequence[int]) -> _Read:
+        read = [(number, sample) for number in numbers if (sample := self.images.try_read(number)) is not None]
         records = [(number, {name: sample[name] for name in ("key", "label", "caption")}) for number, sample in read]
         pixels = torch.stack([sample["image"] for _, sample in read]) if read else torch.empty(0)
         return records, pixels, len(numbers)
-
-
-def _as_read(read: _Read) -> _Read:
-    return read
 
 
 def _npy(moments: Tensor) -> bytes:

@@ -12,7 +12,6 @@ Shape legend: B samples of a micro-batch, M blocks, L latents of a block, C chan
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -28,6 +27,7 @@ from madformer.config import MADFormerConfig
 from madformer.data.images import NO_LABEL, ImageDataset
 from madformer.data.latents import LatentDataset, check_geometry
 from madformer.data.shards import ShardDataset
+from madformer.data.workers import fetch_batches
 from madformer.model.blocks import to_blocks
 from madformer.vae import downscale, encode
 
@@ -162,25 +162,19 @@ class BatchStream:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
         self.order = EpochOrder(len(data), seed, _shard_lengths(data) if order == "shards" else None)
-        loader: DataLoader[_Draw] = DataLoader(
+        # one loader for the whole run: its workers live as long
+        self._draws = fetch_batches(
             _Draws(data, config, seed, num_timesteps, flip),
-            batch_sampler=self._places(),  # type: ignore[arg-type]
+            self._places(),
             num_workers=num_workers,
-            collate_fn=_as_drawn,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_interrupts_to_the_parent,
         )
-        # one iterator for the whole run: its workers live as long
-        self._draws = iter(loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        drawn = next(self._draws)
-        if isinstance(drawn, Exception):
-            raise drawn
-        batch, pixels_BCHW = drawn
+        batch, pixels_BCHW = next(self._draws)
         if pixels_BCHW is not None:
             batch.clean_BMLC = self._encode(pixels_BCHW, batch.clean_BMLC)
         return batch
@@ -228,31 +222,22 @@ class EpochOrder:
 
 
 _Place = tuple[int, int]  # position, and the sample that stands there
-_Draw = tuple[Batch, Tensor | None] | Exception
+_Draw = tuple[Batch, Tensor | None]
 
 
-class _Draws(Dataset[Any]):
-    """What a worker makes of places: a batch and None; or with images their pixels, and the batch with the posterior's
-    noise for clean latents.
+@dataclass(frozen=True)
+class _Draws:
+    """What a worker makes of places: a batch and None. Or, of images, their pixels, and the batch has the posterior's
+    noise in place of clean latents."""
 
-    An error is handed over, not raised: the loader would wrap it in the worker's traceback.
-    """
+    data: LatentDataset | CachedLatents | ImageDataset
+    config: MADFormerConfig
+    seed: int
+    num_timesteps: int
+    flip: bool
 
-    def __init__(
-        self,
-        data: LatentDataset | CachedLatents | ImageDataset,
-        config: MADFormerConfig,
-        seed: int,
-        num_timesteps: int,
-        flip: bool,
-    ) -> None:
-        self.data, self.config, self.seed, self.num_timesteps, self.flip = data, config, seed, num_timesteps, flip
-
-    def __getitems__(self, places: Sequence[_Place]) -> _Draw:
-        try:
-            samples = [self._draw(*place) for place in places]
-        except (ValueError, OSError) as error:
-            return error
+    def __call__(self, places: Sequence[_Place]) -> _Draw:
+        samples = [self._draw(*place) for place in places]
         clean, noise, timestep = (torch.stack([sample[name] for sample in samples]) for name in _DRAWN)
         batch = Batch(
             to_blocks(clean, self.config.num_blocks),
@@ -292,15 +277,6 @@ def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
 
 def _normal(random: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
-
-
-def _as_drawn(drawn: _Draw) -> _Draw:
-    return drawn
-
-
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches the whole group: a run that then saves a checkpoint still needs its data
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_data(
