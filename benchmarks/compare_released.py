@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import to_maps
 from madformer.model.persistence import check_writable
-from madformer.training.losses import training_losses
+from madformer.training.losses import LossWeights, training_losses
 from record import environment, git_commit, write
 from released import (
     FFHQ_1024,
@@ -100,10 +100,10 @@ def released_step(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def native_step(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss of a training step as our trainer makes it: it also draws the noise and adds it."""
+    """Loss of a training step as our trainer makes it: it also adds the noise."""
     model.zero_grad(set_to_none=True)
-    generator = torch.Generator().manual_seed(SEED)
-    losses = training_losses(model, batch.clean, DDPMScheduler(), hidden_weight=HIDDEN_WEIGHT, generator=generator)
+    weights = LossWeights(hidden=HIDDEN_WEIGHT)
+    losses = training_losses(model, batch.clean, batch.noise, batch.timestep, DDPMScheduler(), weights)
     losses.total.backward()
     return losses.total.detach()
 

@@ -72,7 +72,9 @@ def _blocks_as_batch(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale
 def _block_by_block(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     ranges = tuple(tuple(own) for own in layout.key_ranges())
     blocks = zip(q.split(layout.block_size, dim=2), _Gather.apply(k, ranges), _Gather.apply(v, ranges), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*block, scale=scale) for block in blocks], dim=2)
+    # Over (B, L, H, D) memory, as SDPA gives each part, so that joining the heads of a token costs no copy.
+    parts = [F.scaled_dot_product_attention(*block, scale=scale).transpose(1, 2) for block in blocks]
+    return torch.cat(parts, dim=1).transpose(1, 2)
 
 
 class _Gather(torch.autograd.Function):

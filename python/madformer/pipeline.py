@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,16 @@ def default_scheduler(prediction_type: str) -> diffusers.DPMSolverMultistepSched
     so colours fade.
     """
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing")
+
+
+def image_grid(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size in a square, row by row."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for index, image in enumerate(images):
+        grid.paste(image, (index % columns * width, index // columns * height))
+    return grid
 
 
 class MADFormerPipeline(DiffusionPipeline):

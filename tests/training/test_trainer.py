@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 import json
+import math
 import os
 import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from torch.utils.data import TensorDataset
+from training_run import losses, make_config, metrics, stop_after
+from torch import Tensor, nn
 
-from madformer.config import tiny
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
-from madformer.training.data import LatentBatches, ShuffledStream
-from madformer.training.losses import training_losses
-from madformer.training.optimization import ExponentialMovingAverage, wsd
+from madformer.training.data import Batch
+from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    """A folder of ten small images and a VAE for them, in a configuration of six steps."""
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("sources")
-    random = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for index in range(10):
-        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "vae")
-    return TrainingConfig(
-        model=tiny(), data=str(folder / "images"), vae=str(folder / "vae"), image_size=16, num_workers=0,
-        steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decay=0.9, log_every=1, save_every=2,
-        keep_checkpoints=2, device="cpu",
-    )  # fmt: skip
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in metrics(folder)]
+    return make_config(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
@@ -69,28 +39,26 @@ def unbroken(sources: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
     assert [record["step"] for record in metrics(unbroken)] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "image", "hidden", "grad_norm", "lr", "images_per_second"} <= metrics(unbroken)[0].keys()
-    assert [path.name for path in sorted((unbroken / "checkpoints").iterdir())] == [
-        "step-00000004.pt",
-        "step-00000006.pt",
-    ]
+    assert [path.name for path in sorted((unbroken / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    trainer = Trainer.from_folder(unbroken)
     pipeline = MADFormerPipeline.from_pretrained(unbroken / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(1, 2).images[0].size == (16, 16)
-    state = torch.load(unbroken / "checkpoints" / "step-00000006.pt", weights_only=True)
-    averaged = pipeline.transformer.state_dict()
-    assert all(torch.equal(averaged[name], tensor) for name, tensor in state["ema"].items())
-    assert any(not torch.equal(averaged[name], tensor) for name, tensor in state["model"].items())
+    averaged, raw = pipeline.transformer.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in trainer.averages.weights[0.9].items())
+    assert any(not torch.equal(averaged[name], tensor) for name, tensor in raw.items())
 
 
 @pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
 def test_resume_is_exact(sources: TrainingConfig, tmp_path: Path, cache_latents: bool) -> None:
     """Stopped by SIGTERM after three steps and resumed: bit for bit the losses and weights of the unbroken run."""
     config = dataclasses.replace(sources, cache_latents=cache_latents)
-    Trainer(config, tmp_path / "whole").run()
+    whole = Trainer(config, tmp_path / "whole")
+    whole.run()
     trainer = Trainer(config, tmp_path / "broken")
     step = trainer._train_step
 
-    def stop_after_three(batches: LatentBatches) -> dict[str, float]:
+    def stop_after_three(batches: Iterator[Batch]) -> dict[str, Tensor]:
         record = step(batches)
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,36 +66,57 @@ def test_resume_is_exact(sources: TrainingConfig, tmp_path: Path, cache_latents:
 
     trainer._train_step = stop_after_three  # type: ignore[method-assign]
     trainer.run()
-    assert trainer.checkpoints()[-1].name == "step-00000003.pt"
+    assert trainer.checkpoints.paths()[-1].name == "step-00000003"
     resumed = Trainer.from_folder(tmp_path / "broken")
     assert resumed.step == 3
     resumed.run()
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    last = "checkpoints/step-00000006.pt"
-    whole, broken = (torch.load(tmp_path / run / last, weights_only=True) for run in ("whole", "broken"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(tensor, whole[part][name]) for name, tensor in broken[part].items())
+    for ours, theirs in ((resumed.model, whole.model), (resumed.averages, whole.averages)):
+        assert_equal(ours.state_dict(), theirs.state_dict())
+
+
+def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, Mapping):
+            assert_equal(actual[name], value)
+        else:
+            assert torch.equal(actual[name], value), name
+
+
+def test_what_was_reported_after_the_checkpoint_is_forgotten(sources: TrainingConfig, tmp_path: Path) -> None:
+    """As after a kill: three steps, a checkpoint at the second, and a line that was cut off."""
+    trainer = Trainer(sources, tmp_path)
+    stop_after(trainer, 3)
+    trainer.save = lambda: None if trainer.step == 3 else Trainer.save(trainer)  # type: ignore[method-assign]
+    trainer.run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    Trainer.from_folder(tmp_path).run()
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(sources: TrainingConfig, tmp_path: Path) -> None:
+    """What the steps change while it is being written is not in it."""
+    trainer = Trainer(sources, tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.checkpoints.save(trainer.state)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.fill_(7)
+    trainer.checkpoints.finish()
+    assert_equal(Trainer.from_folder(tmp_path).model.state_dict(), before)
 
 
 def test_accumulation_accumulates(sources: TrainingConfig, tmp_path: Path) -> None:
-    """The step's gradient is the mean over its micro-batches; the released loop throws all but the last away."""
-    trainer = Trainer(dataclasses.replace(sources, accumulation_steps=2, max_grad_norm=1e9), tmp_path)
-
-    def batches() -> LatentBatches:
-        return LatentBatches(trainer.images, trainer.vae, batch_size=2, num_blocks=4, seed=sources.seed)
-
-    model, generator, expected = copy.deepcopy(trainer.model), torch.Generator().manual_seed(0), batches()
-    for _ in range(2):
-        clean = expected.next(generator)
-        (training_losses(model, clean, trainer.noise_schedule, generator=generator).total / 2).backward()
-    gradients: list[torch.Tensor | None] = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (gradients.extend(p.grad for p in trainer.model.parameters()), step())  # type: ignore
-    trainer._train_step(batches())
-    for ours, other in zip(gradients, model.parameters(), strict=True):
-        assert (ours is None) == (other.grad is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, other.grad, rtol=1e-4, atol=1e-7)
+    """The released loop throws all micro-batches but the last away."""
+    curves = []
+    for steps in (1, 2, 4):
+        config = dataclasses.replace(sources, accumulation_steps=steps, save_every=6)
+        Trainer(config, tmp_path / str(steps)).run()
+        curves.append(losses(tmp_path / str(steps)))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_a_run_is_not_overwritten(sources: TrainingConfig, unbroken: Path) -> None:
@@ -136,17 +125,76 @@ def test_a_run_is_not_overwritten(sources: TrainingConfig, unbroken: Path) -> No
 
 
 def test_divergence_stops_and_names_the_last_good_checkpoint(sources: TrainingConfig, tmp_path: Path) -> None:
-    trainer = Trainer(dataclasses.replace(sources, learning_rate=1e30, warmup=0.0), tmp_path)
-    with pytest.raises(ValueError, match=r"the run has diverged; last good checkpoint: "):
+    config = dataclasses.replace(sources, steps=40, max_skipped_steps=3, warmup=0.0)
+    trainer = Trainer(config, tmp_path)
+    step = trainer._train_step
+
+    def poison(batches: Iterator[Batch]) -> dict[str, Tensor]:
+        if trainer.step == 5:
+            with torch.no_grad():
+                trainer.model.boi.fill_(torch.nan)
+        return step(batches)
+
+    trainer._train_step = poison  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"the last 4 steps up to 9 .* last good checkpoint: .*step-00000004$"):
         trainer.run()
+
+
+def test_one_bad_batch_changes_nothing(sources: TrainingConfig, tmp_path: Path) -> None:
+    trainer = Trainer(sources, tmp_path)
+    step = trainer._train_step
+
+    def spoil(batches: Iterator[Batch]) -> dict[str, Tensor]:
+        if trainer.step != 2:
+            return step(batches)
+        batch = next(batches)
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        record = step(iter([dataclasses.replace(batch, noise_BMLC=batch.noise_BMLC * torch.inf)]))
+        assert_equal(trainer.model.state_dict(), before)
+        return record
+
+    trainer._train_step = spoil  # type: ignore[method-assign]
+    trainer.run()
+    assert [record["skipped_steps"] for record in metrics(tmp_path)] == [0, 0, 1, 1, 1, 1]
+    assert math.isfinite(losses(tmp_path)[-1])
+
+
+def test_explosions_are_skipped() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = StepGuard(optimizer, torch.device("cpu"), explosion=10)
+    norms = [100.0, *[1.0] * 30, 9.0, 20.0, 1.0]
+    taken = []
+    for norm in norms:
+        weight.grad = torch.ones(1)
+        before = weight.item()
+        guard.step(torch.tensor(norm))
+        taken.append(weight.item() != before)
+    # by the end the first norm still counts 0.99**30 times: the mean is near 4, not 1
+    assert taken == [True] * 32 + [True, True]
+    for norm, good in ((200.0, False), (float("nan"), False), (1.0, True)):
+        before = weight.item()
+        guard.step(torch.tensor(norm))
+        assert (weight.item() != before) == good
+    assert guard.skipped == 2
+    assert guard.in_a_row == 0
 
 
 def test_a_damaged_checkpoint_is_named(sources: TrainingConfig, tmp_path: Path) -> None:
     Trainer(dataclasses.replace(sources, steps=1), tmp_path).run()
-    (newest,) = (tmp_path / "checkpoints").iterdir()
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-00000001\.pt is damaged or truncated"):
+    (part,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged"):
         Trainer.from_folder(tmp_path)
+
+
+def test_samples_traces_and_event_files(sources: TrainingConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(sources, sample_every=3, sample_images=3, sample_steps=2, profile_steps=1)
+    Trainer(config, tmp_path).run()
+    assert [file.name for file in sorted((tmp_path / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
+    assert Image.open(tmp_path / "samples" / "step-00000006.png").size == (32, 32)
+    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 1
+    assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 1
 
 
 def test_geometry_must_fit_the_latents(sources: TrainingConfig, tmp_path: Path) -> None:
@@ -164,45 +212,40 @@ def test_missing_data_and_vae(sources: TrainingConfig, tmp_path: Path) -> None:
 # Parts
 
 
-def test_every_epoch_visits_everything_once_in_another_order() -> None:
-    stream = list(itertools.islice(iter(ShuffledStream(7, seed=3)), 21))
-    epochs = [stream[i : i + 7] for i in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    for start in (0, 1, 6, 7, 12):
-        assert list(itertools.islice(iter(ShuffledStream(7, 3, start)), 9)) == stream[start : start + 9]
-
-
-def test_batches_draw_from_the_posterior() -> None:
-    """Mean and deviation of the encoder's answer, not its mean alone."""
-    mean, deviation = torch.full((8, 4, 8, 8), 2.0), torch.full((8, 4, 8, 8), 0.5)
-    batches = LatentBatches(TensorDataset(mean, deviation), None, batch_size=8, num_blocks=4, seed=0)  # type: ignore[arg-type]
-    latents = batches.next(torch.Generator().manual_seed(0))
-    assert latents.shape == (8, 4, 16, 4)
-    assert latents.mean().item() == pytest.approx(2, abs=0.05)
-    assert latents.std().item() == pytest.approx(0.5, abs=0.05)
+def factors(**changes: Any) -> list[float]:
+    config = TrainingConfig(steps=1000, **changes)
+    return [learning_rate_factor(config, step) for step in range(1001)]
 
 
 def test_wsd_has_three_parts() -> None:
-    values = [wsd(s, 1000, warmup=0.01, decay_start=0.85, decay_exponent=6) for s in range(1001)]
+    values = factors(warmup=0.01, decay_start=0.85, decay_exponent=6)
     assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(values[10:850]) == {1.0}
     assert values[925] == pytest.approx(0.5**3)
     assert values[1000] == pytest.approx(0.5**6)
 
 
+def test_cosine_and_constant() -> None:
+    values = factors(schedule="cosine", warmup=0.1, min_learning_rate=0.2)
+    assert values[100] == 1.0
+    assert values[550] == pytest.approx(0.6)
+    assert values[1000] == pytest.approx(0.2)
+    assert set(factors(schedule="constant", warmup=0.1)[100:]) == {1.0}
+
+
 def test_average_forgets_its_start() -> None:
     """``sum of (1 - d) d^k w`` in the end; the first steps use a shorter memory."""
     model = nn.Linear(1, 1, bias=False)
-    average = ExponentialMovingAverage(model, 0.5)
+    averages = MovingAverages(model, (0.5, 0.0))
     expected = model.weight.item()
     for step in range(8):
         with torch.no_grad():
             model.weight.fill_(float(step))
-        average.update(model, step)
+        averages.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    assert average.model.weight.item() == pytest.approx(expected)
+    assert averages.weights[0.5]["weight"].item() == pytest.approx(expected)
+    assert averages.weights[0.0]["weight"].item() == 7
     assert model.weight.item() == 7
 
 
@@ -219,7 +262,9 @@ def test_presets_round_trip(name: str) -> None:
         {"batch_size": 5, "accumulation_steps": 2},
         {"precision": "fp8"},
         {"warmup": 0.9},
-        {"ema_decay": 1.0},
+        {"ema_decays": (0.9, 1.0)},
+        {"schedule": "linear"},
+        {"hidden_loss_weight": -1.0},
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, object]) -> None:

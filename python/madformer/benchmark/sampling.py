@@ -197,9 +197,7 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     return row_of(plan, rounds[1:], pairs, roof, work)
 
 
-def row_of(
-    plan: Plan, rounds: list[dict[str, float]], pairs: list[tuple[float, float]], roof: Roof, work: Work
-) -> Row:
+def row_of(plan: Plan, rounds: list[dict[str, float]], pairs: list[tuple[float, float]], roof: Roof, work: Work) -> Row:
     steps = len(plan.timesteps)
     middle = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
     host = median(taken["total"] - taken["ar"] - taken["denoise"] - taken["vae"] for taken in rounds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import signal
 import sys
@@ -293,17 +292,11 @@ def _describe(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: 
 
 
 def _save_grid(images: list[Image.Image], file: Path) -> None:
-    from PIL import Image
-
     from madformer.model.persistence import atomic_path
+    from madformer.pipeline import image_grid
 
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for index, image in enumerate(images):
-        grid.paste(image, (index % columns * width, index // columns * height))
     with atomic_path(file) as path:
-        grid.save(path, "PNG")
+        image_grid(images).save(path, "PNG")
 
 
 def _report(

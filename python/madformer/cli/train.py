@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import os
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madformer.config import MADFormerConfig
+
+if TYPE_CHECKING:
+    from madformer.training.config import TrainingConfig
 
 EXAMPLES = """examples:
   madformer train emoji64 --out runs/emoji64
   madformer train emoji64 --out runs/emoji64 --resume
+  madformer train ffhq1024 --dry-run
+  torchrun --no-python --nproc-per-node 8 madformer train ffhq1024 --data LATENTS --parallel fsdp --out runs/ffhq
   madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
 """
 
@@ -26,8 +33,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("preset", help="emoji64, ffhq1024 or imagenet256")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and operations, and stop")
     _add_fields(parser.add_argument_group("run (default: the preset's)"), _training_fields(), "")
     _add_fields(parser.add_argument_group("model (default: the preset's)"), _model_fields(), "model.")
     parser.set_defaults(run=run)
@@ -35,7 +43,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from madformer.training.config import PRESETS
-    from madformer.training.trainer import Trainer
 
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
@@ -45,7 +52,40 @@ def run(args: argparse.Namespace) -> None:
         **{name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
     )
     changes = {name: given[name] for name in _training_fields() if name in given}
-    Trainer(dataclasses.replace(config, model=model, **changes), args.out, resume=args.resume).run()
+    config = dataclasses.replace(config, model=model, **changes)
+    if args.dry_run:
+        _describe(config)
+        return
+    if args.out is None:
+        raise ValueError("give --out FOLDER, or --dry-run")
+    logging.basicConfig(format="%(message)s")
+
+    from madformer.training.parallel import leave
+    from madformer.training.trainer import Trainer
+
+    try:
+        Trainer(config, args.out, resume=args.resume).run()
+    finally:
+        leave()
+
+
+def _describe(config: TrainingConfig) -> None:
+    """What a run would take, and nothing of it allocated."""
+    from madformer.training.costs import costs_of
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    costs = costs_of(config)
+    print(f"parameters           {costs.parameters / 1e6:,.1f} M")
+    print(f"operations           {costs.flops / 1e12:,.3g} TFLOP an image, forward and backward")
+    print(
+        f"                     {costs.flops * config.batch_size / 1e12:,.3g} TFLOP a step of {config.batch_size} images"
+    )
+    memory = costs.memory(config, processes)
+    print(f"memory               {sum(memory.values()) / 1e9:,.2f} GB on each of {processes} devices, of which")
+    for name, size in memory.items():
+        print(f"  {name:<18} {size / 1e9:,.2f} GB")
+    if config.activation_checkpointing != "none":
+        print(f"  activations are those without checkpointing, which is {config.activation_checkpointing}")
 
 
 def _training_fields() -> dict[str, Any]:
@@ -64,7 +104,8 @@ def _scalar_fields(config: type) -> dict[str, Any]:
     return {
         field.name: hints[field.name]
         for field in dataclasses.fields(config)
-        if hints[field.name] in (int, float, str, bool) or typing.get_origin(hints[field.name]) is typing.Literal
+        if hints[field.name] in (int, float, str, bool, tuple[float, ...])
+        or typing.get_origin(hints[field.name]) is typing.Literal
     }
 
 
@@ -75,5 +116,11 @@ def _add_fields(group: Any, fields: dict[str, Any], prefix: str) -> None:
             group.add_argument(option, dest=prefix + name, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is typing.Literal:
             group.add_argument(option, dest=prefix + name, choices=typing.get_args(kind))
+        elif kind == tuple[float, ...]:
+            group.add_argument(option, dest=prefix + name, type=_numbers, metavar="FLOAT,...")
         else:
             group.add_argument(option, dest=prefix + name, type=kind, metavar=kind.__name__.upper())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))

@@ -4,8 +4,8 @@
     madformer.accelerate(model)         # before or after the optimiser, the EMA copy, DDP
     madformer.restore(model)            # as it was
 
-Nothing of the module changes but two entries of its instance dictionary, ``forward`` and ``sample``. They run the native
-network, whose parts have no weights of their own: each shares the parameter dictionary of the part of the same name.
+Nothing of the module changes but two entries of its instance dictionary, ``forward`` and ``sample``. They run the
+native network, whose parts have no weights of their own: each shares the parameter dictionary of the part of that name.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Acceleration:
         template = _recognise(module)
         for name, part in template.named_modules():
             if name and part._parameters:
-                # The dictionary, not what is in it: `to`, `load_state_dict(assign=True)` and functional calls replace that.
+                # The dictionary, not what is in it: `load_state_dict(assign=True)` and functional calls replace that.
                 part.__dict__["_parameters"] = module.get_submodule(name)._parameters
         self.module, self.native = module, template.to_native()
 

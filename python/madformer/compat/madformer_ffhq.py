@@ -105,7 +105,8 @@ class MADFormer(nn.Module):
         )
         self.clear_clean, self.clear_cond, self.denoising_mlp = clear_clean, clear_cond, denoising_mlp
         self.cache_clean, self.square_block, self.qk_norm = cache_clean, square_block, not no_qk_norm
-        config = MADFormerConfig(
+        config = native_config(
+            model_config_path,
             hidden_size=hidden_size,
             num_layers=depth,
             num_heads=num_heads,
@@ -116,11 +117,6 @@ class MADFormer(nn.Module):
             context=CONTEXTS[clear_clean, clear_cond],
             cross_block_attention=not denoising_mlp,
             square_blocks=square_block,
-            rope_pairing="released",
-            clean_timestep="noisy",
-            hidden_loss_input="condition+noisy",
-            hidden_loss_skips="same_block",
-            **_read_model_config(model_config_path),
         )
         self._adopt(NativeMADFormer(config))
 
@@ -310,11 +306,27 @@ def draw(
     memory = [(parameter, parameter.data) for parameter in native.parameters()]
     plan = Sampler(native, scheduler).plan(images, num_inference_steps)
     # a copy, so that the result is no inference tensor and may be trained on
-    latents = plan.run(noise, generator=generator).to(dtype, copy=True)
+    sampled = plan.run(noise, generator=generator).to(dtype, copy=True)
     # The plan makes convolutions channels-last; an optimiser's state and DDP's buckets go by the layout that they met.
     for parameter, data in memory:
         parameter.data = data
-    return latents
+    return sampled
+
+
+def native_config(model_config: str | Path | Mapping[str, Any], **fields: Any) -> MADFormerConfig:
+    """``fields`` and what a released model configuration says, with the quirks of the released code.
+
+    Raises:
+        ValueError: an impossible geometry, or no such file of JSON; the message names it.
+    """
+    return MADFormerConfig(
+        rope_pairing="released",
+        clean_timestep="noisy",
+        hidden_loss_input="condition+noisy",
+        hidden_loss_skips="same_block",
+        **fields,
+        **_read_model_config(model_config),
+    )
 
 
 def _read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

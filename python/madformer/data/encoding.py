@@ -155,9 +155,9 @@ class _Encoder:
 
     def write(self, shards: Sequence[int], folder: Path, progress: bool) -> None:
         numbers = [batch for shard in shards for batch in self._batches(shard)]
-        on_gpu = self.vae.device.type == "cuda"
+        total, on_gpu = sum(map(len, numbers)), self.vae.device.type == "cuda"
         reads = fetch_batches(_Reader(self.images), numbers, num_workers=self.num_workers, pin_memory=on_gpu)
-        with tqdm(total=sum(map(len, numbers)), desc="encoding", unit="image", disable=not progress) as bar:
+        with tqdm(total=total, desc="encoding", unit="image", disable=not (progress and total)) as bar:
             for shard in shards:
                 path = folder / self.description.shard_name(shard)
                 write_shard(self._samples(itertools.islice(reads, len(self._batches(shard))), bar), path)
@@ -195,7 +195,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _Reader:
-    """What a worker reads of a batch: number and record of the readable samples, their pixels, how many were asked for."""
+    """What a worker reads: number and record of the readable samples, their pixels, and how many were asked for."""
 
     images: ImageDataset
 

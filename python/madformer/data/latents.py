@@ -152,7 +152,8 @@ class LatentDescription:
             values = json.loads(path.read_text(encoding="utf-8"))
             if (version := values.pop("version")) != VERSION:
                 raise ValueError(f"version {version}, where {VERSION} is known")
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            values |= {name: tuple(values[name]) for name in ("class_names", "latent_shape")}
+            return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} describes no latents: {error}") from error
 

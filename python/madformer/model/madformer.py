@@ -231,7 +231,11 @@ class MADFormer(PretrainedMixin, nn.Module):
             clean_queries="clean" in outputs,
         )
         tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
-        return layer(streams, self.rope, tables, masked_attention(layout, self.attention_backend), outputs)
+        return layer(streams, self.rope, tables, self.attention(layout), outputs)
+
+    def attention(self, layout: BlockLayout) -> Attention:
+        """What layers attend with in training."""
+        return masked_attention(layout, self.attention_backend)
 
     def decode_condition(
         self, condition: Tensor | None, noisy_BSC: Tensor, timestep_BM: Tensor, clean_skips: Skips

@@ -6,38 +6,71 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from madformer import config as model_presets
 from madformer.config import MADFormerConfig
 
+AT_LEAST_ONE = (
+    "image_size", "steps", "batch_size", "accumulation_steps", "log_every", "save_every", "keep_checkpoints",
+    "sample_images", "sample_steps", "max_skipped_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "num_workers", "weight_decay", "min_learning_rate", "image_loss_weight", "hidden_loss_weight",
+    "clean_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps", "num_threads", "seed", "shard_group",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run. The defaults are the paper's, as far as one machine goes.
+    """One run. The defaults are the paper's.
 
     Attributes:
-        data: shards, a folder of images, or ``hf:NAME``; see :func:`madformer.data.open_dataset`.
+        data: shards of images or of latents, a folder of images, or ``hf:NAME``; see
+            :func:`madformer.data.open_dataset` and ``madformer data latents``.
+        data_order: ``uniform``, or ``shards`` for disks that seek slowly; see
+            :class:`madformer.training.data.BatchStream`.
         vae: folder or hub id of an ``AutoencoderKL``.
         image_size: pixels along one side.
+        flip: mirror every second image, by chance.
         cache_latents: encode the data set once, before the first step, and keep it in memory.
-        batch_size: images in an optimiser step; split into ``accumulation_steps`` micro-batches.
-        warmup, decay_start, decay_exponent: WSD: linear warm-up over this share of the steps, constant, then from
-            that share on a decay to ``0.5 ** decay_exponent``.
-        hidden_loss_weight, clean_loss_weight: of the condition's and the clean tower's loss; the image loss counts 1.
-        precision: dtype of the autocast region; weights and optimiser stay fp32.
-        keep_checkpoints: how many of the newest to keep.
-        compile: pass the network through ``torch.compile``.
+        max_bad_fraction: of unreadable images that a run puts up with.
+        batch_size: images in an optimiser step, over all processes; split into ``accumulation_steps`` micro-batches a
+            process.
+        schedule: of the learning rate. ``wsd``: linear warm-up over the share ``warmup`` of the steps, constant, then
+            from the share ``decay_start`` on a decay to ``0.5 ** decay_exponent``. ``cosine``: the same warm-up, then
+            half a cosine to the share ``min_learning_rate``. ``constant``: the warm-up, and no decay.
+        ema_decays: one average of the weights each, commas between them; samples are drawn from the first.
+        image_loss_weight, hidden_loss_weight, clean_loss_weight: of the noisy blocks', the condition's and the clean
+            tower's loss.
+        min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for none.
+        explosion: a step changes nothing whose gradient's norm is not finite, or more than so many times its running
+            mean (0 for never). max_skipped_steps: after more than so many of them in a row the run stops.
+        parallel: ``ddp`` keeps the whole model on every process; ``fsdp`` shards it over all, ``hsdp`` over groups of
+            ``shard_group`` processes (0 for those of a machine) that are copies of one another. ``auto`` is ``ddp``
+            where torchrun started several processes, else ``none``.
+        precision: dtype of the autocast region, and of the layers' weights where they are sharded; the weights that are
+            kept, the gradients' reduction and the optimiser stay fp32.
+        compile: pass every layer through ``torch.compile``.
+        activation_checkpointing: ``full`` keeps a layer's input alone and runs it again backward; ``selective`` keeps
+            matrix products and attention too, and runs the rest again.
         backend, attention_backend: of the kernels, see :meth:`madformer.model.MADFormer.set_backend`; an empty
             ``attention_backend`` is the same as ``backend``.
         num_threads: of torch on a CPU; 0 leaves torch's choice.
+        keep_checkpoints: how many of the newest to keep.
+        sample_every: draw a grid of ``sample_images`` every so many steps; 0 for never.
+        tensorboard: write event files, where the package is installed. wandb: name of a project to log to as well.
+        profile_steps: write a trace of so many steps, from the fourth of a session on; 0 for none.
     """
 
     model: MADFormerConfig = field(default_factory=MADFormerConfig)
     data: str = ""
+    data_order: Literal["uniform", "shards"] = "uniform"
     vae: str = "stabilityai/sd-vae-ft-mse"
     image_size: int = 1024
+    flip: bool = False
     cache_latents: bool = False
+    max_bad_fraction: float = 0.05
     num_workers: int = 4
 
     steps: int = 210_000
@@ -47,64 +80,91 @@ class TrainingConfig:
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: float = 0.01
     decay_start: float = 0.85
     decay_exponent: float = 6.0
+    min_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.9999
+    ema_decays: tuple[float, ...] = (0.9999,)
 
+    image_loss_weight: float = 1.0
     hidden_loss_weight: float = 0.1
     clean_loss_weight: float = 0.0
+    min_snr_gamma: float = 0.0
+    explosion: float = 100.0
+    max_skipped_steps: int = 10
 
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_group: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     backend: str = "auto"
     attention_backend: str = ""
     device: str = "auto"
     num_threads: int = 0
     seed: int = 0
+
     log_every: int = 10
     save_every: int = 10_000
     keep_checkpoints: int = 3
+    sample_every: int = 10_000
+    sample_images: int = 16
+    sample_steps: int = 25
+    tensorboard: bool = True
+    wandb: str = ""
+    profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation_steps",
-            "log_every",
-            "save_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if isinstance(value, str) and choices and value not in choices:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        for names, low in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
+            for name in names:
+                if not getattr(self, name) >= low:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        if not self.learning_rate > 0 or not self.max_grad_norm > 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive"
+            )
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation_steps={self.accumulation_steps}"
             )
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision={self.precision!r} must be 'bf16' or 'fp32'")
         if not 0 <= self.warmup <= self.decay_start <= 1:
             raise ValueError(f"warmup={self.warmup} and decay_start={self.decay_start} must rise within [0, 1]")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
-        return cls(**{**values, "model": MADFormerConfig.from_dict(values["model"])})
+        """The inverse of :meth:`to_json`'s ``dataclasses.asdict``.
+
+        Raises:
+            ValueError: a field that this version does not have.
+        """
+        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"a training configuration has no field {', '.join(sorted(unknown))}")
+        model, decays = MADFormerConfig.from_dict(values["model"]), tuple(values.get("ema_decays", (0.9999,)))
+        return cls(**{**values, "model": model, "ema_decays": decays})
 
 
 def ffhq1024() -> TrainingConfig:
     """The paper's FFHQ-1024 run."""
-    return TrainingConfig()
+    return TrainingConfig(image_loss_weight=5.0)
 
 
 def imagenet256() -> TrainingConfig:
     """The image part of the paper's ImageNet-256 run."""
-    return TrainingConfig(model=model_presets.imagenet256(), image_size=256, steps=250_000, batch_size=256)
+    return TrainingConfig(
+        model=model_presets.imagenet256(), image_size=256, steps=250_000, batch_size=256, image_loss_weight=5.0
+    )
 
 
 def emoji64() -> TrainingConfig:
@@ -120,8 +180,9 @@ def emoji64() -> TrainingConfig:
         batch_size=32,
         learning_rate=1e-3,
         decay_start=0.67,
-        ema_decay=0.999,
+        ema_decays=(0.999,),
         save_every=250,
+        sample_every=500,
     )
 
 

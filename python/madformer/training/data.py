@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from madformer.config import MADFormerConfig
@@ -34,7 +34,7 @@ from madformer.vae import downscale, encode
 Order = Literal["uniform", "shards"]
 WINDOW = 8
 """Shards whose samples ``order="shards"`` mixes."""
-_ORDER, _DRAWS = 0, 1  # streams of random numbers
+_ORDER_STREAM, _SAMPLE_STREAM = 0, 1  # of random numbers, of an epoch and of a position
 
 
 class CachedLatents(TensorDataset):
@@ -64,7 +64,7 @@ def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int =
         moments.append(torch.stack(encode(vae, batch["image"])).cpu())
         labels += batch["label"].tolist()
         captions += batch["caption"]
-    means, deviations = torch.cat(moments, dim=1).clone()
+    means, deviations = torch.cat(moments, dim=1)
     return CachedLatents(means, deviations, labels, captions)
 
 
@@ -156,16 +156,15 @@ class BatchStream:
         if order not in ("uniform", "shards"):
             raise ValueError(f"order={order!r} must be 'uniform' or 'shards'")
         if isinstance(data, TensorDataset) and not isinstance(data, CachedLatents):
-            data = CachedLatents(*data.tensors)
+            means, deviations = data.tensors
+            data = CachedLatents(means, deviations)
         _check_data(data, vae, config, flip)
         self.vae, self.config = vae, config
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
-        self.order = EpochOrder(len(data), seed, _shard_lengths(data) if order == "shards" else None)
+        lengths = _shard_lengths(data) if order == "shards" else None
         # one loader for the whole run: its workers live as long
         self._draws = fetch_batches(
             _Draws(data, config, seed, num_timesteps, flip),
-            self._places(),
+            _places(EpochOrder(len(data), seed, lengths), global_batch, micro_batch, rank, world_size, first_step),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -179,11 +178,9 @@ class BatchStream:
             batch.clean_BMLC = self._encode(pixels_BCHW, batch.clean_BMLC)
         return batch
 
-    def _places(self) -> Iterator[list[_Place]]:
-        for step in itertools.count(self.first_step):
-            first, last = step * self.global_batch, (step + 1) * self.global_batch
-            for start in range(first + self.rank * self.micro_batch, last, self.world_size * self.micro_batch):
-                yield [(position, self.order[position]) for position in range(start, start + self.micro_batch)]
+    def close(self) -> None:
+        """Stop the workers, if there are any."""
+        self._draws.close()
 
     def _encode(self, pixels_BCHW: Tensor, noise_BMLC: Tensor) -> Tensor:
         assert self.vae is not None
@@ -212,7 +209,7 @@ class EpochOrder:
         return int(self._samples[offset])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        random = _generator(self.seed, epoch, _ORDER)
+        random = _generator(self.seed, epoch, _ORDER_STREAM)
         if self.shard_lengths is None:
             return random.permutation(self.length)
         shards = np.split(np.arange(self.length), np.cumsum(self.shard_lengths)[:-1])
@@ -223,6 +220,16 @@ class EpochOrder:
 
 _Place = tuple[int, int]  # position, and the sample that stands there
 _Draw = tuple[Batch, Tensor | None]
+
+
+def _places(
+    order: EpochOrder, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int
+) -> Iterator[list[_Place]]:
+    """Of a process, a micro-batch at a time."""
+    for step in itertools.count(first_step):
+        first, last = step * global_batch, (step + 1) * global_batch
+        for start in range(first + rank * micro_batch, last, world_size * micro_batch):
+            yield [(position, order[position]) for position in range(start, start + micro_batch)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,7 @@ class _Draws:
 
     def __call__(self, places: Sequence[_Place]) -> _Draw:
         samples = [self._draw(*place) for place in places]
-        clean, noise, timestep = (torch.stack([sample[name] for sample in samples]) for name in _DRAWN)
+        clean, noise, timestep = (torch.stack([s[name] for s in samples]) for name in ("clean", "noise", "timestep"))
         batch = Batch(
             to_blocks(clean, self.config.num_blocks),
             noise,
@@ -250,7 +257,7 @@ class _Draws:
         return batch, torch.stack(images) if images else None
 
     def _draw(self, position: int, index: int) -> dict[str, Any]:
-        config, random = self.config, _generator(self.seed, position, _DRAWS)
+        config, random = self.config, _generator(self.seed, position, _SAMPLE_STREAM)
         flipped = bool(random.random() < 0.5) and self.flip
         posterior_CHW = _normal(random, config.latent_channels, config.latent_side, config.latent_side)
         timestep_M = torch.from_numpy(random.integers(0, self.num_timesteps, config.num_blocks))
@@ -265,9 +272,6 @@ class _Draws:
                 sample["image"] = sample["image"].flip(-1)
         clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
         return {**sample, "clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M}
-
-
-_DRAWN = ("clean", "noise", "timestep")
 
 
 def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
@@ -303,49 +307,3 @@ def _shard_lengths(data: LatentDataset | CachedLatents | ImageDataset) -> list[i
     if not isinstance(shards, (LatentDataset, ShardDataset)):
         raise ValueError("order='shards' needs data in .tar shards")
     return shards.shard_lengths
-
-
-class ShuffledStream(Sampler[int]):
-    """Endless epochs, each in an order that the seed and its number give, so that a run can resume anywhere."""
-
-    def __init__(self, length: int, seed: int, start: int = 0) -> None:
-        self.length, self.seed, self.start = length, seed, start
-
-    def __iter__(self) -> Iterator[int]:
-        epoch, offset = divmod(self.start, self.length)
-        while True:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            yield from torch.randperm(self.length, generator=generator)[offset:].tolist()
-            epoch, offset = epoch + 1, 0
-
-
-class LatentBatches:
-    """Batches of blocked latents ``(B, M, L, C)``, from cached latents or through the VAE.
-
-    Args:
-        data: a :func:`cache_latents` result, or a data set of images.
-        first_batch: how many batches of an earlier run to pass over.
-    """
-
-    def __init__(
-        self,
-        data: Dataset[Any],
-        vae: AutoencoderKL,
-        *,
-        batch_size: int,
-        num_blocks: int,
-        seed: int,
-        first_batch: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        sampler = ShuffledStream(len(data), seed, first_batch * batch_size)  # type: ignore[arg-type]
-        self.loader = DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
-        self.batches = iter(self.loader)
-        self.vae, self.num_blocks = vae, num_blocks
-
-    def next(self, generator: torch.Generator) -> Tensor:
-        """The next batch; ``generator`` draws from the VAE's posterior."""
-        batch = next(self.batches)
-        mean, deviation = encode(self.vae, batch["image"]) if isinstance(batch, dict) else batch
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        return to_blocks(mean + deviation * noise, self.num_blocks)

@@ -13,7 +13,20 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from madformer.config import PredictionType
-from madformer.model import MADFormer
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the losses; a loss of weight 0 is not computed.
+
+    Attributes:
+        min_snr_gamma: see :func:`min_snr_weight`; 0 for none.
+    """
+
+    image: float = 1.0
+    hidden: float = 0.1
+    clean: float = 0.0
+    min_snr_gamma: float = 0.0
 
 
 @dataclass
@@ -41,41 +54,53 @@ def prediction_target(
     return scheduler.get_velocity(clean, noise, timestep)
 
 
+def min_snr_weight(prediction_type: PredictionType, scheduler: DDPMScheduler, timestep: Tensor, gamma: float) -> Tensor:
+    """Weight of a squared error at each timestep, in fp32 (arXiv:2303.09556, section 3.4).
+
+    With ``snr = a / (1 - a)`` of the schedule's cumulated ``a`` it is ``min(snr, gamma)`` on the predicted clean
+    sample; what that is on epsilon or v divides by ``snr`` or ``snr + 1``.
+    """
+    signal = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    snr = signal / (1 - signal)
+    scale = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    return snr.clamp(max=gamma) / scale
+
+
 def training_losses(
     model: torch.nn.Module,
     clean_BMLC: Tensor,
+    noise_BMLC: Tensor,
+    timestep_BM: Tensor,
     scheduler: DDPMScheduler,
-    *,
-    hidden_weight: float = 0.1,
-    clean_weight: float = 0.0,
-    generator: torch.Generator | None = None,
+    weights: LossWeights | None = None,
 ) -> Losses:
     """Noise every block to a timestep of its own, predict, and compare.
 
     Args:
-        model: a :class:`MADFormer`, bare or wrapped (``torch.compile``, DDP).
+        model: a :class:`~madformer.model.MADFormer`, bare or wrapped (``torch.compile``, DDP, FSDP).
         clean_BMLC: scaled latents.
-        scheduler: gives the noise schedule.
-        generator: CPU generator of noise and timesteps, so that a run draws the same on every device.
+        noise_BMLC: standard normal.
+        timestep_BM: of every block, int64.
+        scheduler: gives the noise schedule and, as its ``prediction_type``, what is predicted.
     """
-    network = getattr(model, "module", model)
-    network = getattr(network, "_orig_mod", network)
-    assert isinstance(network, MADFormer)
-    device, batch = clean_BMLC.device, clean_BMLC.shape[:2]
-    noise = torch.randn(clean_BMLC.shape, generator=generator).to(device)
-    timestep = torch.randint(0, scheduler.config.num_train_timesteps, batch, generator=generator).to(device)
-    flat = clean_BMLC.flatten(0, 1), noise.flatten(0, 1), timestep.flatten()
-    noisy = scheduler.add_noise(*flat).unflatten(0, batch)
-    target = prediction_target(network.config.prediction_type, scheduler, *flat).unflatten(0, batch)
+    weights = weights or LossWeights()
+    prediction_type: PredictionType = scheduler.config.prediction_type
+    flat = clean_BMLC.flatten(0, 1), noise_BMLC.flatten(0, 1), timestep_BM.flatten()
+    noisy_BMLC = scheduler.add_noise(*flat).view_as(clean_BMLC)
+    target_BMLC = prediction_target(prediction_type, scheduler, *flat).view_as(clean_BMLC)
 
-    output = model(clean_BMLC, noisy, timestep, return_condition=hidden_weight > 0, return_clean=clean_weight > 0)
-    image = F.mse_loss(output.prediction.float(), target)
-    losses = Losses(total=image, image=image)
+    output = model(
+        clean_BMLC, noisy_BMLC, timestep_BM, return_condition=weights.hidden > 0, return_clean=weights.clean > 0
+    )
+    image = F.mse_loss(output.prediction.float(), target_BMLC, reduction="none").mean((2, 3))
+    if weights.min_snr_gamma:
+        image = image * min_snr_weight(prediction_type, scheduler, timestep_BM, weights.min_snr_gamma)
+    losses = Losses(total=weights.image * image.mean(), image=image.mean())
     if output.condition is not None:
         losses.hidden = F.mse_loss(output.condition.float(), clean_BMLC)
-        losses.total = losses.total + hidden_weight * losses.hidden
+        losses.total = losses.total + weights.hidden * losses.hidden
     if output.clean is not None and clean_BMLC.shape[1] > 1:
         # the last clean block is context for nobody
         losses.clean = F.mse_loss(output.clean[:, :-1].float(), clean_BMLC[:, :-1])
-        losses.total = losses.total + clean_weight * losses.clean
+        losses.total = losses.total + weights.clean * losses.clean
     return losses

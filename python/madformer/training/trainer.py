@@ -1,39 +1,53 @@
-"""One training run on one device: exact resume, moving average, checkpoints that appear whole or not at all.
+"""One training run, on one device or many: exact resume, moving averages, checkpoints, and what it reports.
 
 Noise, timesteps and the order of the data depend on the seed and the step alone, so a resumed run draws what the
-unbroken one would have drawn.
+unbroken one would have drawn, whatever number of processes it has now.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import DDPMScheduler
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
+from madformer.benchmark.environment import environment
+from madformer.benchmark.sampling import Roof
 from madformer.data import open_dataset
+from madformer.data.latents import LatentDataset, holds_latents
 from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline, default_scheduler, image_grid
+from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
-from madformer.training.data import LatentBatches, cache_latents
+from madformer.training.costs import costs_of, loss_weights
+from madformer.training.data import Batch, BatchStream, cache_latents
 from madformer.training.losses import training_losses
-from madformer.training.optimization import ExponentialMovingAverage, wsd
+from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
+from madformer.training.parallel import accumulating, join, make_model, whole
+from madformer.training.reporting import Reporter
 from madformer.vae import load_vae
+
+logger = logging.getLogger("madformer.training")
+
+PACKAGES = ("madformer", "diffusers", "triton", "numpy")
 
 
 class Trainer:
     """Trains ``config.model`` into ``folder``.
 
-    The folder holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` (to resume from) and ``model/``: a pipeline
-    with the averaged weights, ready to sample from, renewed with every checkpoint.
+    The folder holds ``config.json``, ``environment.json`` (versions, commit and device of the last session),
+    ``metrics.jsonl``, ``samples/``, ``tensorboard/``, ``checkpoints/`` (to resume from) and ``model/``: a pipeline with
+    the averaged weights, ready to sample from, renewed with every checkpoint.
 
     Args:
         resume: go on from the newest checkpoint in the folder, if there is one. Without it a folder that already
@@ -45,39 +59,37 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, folder: str | Path, *, resume: bool = False) -> None:
         self.config, self.folder = config, Path(folder)
-        if self.checkpoints() and not resume:
+        self.world = join(config)
+        self.device = self.world.device
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.keep_checkpoints, is_first=self.world.is_first
+        )
+        self.world.barrier()
+        found = self.checkpoints.paths()
+        if found and not resume:
             raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
-        with atomic_path(self.folder / "config.json") as path:
-            path.write_text(config.to_json())
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        torch.manual_seed(config.seed)
         self.vae = load_vae(config.vae, self.device)
-        self.images = open_dataset(config.data, config.image_size, on_error="skip")
-        self._check_latents()
-        self.model = MADFormer(config.model).to(self.device).train()
-        self.model.set_backend(config.backend, config.attention_backend or None)
-        for unet in (self.model.downsampler, self.model.upsampler):
-            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = ExponentialMovingAverage(self.model, config.ema_decay)
+        self.data = self._open_data()
+        self.costs, self.weights = costs_of(config), loss_weights(config)
+        self.model, self.wrapped = make_model(config, self.world, self.costs.unread)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            trained,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             fused=True,
         )
-        # compiled in place of the forward alone, so that state and parameters keep their names
-        if config.compile:
-            self.model.compile()
+        self.averages = MovingAverages(self.model, config.ema_decays)
+        self.guard = StepGuard(self.optimizer, self.device, config.explosion)
+        self.state = RunState(self.model, self.averages, self.optimizer, self.guard)
         self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type)
-        self.step = 0
         self._stop = False
-        if resume and self.checkpoints():
-            self._load(self.checkpoints()[-1])
+        self._describe()
+        if found:
+            self.state.load(found[-1])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -85,128 +97,181 @@ class Trainer:
         values = json.loads((Path(folder) / "config.json").read_text())
         return cls(TrainingConfig.from_dict(values), folder, resume=True)
 
-    def _check_latents(self) -> None:
-        model, downscale = self.config.model, 2 ** (len(self.vae.config.block_out_channels) - 1)
-        channels, side = self.vae.config.latent_channels, self.config.image_size // downscale
-        if (channels, side) != (model.latent_channels, model.latent_side):
-            raise ValueError(
-                f"images of image_size={self.config.image_size} become {channels} x {side} x {side} latents in this "
-                f"VAE; the model takes latent_channels={model.latent_channels} of side {model.latent_side} "
-                "(num_blocks, block_size, unet)"
-            )
+    @property
+    def step(self) -> int:
+        return self.state.step
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints of this run, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.pt"))
+    def _open_data(self) -> Any:
+        config = self.config
+        if holds_latents(config.data):
+            return LatentDataset(config.data)
+        images = open_dataset(config.data, config.image_size, on_error="skip", max_bad_fraction=config.max_bad_fraction)
+        return cache_latents(self.vae, images) if config.cache_latents else images
+
+    def _describe(self) -> None:
+        """Say in the folder what the run is."""
+        if not self.world.is_first:
+            return
+        with atomic_path(self.folder / "config.json") as path:
+            path.write_text(self.config.to_json())
+        described = environment("train", self.device, PACKAGES) | {"processes": self.world.size}
+        with atomic_path(self.folder / "environment.json") as path:
+            path.write_text(json.dumps(described, indent=2) + "\n")
 
     def run(self) -> None:
-        """Train to the last step. SIGTERM and SIGINT save a checkpoint and end the run in good order."""
-        config = self.config
-        data = cache_latents(self.vae, self.images) if config.cache_latents else self.images
-        micro_batch = config.batch_size // config.accumulation_steps
-        batches = LatentBatches(
-            data,
+        """Train to the last step. SIGTERM and SIGINT save a checkpoint and end the run in good order.
+
+        Raises:
+            ValueError: too many steps in a row were skipped, or images unreadable.
+        """
+        config, world = self.config, self.world
+        batches = BatchStream(
+            self.data,
             self.vae,
-            batch_size=micro_batch,
-            num_blocks=config.model.num_blocks,
+            config=config.model,
+            global_batch=config.batch_size,
+            micro_batch=config.batch_size // (config.accumulation_steps * world.size),
+            rank=world.rank,
+            world_size=world.size,
             seed=config.seed,
-            first_batch=self.step * config.accumulation_steps,
+            first_step=self.step,
             num_workers=config.num_workers,
+            num_timesteps=self.noise_schedule.config.num_train_timesteps,
+            flip=config.flip,
+            order=config.data_order,
         )
-        # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward. At 1,152 it is not.
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        handlers = {s: signal.signal(s, self._request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        reporter = self._reporter() if world.is_first else None
         try:
-            with (
-                attention,
-                open(self.folder / "metrics.jsonl", "a", buffering=1) as metrics,
-                tqdm(total=config.steps, initial=self.step, unit="step") as bar,
-            ):
-                started, first = time.perf_counter(), self.step
+            with self._stopping_in_good_order(), self._attention(), self._profiler() as end_of_step:
                 while self.step < config.steps and not self._stop:
                     record = self._train_step(batches)
-                    bar.update()
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        seconds = time.perf_counter() - started
-                        record["images_per_second"] = (self.step - first) * config.batch_size / seconds
-                        started, first = time.perf_counter(), self.step
-                        metrics.write(json.dumps(record) + "\n")
-                        bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"})
-                    if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
-                        self.save()
+                    self._stop = self._any(self._stop)
+                    last = self.step == config.steps or self._stop
+                    if last or self.step % config.log_every == 0:
+                        self._report(record, reporter)
+                    if last or self.step % config.save_every == 0:
+                        self._pausing(reporter, self.save)
+                    if config.sample_every and (self.step == config.steps or self.step % config.sample_every == 0):
+                        self._pausing(reporter, lambda: self._draw(reporter))
+                    end_of_step()
+            self.checkpoints.finish()
+        finally:
+            if reporter is not None:
+                reporter.close()
+
+    def _train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimiser step; gives the losses of this process's samples, on the device."""
+        config = self.config
+        factor = learning_rate_factor(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        totals: dict[str, Tensor] = {}
+        for index in range(config.accumulation_steps):
+            batch = next(batches)
+            tensors = (batch.clean_BMLC, batch.noise_BMLC, batch.timestep_BM)
+            clean, noise, timestep = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            with accumulating(self.wrapped, index == config.accumulation_steps - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    losses = training_losses(self.wrapped, clean, noise, timestep, self.noise_schedule, self.weights)
+                (losses.total / config.accumulation_steps).backward()
+            for name, value in losses.parts().items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value / config.accumulation_steps
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+        self.guard.step(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averages.update(self.step)
+        self.state.step += 1
+        return totals | {"grad_norm": norm}
+
+    def _report(self, record: dict[str, Tensor], reporter: Reporter | None) -> None:
+        """The one place in a step that waits for the device."""
+        values = self.world.mean(torch.stack(list(record.values())))
+        skipped, in_a_row = int(self.guard.skipped), int(self.guard.in_a_row)
+        if reporter is not None:
+            named = dict(zip(record, values.tolist(), strict=True))
+            named |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": skipped}
+            named["unreadable_images"] = getattr(self.data, "num_bad", 0)
+            reporter.numbers(self.step, named, self.device)
+        if in_a_row > self.config.max_skipped_steps:
+            newest = self.checkpoints.paths()
+            raise ValueError(
+                f"the gradients of the last {in_a_row} steps up to {self.step} are not finite, or explode: the run has "
+                f"diverged; last good checkpoint: {newest[-1] if newest else 'none'}"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint behind the next steps, and renew ``model/``. Nothing while steps are being skipped."""
+        if int(self.guard.in_a_row):
+            return
+        self.checkpoints.save(self.state)
+        pipeline = self.pipeline()
+        if self.world.is_first:
+            pipeline.save_pretrained(self.folder / "model")
+
+    def pipeline(self, decay: float | None = None) -> MADFormerPipeline:
+        """The averaged weights (the first decay's, unless named), ready to sample; every process must call this."""
+        averages = self.averages.weights[decay or self.config.ema_decays[0]]
+        weights = {name: whole(average) for name, average in averages.items()}
+        with torch.device("meta"):
+            model = MADFormer(self.config.model)
+        model.load_state_dict(weights, assign=True)
+        model.rope.to_empty(device=self.device)
+        model.eval().requires_grad_(False).set_backend(self.config.backend)
+        scheduler = default_scheduler(self.config.model.prediction_type)
+        return MADFormerPipeline(transformer=model, vae=self.vae, scheduler=scheduler)
+
+    def _draw(self, reporter: Reporter | None) -> None:
+        pipeline = self.pipeline()
+        if reporter is None:
+            return
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(self.config.sample_images, self.config.sample_steps, seed=0).images
+        reporter.picture(self.step, image_grid(images))
+
+    def _reporter(self) -> Reporter:
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        roof = Roof.measure(self.device, dtype).matmul_flops
+        return Reporter(self.config, self.folder, self.step, self.costs, roof, self.world.size)
+
+    def _pausing(self, reporter: Reporter | None, work: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        work()
+        if reporter is not None:
+            reporter.pause(time.perf_counter() - started)
+
+    @contextlib.contextmanager
+    def _stopping_in_good_order(self) -> Iterator[None]:
+        def request(*_: Any) -> None:
+            self._stop = True
+
+        handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _request_stop(self, *_: Any) -> None:
-        self._stop = True
+    def _any(self, stop: bool) -> bool:
+        """Whether any process was told to stop: they stop at the same step."""
+        if self.world.size == 1:
+            return stop
+        # between processors: the devices are not waited for
+        return bool(self.world.mean(torch.tensor(float(stop))))
 
-    def _train_step(self, batches: LatentBatches) -> dict[str, float]:
-        config = self.config
-        factor = wsd(
-            self.step,
-            config.steps,
-            warmup=config.warmup,
-            decay_start=config.decay_start,
-            decay_exponent=config.decay_exponent,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        generator = torch.Generator().manual_seed((config.seed << 40) + self.step)
-        totals: dict[str, torch.Tensor] = {}
-        for _ in range(config.accumulation_steps):
-            clean = batches.next(generator).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                losses = training_losses(
-                    self.model,
-                    clean,
-                    self.noise_schedule,
-                    hidden_weight=config.hidden_loss_weight,
-                    clean_weight=config.clean_loss_weight,
-                    generator=generator,
-                )
-            (losses.total / config.accumulation_steps).backward()
-            for name, value in losses.parts().items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value / config.accumulation_steps
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        record = {name: float(value) for name, value in totals.items()}
-        if not torch.isfinite(norm) or not torch.isfinite(totals["loss"]):
-            newest = self.checkpoints()[-1] if self.checkpoints() else "none"
-            raise ValueError(
-                f"loss {record['loss']} and gradient norm {float(norm)} at step {self.step}: the run has diverged; "
-                f"last good checkpoint: {newest}"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model, self.step)
-        self.step += 1
-        return {"step": self.step, **record, "grad_norm": float(norm), "lr": config.learning_rate * factor}
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward. At 1,152 it is not.
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
 
-    def save(self) -> None:
-        """Write a checkpoint and renew ``model/``; keep the newest few."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        with atomic_path(self.folder / "checkpoints" / f"step-{self.step:08d}.pt") as path:
-            torch.save(state, path)
-        self.pipeline().save_pretrained(self.folder / "model")
-        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
-            old.unlink()
-
-    def pipeline(self) -> MADFormerPipeline:
-        """The averaged weights, ready to sample."""
-        scheduler = default_scheduler(self.config.model.prediction_type)
-        return MADFormerPipeline(transformer=self.ema.model, vae=self.vae, scheduler=scheduler)
-
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is damaged or truncated; remove it to resume from the one before") from error
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Callable[[], None]]:
+        """Traces the steps that the configuration asks for into ``traces/``; gives what to call after each."""
+        steps = self.config.profile_steps if self.world.is_first else 0
+        if not steps:
+            yield lambda: None
+            return
+        folder = self.folder / "traces"
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=2, warmup=1, active=steps, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+        ) as profiler:
+            yield profiler.step

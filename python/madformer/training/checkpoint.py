@@ -1,0 +1,140 @@
+"""Checkpoints of a run: written behind the next steps, there whole or not at all, read by any number of processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from madformer.training.optimization import MovingAverages, StepGuard
+
+logger = logging.getLogger("madformer.training")
+
+# one process is what it says it assumes
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+class RunState:
+    """What a run goes on from. Random numbers are not in it: they depend on the seed and the step alone."""
+
+    def __init__(self, model: nn.Module, averages: MovingAverages, optimizer: Optimizer, guard: StepGuard) -> None:
+        self.model, self.averages, self.optimizer, self.guard = model, averages, optimizer, guard
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "ema": self.averages.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "guard": self.guard.state_dict(),
+            "step": self.step,
+        }
+
+    def load(self, path: Path) -> None:
+        """Take over a checkpoint, whatever number of processes wrote it.
+
+        Raises:
+            ValueError: it is damaged, or of another model.
+        """
+        state = self.state_dict()
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except (Exception, CheckpointException) as error:
+            raise ValueError(
+                f"{path} is damaged or of another model; remove it to resume from the one before: {_one_line(error)}"
+            ) from error
+        # averages and guard were read into their own tensors
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.step = state["step"]
+
+
+class Checkpoints:
+    """The checkpoints in a folder, as ``step-NNNNNNNN/`` in the format of ``torch.distributed.checkpoint``.
+
+    Args:
+        keep: how many of the newest to keep.
+        is_first: of all processes, the one that names and removes.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, is_first: bool) -> None:
+        self.folder, self.keep, self.is_first = folder, keep, is_first
+        # of its own: what is exchanged behind the steps must not meet what the steps exchange
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: Future[Any] | None = None
+        self._target: Path | None = None
+        if is_first:
+            for left_over in folder.glob(".step-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+
+    def paths(self) -> list[Path]:
+        """Those that are whole, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name))
+
+    def save(self, state: RunState) -> None:
+        """Copy the state, and write the copy while the run goes on; waits for the write before this one.
+
+        Raises:
+            OSError: that one failed.
+        """
+        self.finish()
+        path = self.folder / f"step-{state.step:08d}"
+        if path.exists():
+            return
+        self._target = path
+        self._pending = dcp.async_save(
+            state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group
+        )
+        if self.is_first:
+            # its part ends with the description of all parts, when every process has written its own
+            self._pending.add_done_callback(self._publish)
+
+    def finish(self) -> None:
+        """Wait until what was saved is there.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (Exception, CheckpointException) as error:
+            raise OSError(f"cannot write {self._target}: {_one_line(error)}") from error
+
+    def _hidden(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}")
+
+    def _publish(self, written: Future[Any]) -> None:
+        assert self._target is not None
+        if written.exception() is not None:
+            return
+        os.replace(self._hidden(self._target), self._target)
+        for old in self.paths()[: -self.keep]:
+            # under its own name it is whole until the end
+            os.replace(old, self._hidden(old))
+            shutil.rmtree(self._hidden(old), ignore_errors=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

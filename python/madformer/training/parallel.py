@@ -1,0 +1,199 @@
+"""One process or many: who this process is, and how the model is spread over all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from madformer.model import MADFormer
+from madformer.training.config import TrainingConfig
+
+# What costs more to run again than to keep.
+KEPT_OPS = ("mm", "addmm", "bmm", "_scaled_dot_product", "block_causal_attention", "convolution")
+
+
+@dataclass(frozen=True)
+class World:
+    """Attributes:
+    rank, size: of all processes. device: this one's. mesh: of all of them, None for a process alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mode: str
+    mesh: DeviceMesh | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over all processes; in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(config: TrainingConfig) -> World:
+    """This process among those that torchrun started, or alone.
+
+    Raises:
+        ValueError: the configuration asks for what the processes are not.
+    """
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    mode = config.parallel if config.parallel != "auto" else ("ddp" if size > 1 else "none")
+    if size > 1 and mode == "none":
+        raise ValueError(f"parallel='none' is for one process, and torchrun started {size}")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if mode == "none":
+        return World(0, 1, device, mode, None)
+    _check_groups(config, mode, size)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise ValueError(
+                f"parallel={mode!r} needs torchrun: torchrun --no-python --nproc-per-node N madformer train"
+            )
+        # gloo beside NCCL: checkpoints are gathered and written from the processors' memory, behind the next steps
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    shape, names = _mesh_shape(config, mode, size)
+    return World(rank, size, device, mode, init_device_mesh(device.type, shape, mesh_dim_names=names))
+
+
+def leave() -> None:
+    """After the last step: a process that ends within its groups waits for them forever."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _mesh_shape(config: TrainingConfig, mode: str, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    if mode == "hsdp":
+        group = config.shard_group or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return (size // group, group), ("replicate", "shard")
+    return (size,), ("replicate" if mode == "ddp" else "shard",)
+
+
+def _check_groups(config: TrainingConfig, mode: str, size: int) -> None:
+    share = config.accumulation_steps * size
+    if config.batch_size % share:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of accumulation_steps={config.accumulation_steps} x "
+            f"{size} processes"
+        )
+    if mode == "hsdp" and config.shard_group and size % config.shard_group:
+        raise ValueError(f"shard_group={config.shard_group} must divide the {size} processes")
+
+
+def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> tuple[MADFormer, nn.Module]:
+    """The model with its initial weights, and what a training step calls.
+
+    Parameters are allocated where and as they stay: other processes than the first never hold the whole model. The
+    first draws the weights on its processor, so that every way of running starts from the same ones.
+
+    Args:
+        unread: names of parameters that no loss of this configuration depends on; they are not trained. A gradient for
+            every trained one in every step is what DDP asks for.
+    """
+    sharded = world.mode in ("fsdp", "hsdp")
+    with torch.device("meta" if sharded and not world.is_first else "cpu"):
+        torch.manual_seed(config.seed)
+        model = MADFormer(config.model)
+    drawn = model.state_dict() if sharded and world.is_first else {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in unread)
+    for layer in model.layers:
+        _keep_less(layer, config.activation_checkpointing)
+        if config.compile:
+            layer.compile()
+    if sharded:
+        _shard(model.to("meta"), config, world)
+        model.to_empty(device=world.device)
+        _fill(model, drawn)
+    else:
+        model.to(world.device)
+        # cuDNN and oneDNN convolve channels-last fastest, and blocks of latents arrive so
+        for unet in (model.downsampler, model.upsampler):
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train().set_backend(config.backend, config.attention_backend or None)
+    return model, DistributedDataParallel(model, gradient_as_bucket_view=True) if world.mode == "ddp" else model
+
+
+def _shard(model: MADFormer, config: TrainingConfig, world: World) -> None:
+    """Every layer is gathered when it is its turn, everything else (the U-Net's halves) for the whole step."""
+    assert world.mesh is not None
+    # nothing is written into the prediction
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    # rotary tables are among a layer's arguments, and stay fp32
+    layers = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=layers)
+    # timesteps are raw integers, which bf16 cannot hold; autocast casts the convolutions' weights
+    fully_shard(model, mesh=world.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def _fill(model: nn.Module, drawn: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(
+        model, drawn, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    )
+
+
+def _keep_less(layer: nn.Module, mode: str) -> None:
+    """Make a layer keep less of its forward pass for its backward pass."""
+    if mode == "none":
+        return
+    forward = layer.forward
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name().partition("::")[2].partition(".")[0]
+    kept = any(name == known or (known[0] == "_" and name.startswith(known)) for known in KEPT_OPS)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def accumulating(wrapped: nn.Module, last: bool) -> Iterator[None]:
+    """Around a micro-batch: gradients are exchanged after the last one alone."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process, which all must call this; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,143 @@
+"""Released ``baseline.conf`` files in this library's terms."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from madformer.compat.madformer_ffhq import MADFormer
+from madformer.compat.released_config import read_released_config
+from madformer.training.config import TrainingConfig
+
+# The released baseline, as its own shell syntax allows to write it.
+BASELINE = """
+# Model settings
+DATASET="ffhq"
+DATASET_PATH="./datasets/ffhq 1024"   # quoted, with a comment behind it
+MODEL_CONFIG_PATH="Your/Path/To/Model/Config.json"
+LR=3e-4
+export WEIGHT_DECAY='5e-2'
+EPOCHS=200
+GLOBAL_BATCH_SIZE=64
+PER_GPU_BATCH_SIZE=1
+MIXED_PRECISION="bf16"
+SQUARE_BLOCK=true
+USE_ROPE=true
+AR_LEN=16
+CLEAR_CLEAN=false
+RESULTS_DIR="results"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.conf"
+    path.write_text(text)
+    return path
+
+
+def test_baseline_is_the_papers_model_with_the_released_quirks(tmp_path: Path) -> None:
+    config = read_released_config(write(tmp_path, BASELINE), world_size=8)
+    with torch.device("meta"):
+        released = MADFormer(
+            block_size=256,
+            ar_len=16,
+            spatial_len=4096,
+            model_config_path={"intermediate_size": 4096, "rms_norm_eps": 1e-5},
+        )
+    assert config.model == released.config
+    assert config.training == {
+        "data": "./datasets/ffhq 1024", "image_size": 1024, "num_workers": 4, "steps": 200 * (70_000 // 64),
+        "batch_size": 64, "accumulation_steps": 8, "learning_rate": 3e-4, "weight_decay": 0.05, "beta1": 0.9,
+        "beta2": 0.95, "schedule": "wsd", "warmup": 0.01, "decay_start": 0.85, "decay_exponent": 6.0,
+        "min_learning_rate": 0.0, "max_grad_norm": 1.0, "ema_decays": (0.9999,), "image_loss_weight": 1.0,
+        "hidden_loss_weight": 0.1, "clean_loss_weight": 0.0, "precision": "bf16", "seed": 0, "log_every": 10,
+        "save_every": 10_000,
+    }  # fmt: skip
+    assert config.ignored.keys() == {"USE_ROPE", "RESULTS_DIR"}
+    assert TrainingConfig(model=config.model, **config.training).steps == 218_600
+
+
+def test_ablation_on_a_smaller_image(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps({"intermediate_size": 512, "unet_block_out_channels": [64, 128]}))
+    text = """
+    MODEL_CONFIG_PATH=model.json
+    image_size=256
+    BLOCK_SIZE=64 PRE_DOWNSAMPLE_BLOCK_SIZE=256
+    AR_LEN=4
+    SPATIAL_LEN=256
+    DIFF_DEPTH=7
+    CLEAR_COND=1
+    DENOISING_MLP=True
+    LR_SCHEDULER=cosine
+    MAX_GRAD_NORM=0.0
+    MIXED_PRECISION=none
+    EPOCHS=3
+    GLOBAL_BATCH_SIZE=8
+    PER_GPU_BATCH_SIZE=2
+    CLEAR_TOWER_LOSS_LAMBDA=0.5
+    """
+    config = read_released_config(write(tmp_path, text), num_images=83, world_size=2)
+    model, training = config.model, config.training
+    assert (model.num_blocks, model.block_size, model.diffusion_layers) == (4, 64, 7)
+    assert (model.context, model.cross_block_attention) == ("clean", False)
+    assert (model.intermediate_size, model.unet.block_out_channels) == (512, (64, 128))
+    assert (training["steps"], training["batch_size"], training["accumulation_steps"]) == (30, 8, 2)
+    assert (training["schedule"], training["min_learning_rate"]) == ("cosine", 0.01)
+    assert (training["max_grad_norm"], training["precision"]) == (math.inf, "fp32")
+    # The released loop leaves the hidden loss out where there is no condition.
+    assert (training["hidden_loss_weight"], training["clean_loss_weight"]) == (0.0, 0.5)
+    assert config.ignored == {}
+    TrainingConfig(model=model, **training)
+
+
+def test_model_config_argument_comes_first(tmp_path: Path) -> None:
+    path = write(tmp_path, "MODEL_CONFIG_PATH=nowhere.json")
+    assert read_released_config(path, model_config={"intermediate_size": 96}).model.intermediate_size == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("LEARNING_RATE=1\nBLOCKSIZE=2", r"unknown LEARNING_RATE \(.* is \w+\), BLOCKSIZE \(.* is BLOCK_SIZE\)$"),
+        ("LR=fast", r"LR='fast' is no number$"),
+        ("EPOCHS=2.5", r"EPOCHS='2.5' is no whole number$"),
+        ("CLEAR_COND=yes", r"CLEAR_COND='yes' is no true or false$"),
+        ('LR=1\nDATASET="ffhq', r"run.conf, line 2: No closing quotation$"),
+        ("LR 1", r"line 1: 'LR' is no KEY=value$"),
+        ("AR_LEN=4", r"SPATIAL_LEN=4096 must be 1024 with BLOCK_SIZE=256 and AR_LEN=4$"),
+        ("AR_LEN=3", r"num_blocks=3 must be a square number"),
+        ("PATCH_SIZE=2", r"PATCH_SIZE=2 must be 1"),
+        ("MIXED_PRECISION=fp16", r"MIXED_PRECISION='fp16' must be one of bf16, none$"),
+        ("LR_SCHEDULER=linear", r"LR_SCHEDULER='linear' must be wsd, cosine or constant$"),
+        ("DATASET=cifar", r"DATASET='cifar'"),
+        ("PER_GPU_BATCH_SIZE=48", r"GLOBAL_BATCH_SIZE=64 must be a multiple of PER_GPU_BATCH_SIZE=48 on 1 processes$"),
+        ("EPOCHS=0", r"EPOCHS=0 of 70000 images are no step"),
+        ("MODEL_CONFIG_PATH=mine.json", r"MODEL_CONFIG_PATH=mine.json names no file, from here or from .*"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read_released_config(write(tmp_path, text))
+    assert str(error.value).startswith(str(tmp_path / "run.conf"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.conf"):
+        read_released_config(tmp_path / "nowhere.conf")
+
+
+@pytest.mark.skipif("MADFORMER_RELEASED" not in os.environ, reason="MADFORMER_RELEASED does not name a clone")
+def test_released_file(tmp_path: Path) -> None:
+    folder = Path(os.environ["MADFORMER_RELEASED"]) / "src" / "configs"
+    conf, model_config = folder / "train" / "baseline.conf", folder / "model" / "madformer.json"
+    expected = read_released_config(write(tmp_path, BASELINE))
+    for config in (read_released_config(conf), read_released_config(conf, model_config=model_config)):
+        assert config.model == expected.model
+        assert config.training == {**expected.training, "data": "./datasets/ffhq-1024"}
+        assert config.ignored.keys() == {"USE_ROPE", "RESULTS_DIR"}

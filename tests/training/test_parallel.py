@@ -1,0 +1,144 @@
+"""Several processes train what one does, and go on from one another's checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_run import command, losses, make_config, run_apart
+
+from madformer.config import tiny
+from madformer.training import parallel
+from madformer.training.config import TrainingConfig
+from madformer.training.costs import costs_of
+from madformer.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+    return make_config(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    Trainer(config, folder).run()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": "ddp", "accumulation_steps": 2},
+        {"parallel": "fsdp"},
+        pytest.param({"parallel": "ddp", "clean_loss_weight": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "hsdp", "shard_group": 1}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "fsdp", "accumulation_steps": 2, "compile": True}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "fsdp", "activation_checkpointing": "selective"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_two_processes_train_as_one(
+    config: TrainingConfig, unbroken: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """The loss curve of two processes, stopped after four steps, and that of one which goes on from there."""
+    alone = unbroken
+    if "clean_loss_weight" in changes:
+        alone = tmp_path / "alone"
+        Trainer(dataclasses.replace(config, clean_loss_weight=0.1), alone).run()
+    run_apart(tmp_path / "run", dataclasses.replace(config, **changes), processes=2, stop=4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=1e-5)
+    rest = dataclasses.replace(config, **(changes | {"parallel": "none", "accumulation_steps": 1, "compile": False}))
+    trainer = Trainer(rest, tmp_path / "run", resume=True)
+    assert trainer.step == 4
+    trainer.run()
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one(config: TrainingConfig, unbroken: Path, tmp_path: Path) -> None:
+    run_apart(tmp_path / "run", config, stop=3)
+    run_apart(tmp_path / "run", dataclasses.replace(config, parallel="fsdp"), processes=2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def killed_until_done(folder: Path, config: TrainingConfig, seed: int, longest: float) -> int:
+    """Kill -9 at random moments until a session comes through; how often it was killed."""
+    moments, kills = random.Random(seed), 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    while True:
+        process = subprocess.Popen(command(folder, config), env=environment, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.02)
+        try:
+            assert process.wait(timeout=time.monotonic() - started + moments.uniform(0, longest)) == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(config: TrainingConfig, tmp_path: Path) -> None:
+    """Twenty and more kills: bit for bit the losses of the unbroken run, each step once."""
+    longer = dataclasses.replace(config, steps=150)
+    run_apart(tmp_path / "whole", longer)
+    kills, run = 0, 0
+    while kills < 20:
+        folder = tmp_path / f"killed-{run}"
+        kills += killed_until_done(folder, longer, seed=run, longest=4.0)
+        assert losses(folder) == losses(tmp_path / "whole")
+        run += 1
+
+
+def test_gradients_come_for_every_trained_parameter(config: TrainingConfig) -> None:
+    """What DDP without ``find_unused_parameters`` relies on."""
+    unread = costs_of(config).unread
+    assert unread == {name for name in unread if name.startswith(f"layers.{tiny().num_layers - 1}.towers.clean.")}
+    with_clean_loss = dataclasses.replace(config, clean_loss_weight=0.1)
+    assert costs_of(with_clean_loss).unread == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "message"),
+    [
+        ({"parallel": "none"}, {"WORLD_SIZE": "2", "RANK": "0"}, "torchrun started 2"),
+        ({"parallel": "fsdp"}, {}, "needs torchrun"),
+        ({"batch_size": 6, "accumulation_steps": 2}, {"WORLD_SIZE": "2", "RANK": "0"}, "batch_size=6 must be a mult"),
+        ({"parallel": "hsdp", "shard_group": 3}, {"WORLD_SIZE": "4", "RANK": "0"}, "shard_group=3 must divide the 4"),
+    ],
+)
+def test_groups_that_cannot_be(
+    config: TrainingConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        parallel.join(dataclasses.replace(config, **changes))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointed_activations_give_the_same_gradients(config: TrainingConfig, mode: str) -> None:
+    world = parallel.World(0, 1, torch.device("cpu"), "none", None)
+    gradients = []
+    for activation_checkpointing in ("none", mode):
+        changed = dataclasses.replace(config, activation_checkpointing=activation_checkpointing)
+        model, _ = parallel.make_model(changed, world, frozenset())
+        latents = torch.randn(2, 4, 16, 4, generator=torch.Generator().manual_seed(0))
+        model(latents, latents, torch.full((2, 4), 7)).prediction.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*gradients, strict=True))

@@ -1,0 +1,86 @@
+"""A run for tests: ten small images, a VAE for them, six steps; and, as a program, the same in processes of its own.
+
+python training_run.py FOLDER CONFIG.json [STOP_AFTER]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from madformer.config import tiny
+from madformer.training.config import TrainingConfig
+from madformer.training.parallel import leave
+from madformer.training.trainer import Trainer
+
+
+def make_config(folder: Path) -> TrainingConfig:
+    """Writes images and VAE into ``folder``; six steps over them."""
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for index in range(10):
+        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "vae")
+    return TrainingConfig(
+        model=tiny(), data=str(folder / "images"), vae=str(folder / "vae"), image_size=16, num_workers=0,
+        steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1, save_every=2,
+        keep_checkpoints=2, sample_every=0, device="cpu", tensorboard=False,
+    )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(folder)]
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """End the run in good order after a step, as SIGTERM does."""
+    train_step = trainer._train_step
+
+    def stopping(batches: Any) -> dict[str, torch.Tensor]:
+        record = train_step(batches)
+        trainer._stop = trainer.step == step
+        return record
+
+    trainer._train_step = stopping  # type: ignore[method-assign]
+
+
+def command(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0) -> list[str]:
+    file = folder.with_suffix(".json")
+    file.write_text(config.to_json())
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, __file__, str(folder), str(file), str(stop)]
+
+
+def run_apart(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(folder, config, processes, stop), env=environment, check=True, timeout=300)
+
+
+if __name__ == "__main__":
+    run = Trainer(TrainingConfig.from_dict(json.loads(Path(sys.argv[2]).read_text())), sys.argv[1], resume=True)
+    if stop := int(sys.argv[3]):
+        stop_after(run, stop)
+    run.run()
+    leave()
