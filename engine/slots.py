@@ -1,7 +1,7 @@
 """Where each image of a batch stands: latents, block, step and schedule, all on the device.
 
-Shape legend: R rows (slots), B samples of a pass, M blocks, L latents of a block, C channels, T rows of a schedule, W numbers of a row,
-E time embedding.
+Shape legend: R rows (slots), B samples of a pass, M blocks, L latents of a block, C channels, T rows of a schedule,
+W numbers of such a row, E time embedding.
 """
 
 from __future__ import annotations

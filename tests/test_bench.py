@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UniPCMultistepScheduler
-from engine_cases import CASES, draw_noise, make_model
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine_cases import CASES, draw_noise, make_model
 from madformer.benchmark import report, sampling
 from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Spread, Stopwatch

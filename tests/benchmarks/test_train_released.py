@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_released
 from PIL import Image
-from train_released import OnCPU, Pictures, Run, compare, main
 
+import train_released
 from released import CannotCompare
+from train_released import OnCPU, Pictures, Run, compare, main
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
 

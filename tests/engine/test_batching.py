@@ -8,15 +8,15 @@ from concurrent.futures import CancelledError, Future
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from engine_cases import CASES, draw_noise, make_model
-from recording import RecordingLauncher
 from torch import Tensor
 
+from engine_cases import CASES, draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.sampler import NonFiniteError, Sampler
 from madformer.model import MADFormer
+from recording import RecordingLauncher
 from testing import relative_error
 
 TOLERANCE = 1e-4

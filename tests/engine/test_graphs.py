@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
-from recording import HostReadError, RecordingLauncher
 
+from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.sampler import Plan, Sampler
+from recording import HostReadError, RecordingLauncher
 
 
 def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher) -> Plan:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from engine_cases import BATCH, CASES, draw_noise, make_model
 from torch import Tensor
 
+from engine_cases import BATCH, CASES, draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from engine_cases import STEPS, draw_noise, make_model
 
+from engine_cases import STEPS, draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine import memory
 from madformer.engine.batching import InFlightBatcher

@@ -16,9 +16,9 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
 from torch import Tensor
 
+from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
 from madformer.model import MADFormer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from madformer.config import PredictionType, tiny
 from madformer.model import MADFormer, MADFormerOutput
-from madformer.training.losses import prediction_target, training_losses
+from madformer.training.losses import LossWeights, min_snr_weight, prediction_target, training_losses
 from testing import perturb
 
 
@@ -18,6 +18,13 @@ def make_model(**changes: object) -> MADFormer:
     model = perturb(MADFormer(tiny().replace(**changes)))
     assert isinstance(model, MADFormer)
     return model
+
+
+TIMESTEP = torch.tensor([[1, 250, 600, 999], [10, 20, 30, 40], [900, 800, 700, 500]])
+
+
+def draw_noise() -> Tensor:
+    return torch.randn(3, 4, 16, 4, generator=torch.Generator().manual_seed(2))
 
 
 class Spy(nn.Module):
@@ -39,14 +46,13 @@ def test_losses_are_their_definition(prediction_type: PredictionType) -> None:
     spy = Spy(make_model(prediction_type=prediction_type))
     clean = torch.randn(3, 4, 16, 4, generator=torch.Generator().manual_seed(1))
     scheduler = DDPMScheduler(prediction_type=prediction_type)
-    generator = torch.Generator().manual_seed(2)
-    losses = training_losses(spy, clean, scheduler, hidden_weight=0.1, clean_weight=0.2, generator=generator)
+    weights = LossWeights(image=0.5, hidden=0.1, clean=0.2)
+    losses = training_losses(spy, clean, draw_noise(), TIMESTEP, scheduler, weights)
 
     _, noisy, timestep = spy.inputs
-    assert timestep.unique().numel() > 4, "every block has a timestep of its own"
     signal = scheduler.alphas_cumprod[timestep][..., None, None].double()
     noise = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
-    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(noise.float(), draw_noise(), rtol=0, atol=1e-3)
     target = {
         "epsilon": noise,
         "sample": clean,
@@ -57,27 +63,46 @@ def test_losses_are_their_definition(prediction_type: PredictionType) -> None:
     assert losses.hidden.item() == pytest.approx((output.condition - clean).square().mean().item(), rel=1e-5)
     expected = (output.clean - clean)[:, :-1].square().mean().item()
     assert losses.clean.item() == pytest.approx(expected, rel=1e-5)
-    total = losses.image + 0.1 * losses.hidden + 0.2 * losses.clean
+    total = 0.5 * losses.image + 0.1 * losses.hidden + 0.2 * losses.clean
     assert losses.total.item() == pytest.approx(total.item(), rel=1e-6)
     assert set(losses.parts()) == {"loss", "image", "hidden", "clean"}
 
 
 def test_losses_without_weight_are_not_computed() -> None:
     spy = Spy(make_model())
-    losses = training_losses(spy, torch.randn(1, 4, 16, 4), DDPMScheduler(), hidden_weight=0)
+    losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0))
     assert spy.options == {"return_condition": False, "return_clean": False}
     assert losses.hidden is None
     assert losses.clean is None
-    assert losses.total is losses.image
+    assert losses.total == losses.image
 
 
-def test_the_generator_decides_everything() -> None:
-    model, clean = make_model(), torch.randn(2, 4, 16, 4)
-    first, again, other = (
-        training_losses(model, clean, DDPMScheduler(), generator=torch.Generator().manual_seed(seed)).total.item()
-        for seed in (1, 1, 2)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weights_the_clean_sample(prediction_type: PredictionType) -> None:
+    """Whatever is predicted, an error counts by what it does to the clean sample, times ``min(snr, gamma)``."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    timestep = torch.tensor([1, 100, 400, 999])
+    signal = scheduler.alphas_cumprod[timestep].double()
+    wrong_by = 0.3
+    # the clean sample that follows from x = sqrt(a) clean + sqrt(1 - a) noise and a prediction that is wrong by so much
+    clean_error = {
+        "epsilon": wrong_by * ((1 - signal) / signal).sqrt(),
+        "sample": torch.full_like(signal, wrong_by),
+        "v_prediction": wrong_by * (1 - signal).sqrt(),
+    }[prediction_type]
+    expected = (signal / (1 - signal)).clamp(max=5) * clean_error**2
+    weight = min_snr_weight(prediction_type, scheduler, timestep, 5.0)
+    torch.testing.assert_close(weight.double() * wrong_by**2, expected, rtol=1e-3, atol=0)
+
+
+def test_min_snr_is_in_the_loss() -> None:
+    spy = Spy(make_model())
+    losses = training_losses(
+        spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0, min_snr_gamma=5.0)
     )
-    assert first == again != other
+    errors = (spy.output.prediction - draw_noise()).square().mean((2, 3))
+    weight = min_snr_weight("epsilon", DDPMScheduler(), TIMESTEP, 5.0)
+    assert losses.total.item() == pytest.approx((weight * errors).mean().item(), rel=1e-5)
 
 
 def test_targets() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_run import command, losses, make_config, run_apart
 
 from madformer.config import tiny
 from madformer.training import parallel
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
 from madformer.training.trainer import Trainer
+from training_run import command, losses, make_config, run_apart
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from training_run import losses, make_config, metrics, stop_after
 from torch import Tensor, nn
 
 from madformer.pipeline import MADFormerPipeline
@@ -22,6 +21,7 @@ from madformer.training.config import PRESETS, TrainingConfig
 from madformer.training.data import Batch
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
+from training_run import losses, make_config, metrics, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,10 @@ def test_a_damaged_checkpoint_is_named(sources: TrainingConfig, tmp_path: Path) 
 def test_samples_traces_and_event_files(sources: TrainingConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(sources, sample_every=3, sample_images=3, sample_steps=2, profile_steps=1)
     Trainer(config, tmp_path).run()
-    assert [file.name for file in sorted((tmp_path / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
+    assert [file.name for file in sorted((tmp_path / "samples").iterdir())] == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
     assert Image.open(tmp_path / "samples" / "step-00000006.png").size == (32, 32)
     assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 1
     assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 1

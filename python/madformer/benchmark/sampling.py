@@ -13,9 +13,9 @@ How each figure is measured. All are medians over interleaved rounds, after one 
 * ``host``: what is left of ``seconds``: Python between launches, noise, checks; on a GPU the time between events.
 * ``bare_seconds``: wall time of the passes of one block, autoregressive and denoising, of
   :class:`~madformer.benchmark.bare.BareModel` over the same packed weights; on a GPU captured as well. ``overhead`` is
-  what the plan's launches of a block take beyond that, as a fraction of it: updates, slots, schedule, the lengths of the
-  prefixes. It is the median of the ratios of neighbouring pairs, each in both orders, because a hundredth of a second
-  is less than what a shared machine adds to it.
+  what the plan's launches of a block take beyond that, as a fraction of it: updates, slots, schedule, the lengths of
+  the prefixes. It is the median of the ratios of neighbouring pairs, each in both orders, because a hundredth of a
+  second is less than what a shared machine adds to it.
 * ``operations_floor``: operations (:class:`~madformer.benchmark.bare.Work`) over the rate of a large matrix product in
   the same dtype on the same device and threads. ``bytes_floor``: the weights of a denoising step, read once a step,
   over the rate of a large copy (bytes read and written). Both without the autoencoder.

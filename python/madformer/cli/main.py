@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from madformer.cli import bench, convert, data, info, sample, train
+from madformer.cli import bench, convert, data, export, info, sample, train
 
-COMMANDS = (sample, train, data, convert, info, bench)
+COMMANDS = (sample, train, data, export, convert, info, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import sys
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,11 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("preset", help="emoji64, ffhq1024 or imagenet256")
+    parser.add_argument("preset", nargs="?", help="emoji64, ffhq1024 or imagenet256")
+    parser.add_argument("--released-config", type=Path, metavar="FILE", help="a baseline.conf in place of a preset")
+    parser.add_argument(
+        "--released-model-config", type=Path, metavar="FILE", help="the JSON file that its MODEL_CONFIG_PATH stands for"
+    )
     parser.add_argument("--out", type=Path, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and operations, and stop")
@@ -42,12 +47,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from madformer.training.config import PRESETS
-
-    if args.preset not in PRESETS:
-        raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
     given = {name: value for name, value in vars(args).items() if value is not None}
-    config = PRESETS[args.preset]()
+    config = _base(args)
     model = config.model.replace(
         **{name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
     )
@@ -67,6 +68,27 @@ def run(args: argparse.Namespace) -> None:
         Trainer(config, args.out, resume=args.resume).run()
     finally:
         leave()
+
+
+def _base(args: argparse.Namespace) -> TrainingConfig:
+    """What the options change."""
+    from madformer.compat.released_config import read_released_config
+    from madformer.training.config import PRESETS, TrainingConfig
+
+    if (args.preset is None) == (args.released_config is None):
+        raise ValueError(f"give a preset ({', '.join(PRESETS)}), or --released-config FILE")
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[args.preset]()
+    released = read_released_config(
+        args.released_config,
+        model_config=args.released_model_config,
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    for key, reason in released.ignored.items():
+        print(f"{args.released_config}: {key} is ignored: {reason}", file=sys.stderr)
+    return TrainingConfig(model=released.model, **released.training)
 
 
 def _describe(config: TrainingConfig) -> None:

@@ -68,6 +68,15 @@ class RunState:
         self.step = state["step"]
 
 
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
+
+
 class Checkpoints:
     """The checkpoints in a folder, as ``step-NNNNNNNN/`` in the format of ``torch.distributed.checkpoint``.
 
@@ -88,7 +97,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Those that are whole, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name))
+        return whole_checkpoints(self.folder)
 
     def save(self, state: RunState) -> None:
         """Copy the state, and write the copy while the run goes on; waits for the write before this one.
@@ -97,16 +106,16 @@ class Checkpoints:
             OSError: that one failed.
         """
         self.finish()
-        path = self.folder / f"step-{state.step:08d}"
+        path = self.folder / checkpoint_name(state.step)
         if path.exists():
             return
         self._target = path
-        self._pending = dcp.async_save(
-            state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group
-        )
+        pending = dcp.async_save(state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group)
+        assert isinstance(pending, Future)
+        self._pending = pending
         if self.is_first:
             # its part ends with the description of all parts, when every process has written its own
-            self._pending.add_done_callback(self._publish)
+            pending.add_done_callback(self._publish)
 
     def finish(self) -> None:
         """Wait until what was saved is there.

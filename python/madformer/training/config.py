@@ -17,7 +17,8 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "weight_decay", "min_learning_rate", "image_loss_weight", "hidden_loss_weight",
-    "clean_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps", "num_threads", "seed", "shard_group",
+    "clean_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps", "num_threads", "seed",
+    "shard_group",
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ class TrainingConfig:
         ema_decays: one average of the weights each, commas between them; samples are drawn from the first.
         image_loss_weight, hidden_loss_weight, clean_loss_weight: of the noisy blocks', the condition's and the clean
             tower's loss.
-        min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for none.
+        min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for
+            none.
         explosion: a step changes nothing whose gradient's norm is not finite, or more than so many times its running
             mean (0 for never). max_skipped_steps: after more than so many of them in a row the run stops.
         parallel: ``ddp`` keeps the whole model on every process; ``fsdp`` shards it over all, ``hsdp`` over groups of

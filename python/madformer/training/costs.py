@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from madformer.config import MADFormerConfig
@@ -30,8 +31,8 @@ class Costs:
         parameters: of the model. unread: names of those that no loss depends on.
         flops: forward and backward, two for a multiply-add, of products, convolutions and attention over what the mask
             lets through; nothing is counted twice that checkpointing runs twice.
-        activation_bytes: kept from forward to backward, with plain kernels and without checkpointing; fused kernels keep
-            less.
+        activation_bytes: kept from forward to backward, with plain kernels and without checkpointing; fused kernels
+            keep less.
     """
 
     parameters: int
@@ -70,7 +71,8 @@ def _costs(config: MADFormerConfig, weights: LossWeights, bf16: bool) -> Costs:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FakeTensorMode():
+    # of PyTorch's attention in the U-Net, the counter knows the products of this backend
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model = _Traced(config)
         model.set_backend("reference")
         latents = torch.empty(1, config.num_blocks, config.latents_per_block, config.latent_channels)

@@ -158,7 +158,7 @@ class BatchStream:
         if isinstance(data, TensorDataset) and not isinstance(data, CachedLatents):
             means, deviations = data.tensors
             data = CachedLatents(means, deviations)
-        _check_data(data, vae, config, flip)
+        check_data(data, vae, config, flip)
         self.vae, self.config = vae, config
         lengths = _shard_lengths(data) if order == "shards" else None
         # one loader for the whole run: its workers live as long
@@ -283,7 +283,7 @@ def _normal(random: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
 
 
-def _check_data(
+def check_data(
     data: LatentDataset | CachedLatents | ImageDataset, vae: AutoencoderKL | None, config: MADFormerConfig, flip: bool
 ) -> None:
     if isinstance(data, LatentDataset):

@@ -122,7 +122,7 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     with torch.device("meta" if sharded and not world.is_first else "cpu"):
         torch.manual_seed(config.seed)
         model = MADFormer(config.model)
-    drawn = model.state_dict() if sharded and world.is_first else {}
+    drawn: dict[str, Any] = model.state_dict() if sharded and world.is_first else {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in unread)
     for layer in model.layers:
@@ -156,7 +156,7 @@ def _shard(model: MADFormer, config: TrainingConfig, world: World) -> None:
     fully_shard(model, mesh=world.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
-def _fill(model: nn.Module, drawn: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, drawn: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(

@@ -30,7 +30,7 @@ from madformer.pipeline import MADFormerPipeline, default_scheduler, image_grid
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
-from madformer.training.data import Batch, BatchStream, cache_latents
+from madformer.training.data import Batch, BatchStream, cache_latents, check_data
 from madformer.training.losses import training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
@@ -72,6 +72,7 @@ class Trainer:
             torch.set_num_threads(config.num_threads)
         self.vae = load_vae(config.vae, self.device)
         self.data = self._open_data()
+        check_data(self.data, self.vae, config.model, config.flip)
         self.costs, self.weights = costs_of(config), loss_weights(config)
         self.model, self.wrapped = make_model(config, self.world, self.costs.unread)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -156,6 +157,7 @@ class Trainer:
                     end_of_step()
             self.checkpoints.finish()
         finally:
+            batches.close()
             if reporter is not None:
                 reporter.close()
 

@@ -1,0 +1,84 @@
+"""Native models as released ones: the way back of :meth:`madformer.compat.madformer_ffhq.MADFormer.to_native`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from madformer.compat.madformer_ffhq import CONTEXTS, MADFormer
+from madformer.config import MADFormerConfig
+from madformer.model import MADFormer as NativeMADFormer
+from madformer.model.persistence import atomic_path
+
+
+def to_released(native: NativeMADFormer) -> MADFormer:
+    """The released class over the native weights, which both then share.
+
+    Raises:
+        ValueError: the released code computes something else from such weights; names the fields.
+    """
+    with torch.device("meta"):
+        model = MADFormer(**released_arguments(native.config))
+    ours, theirs = (dataclasses.asdict(config) for config in (native.config, model.config))
+    if different := [f"{name}={ours[name]!r} (there {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(f"the released code has no {', '.join(different)}")
+    model._adopt(native)
+    return model
+
+
+def released_arguments(config: MADFormerConfig) -> dict[str, Any]:
+    """Keywords of the released constructor."""
+    flags = {context: flags for flags, context in CONTEXTS.items()}
+    clear_clean, clear_cond = flags[config.context]
+    unet = config.unet
+    return {
+        "hidden_size": config.hidden_size,
+        "depth": config.num_layers,
+        "num_heads": config.num_heads,
+        "block_size": config.block_size,
+        "ar_len": config.num_blocks,
+        "spatial_len": config.block_size * config.num_blocks,
+        "diff_depth": config.diffusion_layers,
+        "no_qk_norm": not config.qk_norm,
+        "square_block": config.square_blocks,
+        "clear_clean": clear_clean,
+        "clear_cond": clear_cond,
+        "denoising_mlp": not config.cross_block_attention,
+        "model_config_path": {
+            "hidden_act": "silu",
+            "intermediate_size": config.intermediate_size,
+            "rms_norm_eps": config.norm_eps,
+            "mlp_bias": config.mlp_bias,
+            "unet_block_out_channels": list(unet.block_out_channels),
+            "unet_num_layers_per_block": list(unet.layers_per_block),
+            "unet_transformer_layers_per_block": [int(attention) for attention in unet.attention],
+            "unet_num_heads": unet.num_heads,
+            "unet_resnet_groups": unet.norm_groups,
+            "unet_time_emb_dim": unet.time_embed_dim,
+        },
+    }
+
+
+def save_released(path: str | Path, averaged: NativeMADFormer, raw: NativeMADFormer) -> None:
+    """Write what the released scripts sample from: ``{"model", "ema", "opt", "lrs", "args"}``.
+
+    Optimiser and schedule are left empty: training does not go on from there.
+
+    Raises:
+        ValueError: as :func:`to_released`.
+    """
+    arguments = released_arguments(averaged.config)
+    del arguments["model_config_path"]
+    content = {
+        "model": to_released(raw).state_dict(),
+        "ema": to_released(averaged).state_dict(),
+        "opt": {},
+        "lrs": {},
+        "args": argparse.Namespace(**arguments),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
