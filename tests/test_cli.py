@@ -187,6 +187,34 @@ def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     message = fails(capsys, "train", "emoji64", "--out", tmp_path, "--model.num-blocks", 7)
     assert "num_blocks=7 must be a square number" in message
     assert "steps=0" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--steps", 0)
+    assert "ema_decays=(1.0,)" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--ema-decays", 1)
+    assert "give a preset (ffhq1024, imagenet256, emoji64), or --released-config" in fails(capsys, "train")
+    assert "give --out FOLDER" in fails(capsys, "train", "emoji64")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from madformer.config import emoji64
+    from madformer.model import MADFormer
+
+    assert main(["train", "emoji64", "--out", str(tmp_path / "run"), "--dry-run", "--batch-size", "64"]) == 0
+    printed = capsys.readouterr().out
+    parameters = sum(parameter.numel() for parameter in MADFormer(emoji64()).parameters())
+    assert f"parameters           {parameters / 1e6:.1f} M" in printed
+    assert "a step of 64 images" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_released_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "baseline.conf"
+    file.write_text("ID=mine\nGLOBAL_BATCH_SIZE=8\nAR_LEN=4\nSPATIAL_LEN=1024\nIMAGE_SIZE=512\nDIFF_DEPTH=1\n")
+    arguments = ["train", "--released-config", file, "--dry-run"]
+    assert main([*map(str, arguments)]) == 0
+    printed = capsys.readouterr()
+    assert "ID is ignored" in printed.err
+    assert "a step of 8 images" in printed.out
+    file.write_text("AR_LAN=4\n")
+    assert "unknown AR_LAN (the nearest known name is AR_LEN)" in fails(capsys, *arguments)
 
 
 def test_bad_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

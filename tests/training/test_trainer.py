@@ -201,7 +201,7 @@ def test_samples_traces_and_event_files(sources: TrainingConfig, tmp_path: Path)
 
 
 def test_geometry_must_fit_the_latents(sources: TrainingConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"image_size=32 become 4 x 16 x 16 latents .* latent_channels=4 of side 8"):
+    with pytest.raises(ValueError, match=r"image_size=32: latents are 4 x 16 x 16, the model takes 4 x 8 x 8"):
         Trainer(dataclasses.replace(sources, image_size=32), tmp_path)
 
 

@@ -107,15 +107,10 @@ class Checkpoints:
         """
         self.finish()
         path = self.folder / checkpoint_name(state.step)
-        if path.exists():
-            return
-        self._target = path
-        pending = dcp.async_save(state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group)
-        assert isinstance(pending, Future)
-        self._pending = pending
-        if self.is_first:
-            # its part ends with the description of all parts, when every process has written its own
-            pending.add_done_callback(self._publish)
+        written = dcp.async_save(state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group)
+        assert isinstance(written, Future)
+        self._target, self._pending = path, Future()
+        written.add_done_callback(self._publish)
 
     def finish(self) -> None:
         """Wait until what was saved is there.
@@ -123,22 +118,33 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
         try:
-            pending.result()
+            self._pending.result()
         except (Exception, CheckpointException) as error:
             raise OSError(f"cannot write {self._target}: {_one_line(error)}") from error
+        finally:
+            self._pending = None
 
     def _hidden(self, path: Path) -> Path:
         return path.with_name(f".{path.name}")
 
     def _publish(self, written: Future[Any]) -> None:
+        """When this process has written its part; that of the first ends with the description of all parts."""
         assert self._target is not None
-        if written.exception() is not None:
-            return
-        os.replace(self._hidden(self._target), self._target)
+        assert self._pending is not None
+        try:
+            written.result()
+            if self.is_first:
+                os.replace(self._hidden(self._target), self._target)
+                self._remove_old()
+        except BaseException as error:
+            self._pending.set_exception(error)
+        else:
+            self._pending.set_result(None)
+
+    def _remove_old(self) -> None:
         for old in self.paths()[: -self.keep]:
             # under its own name it is whole until the end
             os.replace(old, self._hidden(old))
