@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 import signal
@@ -69,35 +70,34 @@ def test_two_processes_go_on_from_one(config: TrainingConfig, unbroken: Path, tm
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-5)
 
 
-def killed_until_done(folder: Path, config: TrainingConfig, seed: int, longest: float) -> int:
+def killed_until_done(folder: Path, config: TrainingConfig, moments: random.Random, longest: float) -> int:
     """Kill -9 at random moments until a session comes through; how often it was killed."""
-    moments, kills = random.Random(seed), 0
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    while True:
+    for kills in itertools.count():
         process = subprocess.Popen(command(folder, config), env=environment, stderr=subprocess.DEVNULL)
-        started = time.monotonic()
-        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.02)
         try:
-            assert process.wait(timeout=time.monotonic() - started + moments.uniform(0, longest)) == 0
-            return kills
+            assert process.wait(timeout=moments.uniform(0, longest)) == 0
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            kills += 1
+        else:
+            break
+    return kills
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(config: TrainingConfig, tmp_path: Path) -> None:
     """Twenty and more kills: bit for bit the losses of the unbroken run, each step once."""
     longer = dataclasses.replace(config, steps=150)
+    started = time.monotonic()
     run_apart(tmp_path / "whole", longer)
-    kills, run = 0, 0
-    while kills < 20:
+    taken, moments, kills = time.monotonic() - started, random.Random(0), 0
+    for run in itertools.count():
         folder = tmp_path / f"killed-{run}"
-        kills += killed_until_done(folder, longer, seed=run, longest=4.0)
+        kills += killed_until_done(folder, longer, moments, longest=1.2 * taken)
         assert losses(folder) == losses(tmp_path / "whole")
-        run += 1
+        if kills >= 20:
+            break
 
 
 def test_gradients_come_for_every_trained_parameter(config: TrainingConfig) -> None:
