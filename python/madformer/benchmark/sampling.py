@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from madformer.benchmark.bare import BareModel, Work
-from madformer.benchmark.timing import Run, Spread, Stopwatch, seconds
+from madformer.benchmark.timing import Run, Spread, Stopwatch, copy_rate, matmul_rate, seconds
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.sampler import Plan, Sampler
@@ -58,23 +58,8 @@ class Roof:
     copy_bytes: float
 
     @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Roof:
-        size, numbers, calls = (8192, 1 << 30, 8) if device.type == "cuda" else (2048, 1 << 26, 1)
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        product = _per_call(lambda: torch.mm(a, b), calls, repeats, device)
-        source = torch.ones(numbers, device=device, dtype=torch.bfloat16)
-        target = torch.empty_like(source)
-        copy = _per_call(lambda: target.copy_(source), calls, repeats, device)
-        return cls(2 * size**3 / product, 2 * source.nbytes / copy)
-
-
-def _per_call(run: Run, calls: int, repeats: int, device: torch.device) -> float:
-    def several() -> None:
-        for _ in range(calls):
-            run()
-
-    several()
-    return median(seconds(several, device) for _ in range(repeats)) / calls
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> Roof:
+        return cls(matmul_rate(device, dtype), copy_rate(device))
 
 
 @dataclass(frozen=True)

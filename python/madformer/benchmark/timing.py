@@ -51,6 +51,30 @@ def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device) -> 
     return {name: Spread.of(column) for name, column in zip(runs, zip(*rounds, strict=True), strict=True)}
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product here, median of 5."""
+    size, calls = (8192, 8) if device.type == "cuda" else (2048, 1)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _per_call(lambda: torch.mm(a, b), calls, device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy here, median of 5."""
+    numbers, calls = (1 << 30, 8) if device.type == "cuda" else (1 << 26, 1)
+    source = torch.ones(numbers, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _per_call(lambda: target.copy_(source), calls, device)
+
+
+def _per_call(run: Run, calls: int, device: torch.device) -> float:
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    several()
+    return statistics.median(seconds(several, device) for _ in range(5)) / calls
+
+
 @dataclass
 class Stopwatch:
     """Adds up the time of some calls within a run.

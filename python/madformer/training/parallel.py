@@ -139,7 +139,9 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
         for unet in (model.downsampler, model.upsampler):
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train().set_backend(config.backend, config.attention_backend or None)
-    return model, DistributedDataParallel(model, gradient_as_bucket_view=True) if world.mode == "ddp" else model
+    if world.mode == "ddp":
+        return model, DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return model, model
 
 
 def _shard(model: MADFormer, config: TrainingConfig, world: World) -> None:

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from madformer.benchmark.environment import environment
-from madformer.benchmark.sampling import Roof
+from madformer.benchmark.timing import matmul_rate
 from madformer.data import open_dataset
 from madformer.data.latents import LatentDataset, holds_latents
 from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
-from madformer.pipeline import MADFormerPipeline, default_scheduler, image_grid
+from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler, image_grid
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
@@ -227,12 +227,13 @@ class Trainer:
         if reporter is None:
             return
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer.to(default_dtype(self.device))
         images = pipeline(self.config.sample_images, self.config.sample_steps, seed=0).images
         reporter.picture(self.step, image_grid(images))
 
     def _reporter(self) -> Reporter:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        roof = Roof.measure(self.device, dtype).matmul_flops
+        roof = matmul_rate(self.device, dtype)
         return Reporter(self.config, self.folder, self.step, self.costs, roof, self.world.size)
 
     def _pausing(self, reporter: Reporter | None, work: Callable[[], None]) -> None:
