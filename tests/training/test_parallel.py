@@ -54,7 +54,7 @@ def test_two_processes_train_as_one(
     if "clean_loss_weight" in changes:
         alone = tmp_path / "alone"
         Trainer(dataclasses.replace(config, clean_loss_weight=0.1), alone).run()
-    run_apart(tmp_path / "run", dataclasses.replace(config, **changes), processes=2, stop=4)
+    run_apart(tmp_path / "run", dataclasses.replace(config, save_every=4, **changes), processes=2, stop=4)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=1e-5)
     rest = dataclasses.replace(config, **(changes | {"parallel": "none", "accumulation_steps": 1, "compile": False}))
     trainer = Trainer(rest, tmp_path / "run", resume=True)

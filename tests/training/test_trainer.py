@@ -111,12 +111,11 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(sources: TrainingConfig,
 def test_accumulation_accumulates(sources: TrainingConfig, tmp_path: Path) -> None:
     """The released loop throws all micro-batches but the last away."""
     curves = []
-    for steps in (1, 2, 4):
+    for steps in (1, 4):
         config = dataclasses.replace(sources, accumulation_steps=steps, save_every=6)
         Trainer(config, tmp_path / str(steps)).run()
         curves.append(losses(tmp_path / str(steps)))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_a_run_is_not_overwritten(sources: TrainingConfig, unbroken: Path) -> None:
