@@ -8,7 +8,8 @@ einops``. Nothing is timed before both implementations agree on samples, outputs
 What is timed, interleaved in one process:
 
 * sampling: the released ``sample`` in fp32, in which its ``sample.py`` runs it; our engine in fp32, and with bf16
-  weights. Our plan is made and used once outside the timed region; what a first call takes is reported by itself.
+  weights. Our plan is made and used once outside the timed region; what a first call takes is reported by itself, and
+  so is what the engine takes beyond the network's passes called directly (madformer.benchmark.sampling says how).
 * a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
   which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
   which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one.
@@ -26,6 +27,7 @@ import contextlib
 import copy
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +40,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from madformer.benchmark.bare import BareModel
+from madformer.benchmark.sampling import block_pairs
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import to_maps
 from madformer.model.persistence import check_writable
@@ -197,7 +201,15 @@ def time_sampling(models: Models, plan: Plan, shape: Shape, repeats: int, device
             lambda: sample_ours(Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps), shape), device
         ),
         "bf16_relative_error": relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
+        "overhead": {"fp32": overhead(plan, repeats), "bf16": overhead(half_plan, repeats)},
     }
+
+
+@torch.inference_mode()
+def overhead(plan: Plan, repeats: int) -> float:
+    """What a block takes beyond the network's passes called directly, as a fraction of those."""
+    pairs = block_pairs(plan, BareModel(plan.model, plan.cache), 2 * repeats)
+    return statistics.median(ours / bare for ours, bare in pairs) - 1
 
 
 def time_training(models: Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -221,7 +233,9 @@ def time_training(models: Models, batch: Batch, repeats: int, device: torch.devi
 # The record
 
 
-def metrics(sampling: Mapping[str, Spread], training: Mapping[str, Spread], error: float) -> dict[str, float]:
+def metrics(
+    sampling: Mapping[str, Spread], training: Mapping[str, Spread], overheads: Mapping[str, float], error: float
+) -> dict[str, float]:
     def gain(spreads: Mapping[str, Spread], name: str) -> float:
         return spreads["released fp32"].median / spreads[name].median
 
@@ -230,6 +244,7 @@ def metrics(sampling: Mapping[str, Spread], training: Mapping[str, Spread], erro
         "sampling_vs_released_bf16": gain(sampling, "ours bf16"),
         "training_vs_released_fp32": gain(training, "ours fp32, native"),
         "training_compat_vs_released_fp32": gain(training, "ours fp32, drop-in"),
+        **{f"engine_overhead_{dtype}": value for dtype, value in overheads.items()},
         "max_relative_error": error,
     }
 
@@ -273,7 +288,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sampling = time_sampling(models, plan, shape, options.repeats, device)
     print(table(f"sampling, {shape.steps} steps", sampling["spreads"]))
     print(f"  our first call, plan and packed weights included, takes {sampling['first_call_seconds']:.3f} s;", end=" ")
-    print(f"bf16 samples differ by {sampling['bf16_relative_error']:.1e}", flush=True)
+    print(f"bf16 samples differ by {sampling['bf16_relative_error']:.1e};")
+    beyond = ", ".join(f"{value:+.1%} in {dtype}" for dtype, value in sampling["overhead"].items())
+    print(f"  the engine takes beyond the network's passes: {beyond}", flush=True)
     training = time_training(models, batch, options.repeats, device)
     print(table("training step", training["spreads"], training["attention"]), flush=True)
     return {
@@ -284,7 +301,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "relative_errors": errors,
         "sampling": serializable(sampling),
         "training": serializable(training),
-        "metrics": metrics(sampling["spreads"], training["spreads"], max_error),
+        "metrics": metrics(sampling["spreads"], training["spreads"], sampling["overhead"], max_error),
     }
 
 
