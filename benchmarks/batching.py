@@ -20,7 +20,6 @@ The last line on stdout is the metrics as JSON. Exit status 1: bad options, or i
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -34,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.benchmark.environment import environment, write
+from madformer.benchmark.environment import environment
 from madformer.benchmark.timing import seconds, synchronize
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
@@ -42,8 +41,8 @@ from madformer.engine.precision import PRECISIONS, apply
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
-from record import ROOT, results_folder
-from released import CannotCompare, relative_error
+from record import ROOT, CannotCompare, finish, results_folder
+from released import relative_error
 
 LIMIT_FP32 = 1e-3
 """Relative error that rounding alone may make between batches of different sizes."""
@@ -292,14 +291,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        write(record, options.out or results_folder(torch.device(options.device)) / "batching.json")
-    except (CannotCompare, ValueError, OSError) as error:
-        print(f"batching: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record["metrics"]))
-    return 0
+    out = options.out or results_folder(torch.device(options.device)) / "batching.json"
+    return finish("batching", lambda: run(options), out, errors=(CannotCompare, ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,14 +45,13 @@ from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import to_maps
 from madformer.model.persistence import check_writable
 from madformer.training.losses import LossWeights, training_losses
-from record import environment, git_commit, write
+from record import CannotCompare, environment, finish, git_commit
 from released import (
     FFHQ_1024,
     MAX_RELATIVE_ERROR,
     SEED,
     SMALL,
     TINY,
-    CannotCompare,
     Models,
     Shape,
     check,
@@ -323,15 +321,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        if options.out is not None:
-            write(record, options.out)
-    except (CannotCompare, OSError) as error:
-        print(f"compare_released: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record))
-    return 0
+    return finish("compare_released", lambda: run(options), options.out, shown=None)
 
 
 if __name__ == "__main__":

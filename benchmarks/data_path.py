@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -34,14 +33,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from madformer.benchmark.environment import environment, write
+from madformer.benchmark.environment import environment
 from madformer.config import MADFormerConfig, preset
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.training.data import BatchStream
-from record import results_folder
-from released import CannotCompare
+from record import CannotCompare, finish, results_folder
 
 
 def make_latents(folder: Path, config: MADFormerConfig, count: int) -> LatentDataset:
@@ -183,14 +181,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        write(record, options.out or results_folder(torch.device("cpu")) / "data_path.json")
-    except (CannotCompare, ValueError, OSError) as error:
-        print(f"data_path: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record["metrics"]))
-    return 0
+    out = options.out or results_folder(torch.device("cpu")) / "data_path.json"
+    return finish("data_path", lambda: run(options), out, errors=(CannotCompare, ValueError, OSError))
 
 
 if __name__ == "__main__":

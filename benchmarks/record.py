@@ -1,18 +1,54 @@
-"""Where records are kept; what they say and how they are written is the package's."""
+"""Where records are kept, and how a benchmark ends; what they say and how they are written is the package's."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from madformer.benchmark.environment import device_name, environment, git_commit, write
 
-__all__ = ["RESULTS", "ROOT", "environment", "git_commit", "results_folder", "write"]
+__all__ = ["RESULTS", "ROOT", "CannotCompare", "environment", "finish", "git_commit", "results_folder", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+class CannotCompare(Exception):
+    """Why there is nothing to report, in one line."""
+
+
+def finish(
+    name: str,
+    measure: Callable[[], dict[str, Any]],
+    out: Path | None,
+    *,
+    shown: str | None = "metrics",
+    errors: tuple[type[Exception], ...] = (CannotCompare, OSError),
+) -> int:
+    """Measure, write the record to ``out`` if there is one, and print it as JSON on the last line.
+
+    Args:
+        shown: the part that is printed; None for the whole record.
+        errors: what is one line on stderr.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        record = measure()
+        if out is not None:
+            write(record, out)
+    except errors as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(record if shown is None else record[shown]))
+    return 0
 
 
 def results_folder(device: torch.device) -> Path:

@@ -25,15 +25,12 @@ from torch import Tensor
 
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.engine.sampler import Plan
+from record import CannotCompare
 
 MAX_RELATIVE_ERROR = 3e-3
 LATENT_CHANNELS = 4
 SEED = 0
 RELEASED_MODULES = ("models", "rope", "config")
-
-
-class CannotCompare(Exception):
-    """Why there is nothing to report, in one line."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -50,13 +49,12 @@ from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.precision import apply
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
-from record import environment, git_commit, results_folder, write
+from record import CannotCompare, environment, finish, git_commit, results_folder
 from released import (
     FFHQ_1024,
     MAX_RELATIVE_ERROR,
     SMALL,
     TINY,
-    CannotCompare,
     Shape,
     check,
     load_released,
@@ -398,15 +396,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        if options.out or not options.tiny:
-            write(record, options.out or results_folder(torch.device(options.device)) / "sampling.json")
-    except (CannotCompare, OSError) as error:
-        print(f"sampling: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record["metrics"]))
-    return 0
+    out = options.out
+    if out is None and not options.tiny:
+        out = results_folder(torch.device(options.device)) / "sampling.json"
+    return finish("sampling", lambda: run(options), out)
 
 
 if __name__ == "__main__":

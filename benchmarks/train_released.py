@@ -47,8 +47,8 @@ import madformer
 from madformer.benchmark.timing import Spread
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.persistence import check_writable
-from record import environment, git_commit, write
-from released import LATENT_CHANNELS, SEED, CannotCompare, Shape, dense_mask, load_released, positive
+from record import CannotCompare, environment, finish, git_commit
+from released import LATENT_CHANNELS, SEED, Shape, dense_mask, load_released, positive
 
 MAX_LOSS_DIFFERENCE = 1e-4
 IMAGE_SIZE, VAE_DOWNSCALE = 256, 8
@@ -397,15 +397,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        if options.out is not None:
-            write(record, options.out)
-    except (CannotCompare, OSError) as error:
-        print(f"train_released: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record))
-    return 0
+    return finish("train_released", lambda: run(options), options.out, shown=None)
 
 
 if __name__ == "__main__":

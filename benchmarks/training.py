@@ -25,7 +25,6 @@ import argparse
 import copy
 import functools
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,11 +44,10 @@ from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs, costs_of
 from madformer.training.losses import LossWeights, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard
-from record import environment, git_commit, results_folder, write
+from record import CannotCompare, environment, finish, git_commit, results_folder
 from released import (
     FFHQ_1024,
     TINY,
-    CannotCompare,
     Models,
     Shape,
     check,
@@ -265,15 +263,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        record = run(options)
-        if options.out or not options.tiny:
-            write(record, options.out or results_folder(torch.device(options.device)) / "training.json")
-    except (CannotCompare, OSError) as error:
-        print(f"training: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(record["metrics"]))
-    return 0
+    out = options.out
+    if out is None and not options.tiny:
+        out = results_folder(torch.device(options.device)) / "training.json"
+    return finish("training", lambda: run(options), out)
 
 
 if __name__ == "__main__":

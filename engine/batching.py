@@ -248,12 +248,8 @@ class InFlightBatcher:
         scratch = len(self.slots.block_R) - 1
         rows_B = torch.full((size,), scratch, device=self.slots.block_R.device)
         work: Callable[[Tensor], None] = getattr(self.passes, name)
-        launch = self.launcher.prepare(f"{name}, {size} slots", lambda: work(rows_B), self._reset)
+        launch = self.launcher.prepare(f"{name}, {size} slots", lambda: work(rows_B), self.passes.reset)
         return self._launches.setdefault((name, size), (launch, rows_B))
-
-    def _reset(self) -> None:
-        self.cache.reset()
-        self.slots.reset()
 
     def _launch(self, name: str, jobs: list[Job]) -> None:
         rows = [job.row for job in jobs]

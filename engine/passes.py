@@ -39,6 +39,11 @@ class Passes:
         shape = (len(slots.block_R), self.config.block_size, model.rope.cos.shape[-1])
         self.cos_RSD, self.sin_RSD = (table.new_zeros(shape) for table in (model.rope.cos, model.rope.sin))
 
+    def reset(self) -> None:
+        """Put every row before the first step of its first block."""
+        self.cache.reset()
+        self.slots.reset()
+
     def first_block(self, rows_B: Tensor | None) -> None:
         """Before the first block: its noise, and the condition that the BOI block gives."""
         self.cache.reset(rows_B)

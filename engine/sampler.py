@@ -179,7 +179,7 @@ class Plan:
         passes = self._make_passes()
 
         def prepare(name: str, work: Callable[[None], None]) -> Work:
-            return self.launcher.prepare(f"{name}, batch {self.batch}", lambda: work(None), self.reset)
+            return self.launcher.prepare(f"{name}, batch {self.batch}", lambda: work(None), passes.reset)
 
         self.first_block = prepare("first block", passes.first_block)
         self.denoise = prepare("denoising step", passes.denoise)
@@ -193,7 +193,7 @@ class Plan:
     def try_passes(self) -> None:
         """Run every pass once, which shows whether its scratch memory is there."""
         passes = self._make_passes()
-        self.reset()
+        passes.reset()
         passes.first_block(None)
         passes.denoise(None)
         if self.config.num_blocks > 1:
@@ -278,11 +278,6 @@ class Plan:
         for name, tensor in (("noise", noise), ("out", out)):
             if isinstance(tensor, Tensor) and tensor.shape != shape:
                 raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
-
-    def reset(self) -> None:
-        """Put every image before the first step of its first block."""
-        self.cache.reset()
-        self.slots.reset()
 
     def _draw(self, noise: Tensor | NoiseSource, block: int) -> None:
         """Put a block's noise where its pass finds it."""

@@ -22,6 +22,10 @@ from madformer.training.config import TrainingConfig
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
 
+# Relative, of losses summed in another order: 1.0e-5 was seen, since Adam's first steps are as long for a gradient that
+# is all rounding as for any other.
+ROUNDING = 1e-4
+
 
 def make_config(folder: Path) -> TrainingConfig:
     """Writes images and VAE into ``folder``; six steps over them."""

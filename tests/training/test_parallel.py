@@ -19,7 +19,7 @@ from madformer.training import parallel
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
 from madformer.training.trainer import Trainer
-from training_run import command, losses, make_config, run_apart
+from training_run import ROUNDING, command, losses, make_config, run_apart
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +55,19 @@ def test_two_processes_train_as_one(
         alone = tmp_path / "alone"
         Trainer(dataclasses.replace(config, clean_loss_weight=0.1), alone).run()
     run_apart(tmp_path / "run", dataclasses.replace(config, save_every=4, **changes), processes=2, stop=4)
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=ROUNDING)
     rest = dataclasses.replace(config, **(changes | {"parallel": "none", "accumulation_steps": 1, "compile": False}))
     trainer = Trainer(rest, tmp_path / "run", resume=True)
     assert trainer.step == 4
     trainer.run()
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=ROUNDING)
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_from_one(config: TrainingConfig, unbroken: Path, tmp_path: Path) -> None:
     run_apart(tmp_path / "run", config, stop=3)
     run_apart(tmp_path / "run", dataclasses.replace(config, parallel="fsdp"), processes=2)
-    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=ROUNDING)
 
 
 def killed_until_done(folder: Path, config: TrainingConfig, moments: random.Random, longest: float) -> int:

@@ -21,7 +21,7 @@ from madformer.training.config import PRESETS, TrainingConfig
 from madformer.training.data import Batch
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
-from training_run import losses, make_config, metrics, stop_after
+from training_run import ROUNDING, losses, make_config, metrics, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_accumulation_accumulates(sources: TrainingConfig, tmp_path: Path) -> No
         config = dataclasses.replace(sources, accumulation_steps=steps, save_every=6)
         Trainer(config, tmp_path / str(steps)).run()
         curves.append(losses(tmp_path / str(steps)))
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=ROUNDING)
 
 
 def test_a_run_is_not_overwritten(sources: TrainingConfig, unbroken: Path) -> None:

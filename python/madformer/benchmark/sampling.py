@@ -226,7 +226,7 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
     bare_loop = launcher.loop(_prepare(launcher, "bare step", partial(bare.denoise, block)), len(plan.timesteps))
 
     def ours() -> float:
-        plan.reset()
+        plan.passes.reset()
         if block:
             plan.first_block()
         return seconds(lambda: ((plan.next_block if block else plan.first_block)(), plan.loop()), device)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madformer.cli.choices import device_of, precision_of
+from madformer.choices import device_of, precision_of
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from madformer.cli.choices import device_of
+from madformer.choices import device_of
 
 DEBIAN_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 

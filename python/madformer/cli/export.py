@@ -26,14 +26,15 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from madformer.compat.export import save_released
     from madformer.pipeline import MADFormerPipeline, default_scheduler
-    from madformer.training.export import RAW, config_of, load_checkpoint
+    from madformer.training.config import TrainingConfig
+    from madformer.training.export import RAW, load_checkpoint
     from madformer.vae import load_vae
 
     model = load_checkpoint(args.folder, step=args.step, weights=args.weights)
     if args.format == "released":
         save_released(args.out, model, load_checkpoint(args.folder, step=args.step, weights=RAW))
     else:
-        vae = load_vae(config_of(args.folder).vae)
+        vae = load_vae(TrainingConfig.of_run(args.folder).vae)
         MADFormerPipeline(model, vae, default_scheduler(model.config.prediction_type)).save_pretrained(args.out)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.out}: {parameters:.1f} M parameters")

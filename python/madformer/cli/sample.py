@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from madformer.cli.choices import device_of, precision_of
+from madformer.choices import device_of, precision_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -56,16 +56,28 @@ class RunState:
             ValueError: it is damaged, or of another model.
         """
         state = self.state_dict()
-        try:
-            dcp.load(state, checkpoint_id=path)
-        except (Exception, CheckpointException) as error:
-            raise ValueError(
-                f"{path} is damaged or of another model; remove it to resume from the one before: {_one_line(error)}"
-            ) from error
+        read_checkpoint(path, state)
         # averages and guard were read into their own tensors
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         self.step = state["step"]
+
+
+def read_checkpoint(path: Path, state: dict[str, Any], **options: Any) -> None:
+    """Read those entries of a checkpoint that ``state`` has, tensors in place.
+
+    Args:
+        options: of ``torch.distributed.checkpoint.load``.
+
+    Raises:
+        ValueError: it is damaged, or of another model.
+    """
+    try:
+        dcp.load(state, checkpoint_id=path, **options)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(
+            f"{path} is damaged or of another model; the one before may serve: {_one_line(error)}"
+        ) from error
 
 
 def checkpoint_name(step: int) -> str:

@@ -6,10 +6,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from madformer import config as model_presets
 from madformer.config import MADFormerConfig
+
+RUN_CONFIG = "config.json"
 
 AT_LEAST_ONE = (
     "image_size", "steps", "batch_size", "accumulation_steps", "log_every", "save_every", "keep_checkpoints",
@@ -142,6 +145,18 @@ class TrainingConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def of_run(cls, folder: str | Path) -> TrainingConfig:
+        """The configuration that a run's folder holds.
+
+        Raises:
+            FileNotFoundError: no run there. ValueError: of another version.
+        """
+        file = Path(folder) / RUN_CONFIG
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no run: no {RUN_CONFIG}")
+        return cls.from_dict(json.loads(file.read_text()))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:

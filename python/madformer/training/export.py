@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from madformer.model import MADFormer
-from madformer.training.checkpoint import checkpoint_name, whole_checkpoints
+from madformer.training.checkpoint import checkpoint_name, read_checkpoint, whole_checkpoints
 from madformer.training.config import TrainingConfig
 
 RAW = "raw"
@@ -28,7 +25,7 @@ def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | 
     Raises:
         FileNotFoundError: no such run or checkpoint. ValueError: no such weights, or a damaged checkpoint.
     """
-    folder, config = Path(run) / "checkpoints", config_of(run)
+    folder, config = Path(run) / "checkpoints", TrainingConfig.of_run(run)
     available = whole_checkpoints(folder)
     if not available:
         raise FileNotFoundError(f"{run} holds no checkpoint")
@@ -44,22 +41,7 @@ def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | 
     model = MADFormer(config.model)
     state = model.state_dict()
     stored: dict[str, Any] = {"model": state} if chosen == RAW else {"ema": {chosen: state}}
-    try:
-        dcp.load(stored, checkpoint_id=path, no_dist=True)
-    except (Exception, CheckpointException) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    read_checkpoint(path, stored, no_dist=True)
     with torch.no_grad():
         model.load_state_dict(state)
     return model.eval()
-
-
-def config_of(run: str | Path) -> TrainingConfig:
-    """The configuration of a run.
-
-    Raises:
-        FileNotFoundError: no run there.
-    """
-    file = Path(run) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{run} holds no run: no config.json")
-    return TrainingConfig.from_dict(json.loads(file.read_text()))

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from madformer.choices import device_of
 from madformer.model import MADFormer
 from madformer.training.config import TrainingConfig
 
@@ -57,16 +58,15 @@ def join(config: TrainingConfig) -> World:
     """This process among those that torchrun started, or alone.
 
     Raises:
-        ValueError: the configuration asks for what the processes are not.
+        ValueError: the configuration asks for what the processes are not, or for a device that is not there.
     """
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     mode = config.parallel if config.parallel != "auto" else ("ddp" if size > 1 else "none")
     if size > 1 and mode == "none":
         raise ValueError(f"parallel='none' is for one process, and torchrun started {size}")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+    device = torch.device(device_of(config.device))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     if mode == "none":
         return World(0, 1, device, mode, None)
     _check_groups(config, mode, size)
@@ -85,9 +85,6 @@ def leave() -> None:
     """After the last step: a process that ends within its groups waits for them forever."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _mesh_shape(config: TrainingConfig, mode: str, size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -28,7 +28,7 @@ from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler, image_grid
 from madformer.training.checkpoint import Checkpoints, RunState
-from madformer.training.config import TrainingConfig
+from madformer.training.config import RUN_CONFIG, TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
 from madformer.training.data import Batch, BatchStream, cache_latents, check_data
 from madformer.training.losses import training_losses
@@ -95,8 +95,7 @@ class Trainer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
         """Resume a run with the configuration that its folder holds."""
-        values = json.loads((Path(folder) / "config.json").read_text())
-        return cls(TrainingConfig.from_dict(values), folder, resume=True)
+        return cls(TrainingConfig.of_run(folder), folder, resume=True)
 
     @property
     def step(self) -> int:
@@ -113,7 +112,7 @@ class Trainer:
         """Say in the folder what the run is."""
         if not self.world.is_first:
             return
-        with atomic_path(self.folder / "config.json") as path:
+        with atomic_path(self.folder / RUN_CONFIG) as path:
             path.write_text(self.config.to_json())
         described = environment("train", self.device, PACKAGES) | {"processes": self.world.size}
         with atomic_path(self.folder / "environment.json") as path:
