@@ -15,7 +15,7 @@ from madformer.config import MADFormerConfig, ffhq1024
 from madformer.kernels.block_causal_attention import BlockLayout
 from madformer.model.layer import TransformerLayer
 from madformer.model.madformer import masked_attention, set_backend
-from madformer.model.rope import RotaryEmbedding2D
+from madformer.model.rope import RotaryEmbedding
 from ops.case import Case, random
 
 STREAMS = ("clean", "noise")
@@ -28,7 +28,7 @@ class Layer(nn.Module):
         super().__init__()
         layout = BlockLayout(config.block_size, noise_blocks=config.num_blocks, clean_blocks=config.num_blocks)
         self.layer = TransformerLayer(config, STREAMS)
-        self.rope = RotaryEmbedding2D(config)
+        self.rope = RotaryEmbedding(config)
         self.attention = masked_attention(layout, attention)
         set_backend(self, backend)
 

@@ -3,7 +3,7 @@
 A batch that is drawn as one keeps its slots until its slowest image is done, and whoever comes late waits for it.
 Here each slot stands at a block and step of its own (:mod:`.slots`), so that a free one is filled at the next step.
 
-Shape legend: M blocks, L latents of a block, C channels, R slots.
+Shape legend: M blocks, L latents of a block, C channels, R slots, P tokens of a text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
 from madformer.engine.passes import Passes
-from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image
+from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image, check_guidable
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.engine.slots import ScheduleRows, Slots
+from madformer.engine.slots import Guidance, ScheduleRows, Slots
 
 
 class QueueFullError(RuntimeError):
@@ -41,6 +41,7 @@ class Job:
     schedule: ScheduleRows = field(compare=False)
     init_noise_sigma: float = field(compare=False)
     future: Future[Tensor] = field(compare=False)
+    texts: tuple[Tensor | None, Tensor | None] = field(compare=False)
     row: int = field(compare=False, default=-1)
     block: int = field(compare=False, default=0)
     step: int = field(compare=False, default=0)
@@ -58,25 +59,30 @@ class InFlightBatcher:
         slots: R, images at once.
         max_steps: the most denoising steps of a block that a request may ask for.
         max_waiting: requests that may wait for a slot.
+        guided: requests may ask for guidance, of any scale. Every image then takes the room and time of two.
 
     Raises:
         ValueError: the scheduler cannot be tabulated, or a number that makes no sense.
         madformer.engine.memory.OutOfMemoryError: so many slots do not fit; the message names how many do.
     """
 
-    def __init__(self, sampler: Sampler, slots: int, *, max_steps: int = 250, max_waiting: int = 1024) -> None:
+    def __init__(
+        self, sampler: Sampler, slots: int, *, max_steps: int = 250, max_waiting: int = 1024, guided: bool = False
+    ) -> None:
         for name, value in (("slots", slots), ("max_steps", max_steps), ("max_waiting", max_waiting)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.sampler, self.num_slots = sampler, slots
-        self.max_steps, self.max_waiting = max_steps, max_waiting
+        self.max_steps, self.max_waiting, self.guided = max_steps, max_waiting, guided
         self.config = sampler.source.config
         self.launcher = sampler.launcher or launcher_for(sampler.source.device)
         self.clip = self._table(1).clip
         device = sampler.source.device
-        per_slot = bytes_per_image(sampler.source, max_steps)
+        if guided:
+            check_guidable(self.config)
+        per_slot = bytes_per_image(sampler.source, max_steps, guided=guided)
         self.cache, self.slots = memory.largest_fit(self._allocate, slots, per_slot, device)
-        self._schedules: dict[int, tuple[ScheduleRows, float]] = {}
+        self._schedules: dict[tuple[int, float], tuple[ScheduleRows, float]] = {}
         self._launches: dict[tuple[str, int], tuple[Work, Tensor]] = {}
         self._prepared_for: memory.Fingerprint | None = None
         self._waiting: list[Job] = []
@@ -87,8 +93,11 @@ class InFlightBatcher:
     def _allocate(self, slots: int) -> tuple[ConditioningCache, Slots]:
         model = self.sampler.source
         rows = slots + self.launcher.captures  # what a captured batch is filled up with works on a row of its own
-        cache = ConditioningCache(model.config, rows, dtype=model.dtype, device=model.device, backend=model.backend)
-        return cache, Slots(model.config, rows, self.max_steps, model.device)
+        slots_of = Slots(model.config, rows, self.max_steps, model.device, guided=self.guided)
+        cache = ConditioningCache(
+            model.config, slots_of.branches * rows, dtype=model.dtype, device=model.device, backend=model.backend
+        )
+        return cache, slots_of
 
     def _table(self, num_steps: int) -> ScheduleTable:
         table = tabulate(self.sampler.scheduler, num_steps, self.sampler.source.device)
@@ -99,12 +108,22 @@ class InFlightBatcher:
 
     # Requests
 
-    def submit(self, noise_MLC: Tensor, num_inference_steps: int, *, priority: int = 0) -> Future[Tensor]:
+    def submit(
+        self,
+        noise_MLC: Tensor,
+        num_inference_steps: int,
+        *,
+        text_P: Tensor | None = None,
+        negative_text_P: Tensor | None = None,
+        guidance: float = 1.0,
+        priority: int = 0,
+    ) -> Future[Tensor]:
         """Ask for an image.
 
         Args:
             noise_MLC: standard normal, ``(M, L, C)``.
             num_inference_steps: denoising steps of every block.
+            text_P, negative_text_P, guidance: see :meth:`madformer.engine.sampler.Plan.run`.
             priority: lower goes first; requests of one priority go in the order in which they came.
 
         Returns:
@@ -113,31 +132,36 @@ class InFlightBatcher:
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:
-            ValueError: noise of another shape, or a step count that the scheduler or this batcher does not have.
+            ValueError: noise or text of another shape, or a step count or guidance that the scheduler or this batcher
+                does not have.
             QueueFullError: ``max_waiting`` requests wait.
         """
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
         if tuple(noise_MLC.shape) != shape:
             raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
+        if guidance != 1.0 and not self.guided:
+            raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
+        self.slots.check_texts((text_P, negative_text_P), (self.config.text_length,))
         with self._lock:
-            schedule, sigma = self._schedule(num_inference_steps)
+            schedule, sigma = self._schedule(num_inference_steps, guidance)
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
-            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future())
+            texts = text_P, negative_text_P
+            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future(), texts)
             heapq.heappush(self._waiting, job)
         return job.future
 
-    def _schedule(self, num_steps: int) -> tuple[ScheduleRows, float]:
+    def _schedule(self, num_steps: int, guidance: float) -> tuple[ScheduleRows, float]:
         """What a slot is given for ``num_steps`` steps, and the standard deviation of its noise."""
-        if num_steps not in self._schedules:
+        if (num_steps, guidance) not in self._schedules:
             table = self._table(num_steps)
             if table.num_steps > self.max_steps:
                 raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
-            rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps)
-            self._schedules[num_steps] = rows, table.init_noise_sigma
-        return self._schedules[num_steps]
+            rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, Guidance(guidance))
+            self._schedules[num_steps, guidance] = rows, table.init_noise_sigma
+        return self._schedules[num_steps, guidance]
 
     @property
     def num_waiting(self) -> int:
@@ -212,6 +236,7 @@ class InFlightBatcher:
     def _place(self, job: Job) -> None:
         """Put a request's noise and schedule into its slot."""
         self.slots.assign(job.schedule, self.passes.model, job.row)
+        self.slots.condition_on(job.texts, job.row)
         canvas = self.slots.canvas_RMLC[job.row]
         canvas.copy_(job.noise_MLC, non_blocking=True)
         canvas *= job.init_noise_sigma

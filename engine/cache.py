@@ -25,11 +25,10 @@ class ConditioningCache:
     A block is written behind its row's finished prefix, where the next write overwrites it, until :meth:`advance`
     makes it part of the prefix. Attention therefore reads one contiguous range: nothing is concatenated, and no mask
     is needed. How long each prefix is stands on the device alone, so that rows may be at different blocks and one
-    captured graph serves them all. A prefix that is not an image's, such as text, is a first write like any other.
+    captured graph serves them all. A text is a first write like any other.
 
     Args:
-        rows: R, how many images at once.
-        max_prefix: tokens of a row that are not its image's.
+        rows: R, how many images at once; twice as many under guidance.
         backend: of the kernels, as :meth:`madformer.model.MADFormer.set_backend` takes it.
     """
 
@@ -40,10 +39,9 @@ class ConditioningCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        max_prefix: int = 0,
         backend: str = "auto",
     ) -> None:
-        max_length = max_prefix + config.num_blocks * config.block_size
+        max_length = config.text_length + config.num_blocks * config.block_size
         shape = (config.num_layers, rows, config.num_heads, max_length, config.head_dim)
         self.keys_RHSD = [torch.empty(shape[1:], dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values_RHSD = [torch.empty(shape[1:], dtype=dtype, device=device) for _ in range(config.num_layers)]
@@ -96,6 +94,18 @@ class CacheView:
     lengths_B: Tensor
     ends_B: Tensor
     on_host: list[tuple[int, int]] | None = None
+
+    def attend_causally(self, layer: int, projections: Projections) -> Tensor | None:
+        """:meth:`attend` for a text, whose rows are empty before it: each token to those up to itself."""
+        q = projections.heads_into(
+            self.cache.keys_RHSD[layer], self.cache.values_RHSD[layer], self.lengths_B, self.rows_B
+        )
+        return None if q is None else F.scaled_dot_product_attention(q, *self.text(layer, q.shape[2]), is_causal=True)
+
+    def text(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, H, num_tokens, D)`` that each row begins with."""
+        keys, values = self.cache.keys_RHSD[layer], self.cache.values_RHSD[layer]
+        return take(keys[:, :, :num_tokens], self.rows_B), take(values[:, :, :num_tokens], self.rows_B)
 
     def attend(self, layer: int, projections: Projections) -> Tensor | None:
         """Put the tokens' keys and values behind the prefix, and let their queries attend to both.

@@ -3,11 +3,18 @@
 Each pass reads and writes the state of its slots (:mod:`.slots`, :mod:`.cache`) and nothing else. No value of it is
 ever needed on the host, so a pass can be captured once as a CUDA graph and replayed at every block and step.
 
-Shape legend: B samples of a pass, L latents of a block, C channels, S tokens of a block.
+Under guidance every sample passes the Transformer twice, in one batch: conditional rows first, then their unconditional
+twins. What both have in common, the U-Net's downward half, runs once.
+
+Shape legend: B samples of a pass, N rows of the cache that they have (B, or 2 B under guidance), L latents of a block,
+C channels, S tokens of a block.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from madformer.engine.cache import CacheView, ConditioningCache
@@ -35,8 +42,9 @@ class Passes:
         self.model, self.config = model, model.config
         self.cache, self.slots = cache, slots
         self.clip, self.update = clip, denoise_step_op(backend, model.device)
+        self.branches = slots.branches
         # rotation of each row's block at hand: looked up once a block
-        shape = (len(slots.block_R), self.config.block_size, model.rope.cos.shape[-1])
+        shape = (len(cache.lengths_R), self.config.block_size, model.rope.cos.shape[-1])
         self.cos_RSD, self.sin_RSD = (table.new_zeros(shape) for table in (model.rope.cos, model.rope.sin))
 
     def reset(self) -> None:
@@ -45,90 +53,128 @@ class Passes:
         self.slots.reset()
 
     def first_block(self, rows_B: Tensor | None) -> None:
-        """Before the first block: its noise, and the condition that the BOI block gives."""
-        self.cache.reset(rows_B)
+        """Before the first block: the text, the block's noise, and the condition that the BOI block gives."""
+        rows_N = self._cache_rows(rows_B)
+        self.cache.reset(rows_N)
+        if self.config.text is not None:
+            self._read_text(rows_N)
         self.slots.start_block(rows_B)
         self._look_up_rotation(rows_B)
         if self.config.has_condition:
-            batch = len(take(self.slots.block_R, rows_B))
-            self._predict_condition(rows_B, self.model.boi.expand(batch, -1, -1))
+            batch = len(take(self.cache.lengths_R, rows_N))
+            self._predict_condition(rows_N, self.model.boi.expand(batch, -1, -1))
 
     def next_block(self, rows_B: Tensor | None) -> None:
         """Between two blocks: pass the finished one into the cache and, shifted, on to the condition."""
         config, slots, clean_layers = self.config, self.slots, self.model.clean_layers
+        rows_N = self._cache_rows(rows_B)
         finished_BLC = slots.finish_block(rows_B)
         if config.has_condition or clean_layers:
-            shifted_BSC = self._embed_clean(rows_B, finished_BLC)
+            shifted_NSC = self._for_branches(self._embed_clean(rows_B, finished_BLC))
         if clean_layers:
-            self._layers("clean", shifted_BSC, rows_B, range(clean_layers), needs_output=False)
+            self._layers("clean", shifted_NSC, rows_N, range(clean_layers), needs_output=False)
         # without a clean stream the noise stream is its own context: what its layers saw last stays
-        self.cache.advance(config.block_size, rows_B)
+        self.cache.advance(config.block_size, rows_N)
         slots.start_next_block(rows_B)
         self._look_up_rotation(rows_B)
         if config.has_condition:
-            self._predict_condition(rows_B, shifted_BSC)
+            self._predict_condition(rows_N, shifted_NSC)
 
     def denoise(self, rows_B: Tensor | None) -> None:
         """One step of every sample, each at its own block and step."""
-        down_BE, up_BE, coefficients = self.slots.schedule(rows_B)
+        down_BE, up_BE, guidance_B1, coefficients = self.slots.schedule(rows_B)
         latents_BLC = take(self.slots.latents_RLC, rows_B)
         previous_BLC = take(self.slots.previous_RLC, rows_B)
-        output = self.predict(rows_B, latents_BLC, down_BE, up_BE)
-        self.update(latents_BLC, output, previous_BLC, coefficients, self.clip)
+        outputs = self.predict(rows_B, latents_BLC, down_BE, up_BE)
+        guided = (outputs[1], guidance_B1[:, 0]) if self.branches > 1 else ()
+        self.update(latents_BLC, outputs[0], previous_BLC, coefficients, self.clip, *guided)
         self.slots.finish_step(rows_B, latents_BLC, previous_BLC)
 
-    def predict(self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor) -> Tensor:
-        """The network's prediction ``(B, L, C)`` for noisy latents, with the time embeddings of the U-Net's halves."""
-        config, model = self.config, self.model
+    def predict(self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor) -> tuple[Tensor, ...]:
+        """The network's prediction ``(B, L, C)`` for noisy latents, and under guidance the unconditional one.
+
+        Args:
+            down_BE, up_BE: time embeddings of the U-Net's halves.
+        """
+        config, model, rows_N = self.config, self.model, self._cache_rows(rows_B)
         tokens_BSC, skips = model.embed(latents_BLC[:, None].to(model.dtype), down_BE)
+        tokens_NSC = self._for_branches(tokens_BSC)
         if config.has_condition:
-            tokens_BSC = take(self.cache.condition_RLC, rows_B) + tokens_BSC
+            tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
         layers = range(config.ar_layers, config.num_layers)
-        tokens_BSC = self._layers("noise", tokens_BSC, rows_B, layers)
-        return model.decode(tokens_BSC, up_BE, skips)[:, 0]
+        tokens_NSC = self._layers("noise", tokens_NSC, rows_N, layers)
+        skips = tuple(self._for_branches(skip) for skip in skips)
+        output_NLC = model.decode(tokens_NSC, self._for_branches(up_BE), skips)[:, 0]
+        return output_NLC.chunk(self.branches)
+
+    def _cache_rows(self, rows_B: Tensor | None) -> Tensor | None:
+        """Where the cache has these samples: each branch has as many rows as there are slots."""
+        if rows_B is None or self.branches == 1:
+            return rows_B
+        num_slots = len(self.slots.block_R)
+        return torch.cat([rows_B + branch * num_slots for branch in range(self.branches)])
+
+    def _for_branches(self, tensor_B: Tensor) -> Tensor:
+        return tensor_B if self.branches == 1 else torch.cat([tensor_B] * self.branches)
+
+    def _read_text(self, rows_N: Tensor | None) -> None:
+        text_NP = take(self.slots.text_NP, rows_N)
+        layers = range(self.config.num_layers)
+        self._layers("text", self.model.embed_tokens(text_NP), rows_N, layers, needs_output=False)
+        self.cache.advance(self.config.text_length, rows_N)
 
     def _embed_clean(self, rows_B: Tensor | None, finished_BLC: Tensor) -> Tensor:
         temb_BE = self.slots.clean_embedding(rows_B)
         tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.model.dtype), temb_BE)
         return tokens_BSC
 
-    def _predict_condition(self, rows_B: Tensor | None, shifted_BSC: Tensor) -> None:
-        condition_BSC = self._layers("noise", shifted_BSC, rows_B, range(self.config.ar_layers))
-        put(self.cache.condition_RLC, rows_B, condition_BSC)
+    def _predict_condition(self, rows_N: Tensor | None, shifted_NSC: Tensor) -> None:
+        condition_NSC = self._layers("noise", shifted_NSC, rows_N, range(self.config.ar_layers))
+        put(self.cache.condition_RLC, rows_N, condition_NSC)
 
     def _look_up_rotation(self, rows_B: Tensor | None) -> None:
-        block_B = take(self.slots.block_R, rows_B)
+        block_N, rows_N = self._for_branches(take(self.slots.block_R, rows_B)), self._cache_rows(rows_B)
         for table, rotation_RSD in ((self.model.rope.cos, self.cos_RSD), (self.model.rope.sin, self.sin_RSD)):
             by_block = table.unflatten(0, (-1, self.config.block_size))
-            put(rotation_RSD, rows_B, by_block.index_select(0, block_B))
+            put(rotation_RSD, rows_N, by_block.index_select(0, block_N))
 
     def _layers(
         self,
         stream: str,
-        tokens_BSC: Tensor,
-        rows_B: Tensor | None,
+        tokens_NSC: Tensor,
+        rows_N: Tensor | None,
         layers: range,
         *,
         needs_output: bool = True,
     ) -> Tensor:
-        """One block of one stream through some layers, on the cached prefix of its slot."""
-        tables = {stream: (take(self.cos_RSD, rows_B), take(self.sin_RSD, rows_B))}
-        view = self.cache.view(rows_B, self.config.block_size)
-        streams: Streams = {stream: tokens_BSC}
+        """The text, or one block of one stream, through some layers, on the cached prefix of its row."""
+        if stream == "text":
+            rotation = self.model.rope.text_tables()
+        else:
+            rotation = take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
+        view = self.cache.view(rows_N, tokens_NSC.shape[1])
+        streams: Streams = {stream: tokens_NSC}
         for index in layers:
             outputs = [stream] if needs_output or index < layers[-1] else []
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
-            streams = layer(streams, self.model.rope, tables, self._attention(view, index), outputs)
-        return streams.get(stream, tokens_BSC)
+            attention = self._attention(view, index, stream)
+            streams = layer(streams, self.model.rope, {stream: rotation}, attention, outputs)
+        return streams.get(stream, tokens_NSC)
 
-    def _attention(self, view: CacheView, index: int) -> Attention:
-        cross_block = self.config.cross_block_attention or index < self.config.ar_layers
-        own_block = BlockLayout(self.config.block_size, noise_blocks=1)
+    def _attention(self, view: CacheView, index: int, stream: str) -> Attention:
+        if stream == "text":
+            return partial(view.attend_causally, index)
+        if self.config.cross_block_attention or index < self.config.ar_layers:
+            return partial(view.attend, index)
+        return partial(self._attend_apart, view, index)
 
-        def attend(projections: Projections) -> Tensor | None:
-            if cross_block:
-                return view.attend(index, projections)
-            return block_causal_attention(*projections.heads(), own_block, backend=self.model.attention_backend)
-
-        return attend
+    def _attend_apart(self, view: CacheView, index: int, projections: Projections) -> Tensor:
+        """A block to the text and to itself."""
+        length = self.config.text_length
+        q, k, v = projections.heads()
+        if length:
+            text_k, text_v = view.text(index, length)
+            k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+        own_block = BlockLayout(self.config.block_size, noise_blocks=1, text_length=length, text_queries=False)
+        return block_causal_attention(q, k, v, own_block, backend=self.model.attention_backend)

@@ -4,7 +4,7 @@ A *plan* holds what depends on batch size, step count and scheduler: cache, slot
 passes. Running it costs, for each block, one pass of the clean predecessor through the layers that read it, one pass of
 the condition through the autoregressive layers, and for each step the diffusion layers on the noisy tokens alone.
 
-Shape legend: B batch, M blocks, L latents of a block, C channels.
+Shape legend: B batch, M blocks, L latents of a block, C channels, P tokens of a text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
 from madformer.engine.packing import can_pack, packed, shared_copy
 from madformer.engine.passes import Passes
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.engine.slots import ScheduleRows, Slots
+from madformer.engine.slots import Guidance, ScheduleRows, Slots
 from madformer.model.madformer import MADFormer
 
 logger = logging.getLogger("madformer.engine")
@@ -94,12 +96,19 @@ class Sampler:
         return model
 
     def plan(
-        self, batch: int, num_inference_steps: int, *, guidance: float = 1.0, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        num_inference_steps: int,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        dtype: torch.dtype | None = None,
     ) -> Plan:
         """Allocate and tabulate for ``batch`` images of ``num_inference_steps`` steps a block.
 
         Args:
-            guidance: scale of classifier-free guidance; 1 is none.
+            guidance: scale of classifier-free guidance; 1 is none. guidance_interval: first and last timestep at which
+                it applies (arXiv:2404.07724).
             dtype: compute in a copy of the model in this dtype; None for the model as it is.
 
         Raises:
@@ -109,8 +118,9 @@ class Sampler:
         """
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        if guidance != 1.0:
-            raise ValueError(f"guidance={guidance}: this model has neither text nor labels to be guided by, only 1.0")
+        guided = Guidance(guidance, guidance_interval) if guidance != 1.0 else None
+        if guided is not None:
+            check_guidable(self.source.config)
         sampler = self
         if dtype not in (None, self.source.dtype):
             sampler = copy.copy(self)
@@ -120,19 +130,27 @@ class Sampler:
         table = tabulate(self.scheduler, num_inference_steps, self.source.device)
 
         def make(size: int) -> Plan:
-            plan = Plan(sampler, size, num_inference_steps, table)
+            plan = Plan(sampler, size, num_inference_steps, table, guided)
             if self.source.device.type == "cuda":
                 plan.try_passes()
             return plan
 
-        return memory.largest_fit(make, batch, bytes_per_image(sampler.source, num_inference_steps), self.source.device)
+        per_image = bytes_per_image(sampler.source, num_inference_steps, guided=guided is not None)
+        return memory.largest_fit(make, batch, per_image, self.source.device)
 
 
-def bytes_per_image(model: MADFormer, num_steps: int) -> int:
+def check_guidable(config: MADFormerConfig) -> None:
+    """Raises ``ValueError`` for a model that has no condition to leave out."""
+    if config.text is None:
+        raise ValueError("guidance needs a model with text or labels to be guided by, and this one has neither")
+
+
+def bytes_per_image(model: MADFormer, num_steps: int, *, guided: bool = False) -> int:
     """Of the state that outlasts a pass; what a pass needs besides is not in it."""
     meta = torch.device("meta")
-    cache = ConditioningCache(model.config, 1, dtype=model.dtype, device=meta, backend="reference")
-    return cache.nbytes + Slots(model.config, 1, num_steps, meta).nbytes
+    slots = Slots(model.config, 1, num_steps, meta, guided=guided)
+    cache = ConditioningCache(model.config, slots.branches, dtype=model.dtype, device=meta, backend="reference")
+    return cache.nbytes + slots.nbytes
 
 
 class Plan:
@@ -142,7 +160,14 @@ class Plan:
     finite: its passes are captured once, and each block's steps are one launch where the driver allows it.
     """
 
-    def __init__(self, sampler: Sampler, batch: int, num_inference_steps: int, table: ScheduleTable | None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch: int,
+        num_inference_steps: int,
+        table: ScheduleTable | None,
+        guidance: Guidance | None = None,
+    ) -> None:
         model, scheduler = sampler.source, sampler.scheduler
         self.sampler, self.model = sampler, model
         self.config, self.batch = model.config, batch
@@ -154,11 +179,13 @@ class Plan:
         coefficients = None if table is None else table.coefficients
         # of one kind with what passes make, or a compiled one would be compiled for both
         with torch.inference_mode():
-            self.schedule = ScheduleRows.of(model.config, self.timesteps, coefficients, len(self.timesteps))
+            num_steps = len(self.timesteps)
+            self.schedule = ScheduleRows.of(model.config, self.timesteps, coefficients, num_steps, guidance)
+            self.slots = Slots(model.config, batch, num_steps, model.device, guided=guidance is not None)
+            rows = batch * self.slots.branches
             self.cache = ConditioningCache(
-                model.config, batch, dtype=model.dtype, device=model.device, backend=model.backend
+                model.config, rows, dtype=model.dtype, device=model.device, backend=model.backend
             )
-            self.slots = Slots(model.config, batch, len(self.timesteps), model.device)
         # oneDNN and cuDNN convolve channels-last fastest, and blocks of latents arrive so
         model.downsampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.upsampler.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -211,6 +238,8 @@ class Plan:
         self,
         noise: Tensor | NoiseSource,
         *,
+        text_BP: Tensor | None = None,
+        negative_text_BP: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[Progress], None] | None = None,
         on_block: Callable[[int], None] | None = None,
@@ -221,6 +250,8 @@ class Plan:
 
         Args:
             noise: standard normal, ``(B, M, L, C)``; or called once for each block, in order.
+            text_BP: token ids of a model with text. negative_text_BP: what guidance leads away from, with guidance:
+                the empty text, or another.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps.
             on_block: called with the number of blocks that are done. On a GPU the next one is under way by then.
@@ -232,10 +263,11 @@ class Plan:
 
         Raises:
             NonFiniteError: the network gave numbers that are not finite.
-            ValueError: ``noise`` or ``out`` has another shape than the plan was made for.
+            ValueError: ``noise``, ``out`` or a text has another shape than the plan was made for, or no place in it.
         """
         self.warmup()
         self._check_shapes(noise, out)
+        self.slots.condition_on((text_BP, negative_text_BP))
         self.slots.assign(self.schedule, self.model)
         self.cache.reset()
         ends: list[torch.cuda.Event] = []
@@ -330,10 +362,12 @@ class Plan:
             timestep = self.timesteps[index]
             # a copy: schedulers of several stages keep the sample that they were given
             latents = self.slots.latents_RLC.clone()
-            down_BE, up_BE, _ = self.slots.schedule(None)
+            down_BE, up_BE, guidance_B1, _ = self.slots.schedule(None)
             scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = self.passes.predict(None, scaled, down_BE, up_BE)
-            stepped = self.scheduler.step(output.float(), timestep, latents, **keywords).prev_sample
+            output, *unconditional = (x.float() for x in self.passes.predict(None, scaled, down_BE, up_BE))
+            for other in unconditional:
+                output = other + guidance_B1[:, None] * (output - other)
+            stepped = self.scheduler.step(output, timestep, latents, **keywords).prev_sample
             self.slots.finish_step(None, stepped, self.slots.previous_RLC)
 
         return step

@@ -1,11 +1,14 @@
 """Where each image of a batch stands: latents, block, step and schedule, all on the device.
 
-Shape legend: R rows (slots), B samples of a pass, M blocks, L latents of a block, C channels, T rows of a schedule,
-W numbers of such a row, E time embedding.
+Shape legend: R rows (slots), N rows of the cache (R, or under guidance 2 R: all conditional ones, then all others),
+B samples of a pass, M blocks, L latents of a block, C channels, T rows of a schedule, W numbers of such a row, E time
+embedding, P tokens of a text.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +24,54 @@ STAND_STILL = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv:2207.12598), where ``interval`` has it (arXiv:2404.07724).
+
+    Attributes:
+        scale: 1 is none.
+        interval: first and last timestep at which it applies.
+
+    Raises:
+        ValueError: a scale that is not finite, or an interval that does not rise.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance={self.scale} must be finite")
+        if not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"guidance_interval={self.interval} must be the lower timestep, then the higher")
+
+    def at(self, timesteps_T: Tensor) -> Tensor:
+        """The scale at each timestep, fp32."""
+        low, high = self.interval
+        inside_T = (timesteps_T >= low) & (timesteps_T <= high)
+        return torch.where(inside_T, self.scale, 1.0).float()
+
+
+@dataclass(frozen=True)
 class ScheduleRows:
     """A schedule as its slots hold it: its steps, steps that change nothing up to T - 1 rows, and the finished block's.
 
     Attributes:
-        coefficients_T6, timesteps_T: of every row.
+        coefficients_T6, timesteps_T, guidance_T: of every row.
     """
 
     num_steps: int
     coefficients_T6: Tensor
     timesteps_T: Tensor
+    guidance_T: Tensor
 
     @classmethod
     def of(
-        cls, config: MADFormerConfig, timesteps: Tensor, coefficients: Tensor | None, max_steps: int
+        cls,
+        config: MADFormerConfig,
+        timesteps: Tensor,
+        coefficients: Tensor | None,
+        max_steps: int,
+        guidance: Guidance | None = None,
     ) -> ScheduleRows:
         """Rows of ``timesteps`` (S,), with a table's ``coefficients`` (S, 6) if there is one."""
         num_steps, num_rows = len(timesteps), num_rows_of(max_steps)
@@ -44,7 +81,7 @@ class ScheduleRows:
         # the released sampler embeds the clean block with the last timestep of the previous block's loop
         clean = timesteps[-1:] if config.clean_timestep == "noisy" else timesteps.new_zeros(1)
         timesteps_T = torch.cat((timesteps, timesteps.new_zeros(num_rows - num_steps - 1), clean))
-        return cls(num_steps, coefficients_T6, timesteps_T)
+        return cls(num_steps, coefficients_T6, timesteps_T, (guidance or Guidance()).at(timesteps_T))
 
 
 def num_rows_of(max_steps: int) -> int:
@@ -55,6 +92,9 @@ def num_rows_of(max_steps: int) -> int:
 class Slots:
     """The state of R images.
 
+    Args:
+        guided: each has an unconditional twin in the cache.
+
     Attributes:
         canvas_RMLC: each image: noise in the blocks to come, clean latents in those that are done.
         latents_RLC, previous_RLC: the block at hand and the clean block predicted at the last step.
@@ -62,9 +102,12 @@ class Slots:
             ``end_R`` the block is done.
         sound_R: steps of this image so far after which every latent was finite. Numbers that are not finite stay so,
             hence it counts up to the first fault.
+        text_NP: token ids of the text before each image.
     """
 
-    def __init__(self, config: MADFormerConfig, rows: int, max_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, config: MADFormerConfig, rows: int, max_steps: int, device: torch.device, *, guided: bool = False
+    ) -> None:
         block = (config.latents_per_block, config.latent_channels)
         embedding = config.unet.time_embed_dim
 
@@ -74,10 +117,13 @@ class Slots:
         self.canvas_RMLC = zeros(config.num_blocks, *block)
         self.latents_RLC, self.previous_RLC = zeros(*block), zeros(*block)
         self.block_R, self.sound_R = (zeros(dtype=torch.int64) for _ in range(2))
-        # all that a step looks up, in one table: time embeddings of the U-Net's halves, coefficients of the update
-        self.widths = (embedding, embedding, NUM_COEFFICIENTS)
+        # all a step looks up, in one table: time embeddings of the U-Net's halves, guidance, coefficients of the update
+        self.widths = (embedding, embedding, 1, NUM_COEFFICIENTS)
         self.schedule_RTW = zeros(num_rows_of(max_steps), sum(self.widths))
         self.schedule_RTW[..., -NUM_COEFFICIENTS:] = torch.tensor(STAND_STILL, device=device)
+        self.branches = 2 if guided else 1
+        self.vocab_size = 0 if config.text is None else config.text.vocab_size
+        self.text_NP = torch.zeros(self.branches * rows, config.text_length, dtype=torch.int64, device=device)
         row_R = torch.arange(rows, device=device)
         # where each row's blocks and steps begin in canvas and schedule with their rows laid end to end
         self.first_block_R, self.start_R = row_R * config.num_blocks, row_R * num_rows_of(max_steps)
@@ -93,9 +139,39 @@ class Slots:
         rows = slice(None) if row is None else slice(row, row + 1)
         down, up = model.downsampler.time_embedding, model.upsampler.time_embedding
         embedded = down(schedule.timesteps_T), up(schedule.timesteps_T)
-        self.schedule_RTW[rows] = torch.cat((*embedded, schedule.coefficients_T6), dim=-1)
+        columns = (*embedded, schedule.guidance_T[:, None], schedule.coefficients_T6)
+        self.schedule_RTW[rows] = torch.cat(columns, dim=-1)
         self.end_R[rows] = self.start_R[rows] + schedule.num_steps
         self.reset(row)
+
+    def condition_on(self, texts: Sequence[Tensor | None], row: int | None = None) -> None:
+        """Give a slot (all of them for None) its texts: one for each branch, as :meth:`check_texts` wants them."""
+        rows, length = self.text_NP.unflatten(0, (self.branches, -1)).shape[1:]
+        self.check_texts(texts, (rows, length) if row is None else (length,))
+        for first, text in zip(range(0, len(self.text_NP), rows), texts, strict=False):
+            if text is not None:
+                self.text_NP[slice(first, first + rows) if row is None else first + row] = text.to(self.text_NP)
+
+    def check_texts(self, texts: Sequence[Tensor | None], shape: tuple[int, ...]) -> None:
+        """Whether texts can be given to a slot.
+
+        Args:
+            texts: token ids for the image, and for its unconditional twin where it has one; None for a model without
+                text.
+
+        Raises:
+            ValueError: a text too many or too few, of another shape or outside the vocabulary.
+        """
+        for branch, (name, text) in enumerate(zip(("text", "negative_text"), texts, strict=True)):
+            if shape[-1] == 0 or branch >= self.branches:
+                if text is not None:
+                    where = "a model without text" if shape[-1] == 0 else "sampling without guidance"
+                    raise ValueError(f"{name} has no place in {where}")
+            elif text is None or text.shape != shape:
+                given = "none" if text is None else str(tuple(text.shape))
+                raise ValueError(f"{name} must be token ids of the shape {shape}, got {given}")
+            elif not 0 <= int(text.min()) <= int(text.max()) < self.vocab_size:
+                raise ValueError(f"{name} holds token ids that are not from 0 to {self.vocab_size - 1}")
 
     def reset(self, row: int | None = None) -> None:
         """Put a slot (all of them for None) before the first step of the first block."""
@@ -127,7 +203,9 @@ class Slots:
         return latents_BLC
 
     def schedule(self, rows_B: Tensor | None) -> list[Tensor]:
-        """Time embeddings ``(B, E)`` of both U-Net halves and coefficients ``(B, 6)`` at each sample's step."""
+        """At each sample's step: time embeddings ``(B, E)`` of both U-Net halves, guidance ``(B, 1)`` and coefficients
+        ``(B, 6)``.
+        """
         return self._look_up(take(self.at_R, rows_B))
 
     def clean_embedding(self, rows_B: Tensor | None) -> Tensor:

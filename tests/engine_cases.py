@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from madformer.config import MADFormerConfig, tiny
+from madformer.config import MADFormerConfig, TextConfig, tiny
 from madformer.model import MADFormer
 from testing import perturb
 
 BATCH, STEPS = 2, 3
+TEXT = TextConfig(vocab_size=11, length=5)
 
 CASES: dict[str, MADFormerConfig] = {
     "both": tiny(),
@@ -29,6 +30,11 @@ CASES: dict[str, MADFormerConfig] = {
     "released quirks, condition only": tiny().replace(
         rope_pairing="released", clean_timestep="noisy", context="condition"
     ),
+    "text": tiny().replace(text=TEXT),
+    "text, condition only": tiny().replace(text=TEXT, context="condition"),
+    "text, clean only": tiny().replace(text=TEXT, context="clean"),
+    "text, block-local": tiny().replace(text=TEXT, cross_block_attention=False),
+    "text, released pairing": tiny().replace(text=TEXT, rope_pairing="released"),
     "no QK-norm": tiny().replace(qk_norm=False),
     "sample prediction": tiny().replace(prediction_type="sample"),
     "v prediction": tiny().replace(prediction_type="v_prediction"),
@@ -45,3 +51,11 @@ def make_model(config: MADFormerConfig) -> MADFormer:
 def draw_noise(config: MADFormerConfig, batch: int = BATCH, seed: int = 1) -> Tensor:
     shape = (batch, config.num_blocks, config.latents_per_block, config.latent_channels)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_text(config: MADFormerConfig, batch: int = BATCH, seed: int = 5) -> Tensor | None:
+    """``(B, P)``; None for a model without text."""
+    if config.text is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.text.vocab_size, (batch, config.text.length), generator=generator)

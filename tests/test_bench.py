@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_cases import CASES, draw_noise, make_model
+from engine_cases import CASES, draw_noise, draw_text, make_model
 from madformer.benchmark import report, sampling
 from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Spread, Stopwatch
@@ -26,7 +26,7 @@ from madformer.config import MADFormerConfig, tiny
 from madformer.engine import memory
 from madformer.engine.sampler import Progress, Sampler, bytes_per_image
 from madformer.pipeline import MADFormerPipeline, default_scheduler
-from testing import relative_error
+from testing import relative_error, small_vae
 
 CPU = torch.device("cpu")
 ROOF = sampling.Roof(matmul_flops=1e9, copy_bytes=1e6)
@@ -41,7 +41,8 @@ def make_sampler(config: MADFormerConfig) -> Sampler:
 
 
 @pytest.mark.parametrize(
-    "name", ["both", "clean only", "condition only", "noisy blocks only", "block-local", "shared towers", "one block"]
+    "name",
+    ["both", "clean only", "condition only", "noisy blocks only", "block-local", "shared towers", "one block", "text"],
 )
 @torch.inference_mode()
 def test_bare_passes_are_the_engines(name: str) -> None:
@@ -61,10 +62,10 @@ def test_bare_passes_are_the_engines(name: str) -> None:
         if (condition := bare.ar(block)) is not None:
             assert relative_error(condition, plan.cache.condition_RLC) < 1e-5
         bare.latents_B1LC = plan.slots.latents_RLC[:, None]
-        expected = plan.passes.predict(None, plan.slots.latents_RLC, bare.temb_BE, bare.temb_BE)
+        (expected,) = plan.passes.predict(None, plan.slots.latents_RLC, bare.temb_BE, bare.temb_BE)
         assert relative_error(bare.denoise(block)[:, 0], expected) < 1e-5
 
-    plan.run(draw_noise(config), callback=compare)
+    plan.run(draw_noise(config), text_BP=draw_text(config), callback=compare)
     assert checked == list(range(config.num_blocks))
 
 
@@ -227,8 +228,7 @@ def test_metrics_and_table() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline with an autoencoder."""
     path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae = small_vae(block_out_channels=(8,))
     MADFormerPipeline(make_model(tiny()), vae, default_scheduler("epsilon")).save_pretrained(path)
     return path
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
@@ -63,6 +63,32 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """Text before the image: a causal stream with a tower of its own, which every image token attends to.
+
+    Attributes:
+        vocab_size: of the tokenizer.
+        length: tokens of every text. Shorter ones are padded; padding is attended to as any other token is.
+        pad_token_id: its embedding gets no gradient; None for no such token.
+        rope_theta: base of the one-dimensional rotation.
+    """
+
+    vocab_size: int
+    length: int
+    pad_token_id: int | None = None
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "length"):
+            _require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
+        _require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
+        _require(
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            f"text.pad_token_id={self.pad_token_id} must be below text.vocab_size={self.vocab_size}",
+        )
+
+
+@dataclass(frozen=True)
 class MADFormerConfig:
     """Geometry of the paper's two axes, the ablation switches, and the quirk fields.
 
@@ -88,6 +114,9 @@ class MADFormerConfig:
     latent_channels: int = 4
     unet: UNetConfig = field(default_factory=UNetConfig)
 
+    # what the image is conditioned on
+    text: TextConfig | None = None
+
     # the paper's ablations
     context: Context = "clean+condition"
     cross_block_attention: bool = True
@@ -103,7 +132,7 @@ class MADFormerConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(hint)
+            value, choices = getattr(self, name), get_args(hint) if get_origin(hint) is Literal else ()
             _require(
                 not choices or value in choices,
                 f"{name}={value!r} must be one of {', '.join(map(repr, choices))}",
@@ -173,6 +202,11 @@ class MADFormerConfig:
         return self.token_grid * self.unet.downscale
 
     @property
+    def text_length(self) -> int:
+        """Tokens before the image."""
+        return 0 if self.text is None else self.text.length
+
+    @property
     def has_clean_stream(self) -> bool:
         return self.context in ("clean+condition", "clean")
 
@@ -193,11 +227,12 @@ class MADFormerConfig:
             ValueError: a key that is no field, or an impossible geometry; the message names the fields.
         """
         values = {key: value for key, value in values.items() if not key.startswith("_")}
-        unet = dict(values.pop("unet", {}))
+        unet, text = dict(values.pop("unet", {})), values.pop("text", None)
         _known_keys(cls, values, "")
         _known_keys(UNetConfig, unet, "unet.")
+        _known_keys(TextConfig, text or {}, "text.")
         unet = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.items()}
-        return cls(**values, unet=UNetConfig(**unet))
+        return cls(**values, unet=UNetConfig(**unet), text=text and TextConfig(**text))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

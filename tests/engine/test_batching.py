@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from engine_cases import CASES, draw_noise, make_model
+from engine_cases import CASES, draw_noise, draw_text, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
@@ -54,6 +54,28 @@ def test_each_image_is_the_one_drawn_alone(name: str, launcher: str) -> None:
     batcher.run_until_idle()
     for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
         assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], count)) < TOLERANCE
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_guided_requests(launcher: str) -> None:
+    """Each with a text and a scale of its own."""
+    config = CASES["text"]
+    model, noise = make_model(config), draw_noise(config, batch=4)
+    texts, negative = draw_text(config, batch=4), draw_text(config, batch=4, seed=6)
+    assert texts is not None
+    assert negative is not None
+    batcher = make_batcher(model, 3, LAUNCHERS[launcher](), max_steps=3, guided=True)
+    scales = (1.0, 2.0, 5.0, 2.0)
+    futures = [
+        batcher.submit(noise[i], 2 + i % 2, text_P=texts[i], negative_text_P=negative[i], guidance=scale)
+        for i, scale in enumerate(scales)
+    ]
+    batcher.run_until_idle()
+    sampler = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False)
+    for i, scale in enumerate(scales):
+        plan = sampler.plan(1, 2 + i % 2, guidance=scale)
+        given = {"text_BP": texts[i : i + 1]} | ({"negative_text_BP": negative[i : i + 1]} if scale != 1.0 else {})
+        assert relative_error(futures[i].result(timeout=0), plan.run(noise[i : i + 1], **given)[0]) < TOLERANCE
 
 
 def test_company_does_not_change_an_image() -> None:
@@ -173,7 +195,13 @@ def test_bad_requests() -> None:
         batcher.submit(noise, 6)
     with pytest.raises(ValueError, match="num_inference_steps=0 must be between 1 and"):
         batcher.submit(noise, 0)
+    with pytest.raises(ValueError, match=r"guidance=2\.0 needs a batcher made with guided=True"):
+        batcher.submit(noise, 1, guidance=2.0)
+    with pytest.raises(ValueError, match="text has no place in a model without text"):
+        batcher.submit(noise, 1, text_P=torch.zeros(5, dtype=torch.int64))
     assert batcher.num_waiting == 0
+    with pytest.raises(ValueError, match="guidance needs a model with text"):
+        make_batcher(model, 1, guided=True)
     with pytest.raises(ValueError, match="slots=0 must be at least 1"):
         make_batcher(model, 0)
     with pytest.raises(ValueError, match="in-flight batching needs a scheduler that can be tabulated, and this UniPC"):

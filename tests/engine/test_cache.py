@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madformer.config import tiny
+from madformer.config import TextConfig, tiny
 from madformer.engine.cache import ConditioningCache
 from madformer.kernels import launch
 from madformer.model.layer import Projections
@@ -19,7 +19,9 @@ BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not lau
 
 
 def make_cache(rows: int, backend: str, max_prefix: int = 0) -> ConditioningCache:
-    cache = ConditioningCache(CONFIG, rows, dtype=torch.float32, device=DEVICE, max_prefix=max_prefix, backend=backend)
+    text = TextConfig(vocab_size=1, length=max_prefix) if max_prefix else None
+    config = CONFIG.replace(text=text)
+    cache = ConditioningCache(config, rows, dtype=torch.float32, device=DEVICE, backend=backend)
     for tensor in (*cache.keys_RHSD, *cache.values_RHSD):
         tensor.fill_(torch.nan)
     return cache

@@ -6,17 +6,17 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
+from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_text, make_model
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.sampler import Plan, Sampler
 from recording import HostReadError, RecordingLauncher
 
 
-def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher) -> Plan:
+def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher, guidance: float = 1.0) -> Plan:
     config = CASES[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
     sampler = Sampler(make_model(config), scheduler, pack_weights=False, launcher=launcher)
-    plan = sampler.plan(BATCH, STEPS)
+    plan = sampler.plan(BATCH, STEPS, guidance=guidance)
     plan.cache.on_host = False  # as on a GPU, where nothing is
     return plan
 
@@ -25,13 +25,18 @@ def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher) -> Plan:
 PASSES = [name for name in CASES if name not in ("no QK-norm", "sample prediction", "v prediction", "shared towers")]
 
 
-@pytest.mark.parametrize("name", PASSES)
-def test_replay_equals_eager(name: str) -> None:
-    """Bit for bit, at every block, and again for a second request with other noise."""
-    eager, replayed = make_plan(name, EagerLauncher()), make_plan(name, RecordingLauncher())
+@pytest.mark.parametrize(
+    ("name", "guidance"), [*((name, 1.0) for name in PASSES), ("text", 3.0), ("text, block-local", 3.0)]
+)
+def test_replay_equals_eager(name: str, guidance: float) -> None:
+    """Bit for bit, at every block, and again for a second request with other noise and texts."""
+    eager, replayed = (make_plan(name, launcher, guidance) for launcher in (EagerLauncher(), RecordingLauncher()))
     for seed in (1, 2):
         noise = draw_noise(CASES[name], seed=seed)
-        expected, actual = eager.run(noise), replayed.run(noise)
+        texts = {"text_BP": draw_text(CASES[name], seed=seed)}
+        if guidance != 1.0:
+            texts["negative_text_BP"] = draw_text(CASES[name], seed=seed + 2)
+        expected, actual = eager.run(noise, **texts), replayed.run(noise, **texts)
         for block in range(CASES[name].num_blocks):
             assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
 

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, make_model
+from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_text, make_model
 from madformer.config import tiny
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
 from madformer.model import MADFormer
@@ -28,7 +28,15 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def sample_uncached(model: MADFormer, scheduler: Any, steps: int, noise: Tensor) -> Tensor:
+def sample_uncached(
+    model: MADFormer,
+    scheduler: Any,
+    steps: int,
+    noise: Tensor,
+    text: Tensor | None = None,
+    negative_text: Tensor | None = None,
+    guidance: Callable[[int], float] = lambda t: 1.0,
+) -> Tensor:
     """Every step is a whole training pass over all blocks, updated by the scheduler's own ``step``.
 
     A finished block counts with its clean latents, and, where there is no clean stream, with what its last step saw.
@@ -41,7 +49,10 @@ def sample_uncached(model: MADFormer, scheduler: Any, steps: int, noise: Tensor)
         latents = noise[:, block] * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             noisy[:, block], timestep[:, block] = scheduler.scale_model_input(latents, t), t
-            prediction = model(clean, noisy, timestep).prediction[:, block]
+            prediction = model(clean, noisy, timestep, text).prediction[:, block]
+            if negative_text is not None:
+                unconditional = model(clean, noisy, timestep, negative_text).prediction[:, block]
+                prediction = unconditional + guidance(int(t)) * (prediction - unconditional)
             latents = scheduler.step(prediction, t, latents).prev_sample
         clean[:, block] = latents
     return clean
@@ -52,10 +63,59 @@ def test_cached_equals_uncached(name: str) -> None:
     config = CASES[name]
     model, noise = make_model(config), draw_noise(config)
     scheduler = DDIMScheduler(prediction_type=config.prediction_type)
-    expected = sample_uncached(model, scheduler, STEPS, noise)
-    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise)
+    text = draw_text(config)
+    expected = sample_uncached(model, scheduler, STEPS, noise, text)
+    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise, text_BP=text)
     for block in range(config.num_blocks):
         assert relative_error(latents[:, block], expected[:, block]) < TOLERANCE, f"block {block}"
+
+
+@pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("name", ["text", "text, condition only", "text, block-local"])
+def test_guidance(name: str, scheduler: Callable[[], Any], interval: tuple[int, int]) -> None:
+    """Two uncached passes a step, mixed by the formula; tabulated and through the scheduler's own step."""
+    model, noise = make_model(CASES[name]), draw_noise(CASES[name])
+    text, negative = draw_text(CASES[name]), draw_text(CASES[name], seed=6)
+
+    def scale(t: int) -> float:
+        return 2.5 if interval[0] <= t <= interval[1] else 1.0
+
+    expected = sample_uncached(model, scheduler(), STEPS, noise, text, negative, scale)
+    plan = Sampler(model, scheduler()).plan(BATCH, STEPS, guidance=2.5, guidance_interval=interval)
+    assert relative_error(plan.run(noise, text_BP=text, negative_text_BP=negative), expected) < TOLERANCE
+
+
+def test_guidance_of_one_is_none() -> None:
+    model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_text(CASES["text"])
+    sampler = Sampler(model, DDIMScheduler())
+    plain = sampler.plan(BATCH, STEPS).run(noise, text_BP=text)
+    assert torch.equal(sampler.plan(BATCH, STEPS, guidance=1.0).run(noise, text_BP=text), plain)
+    never = sampler.plan(BATCH, STEPS, guidance=4.0, guidance_interval=(1001, 1002))
+    negative = draw_text(CASES["text"], seed=6)
+    assert relative_error(never.run(noise, text_BP=text, negative_text_BP=negative), plain) < TOLERANCE
+
+
+def test_texts_that_have_no_place() -> None:
+    model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_text(CASES["text"])
+    assert text is not None
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
+    for given, message in (
+        ({}, r"text must be token ids of the shape \(2, 5\), got none"),
+        ({"text_BP": text[:, 1:]}, r"text must be token ids of the shape \(2, 5\), got \(2, 4\)"),
+        ({"text_BP": text + 11}, "text holds token ids that are not from 0 to 10"),
+        ({"text_BP": text, "negative_text_BP": text}, "negative_text has no place in sampling without guidance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.run(noise, **given)
+    with pytest.raises(ValueError, match="text has no place in a model without text"):
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).run(noise, text_BP=text)
+    with pytest.raises(ValueError, match="guidance needs a model with text or labels"):
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS, guidance=2.0)
+    with pytest.raises(ValueError, match="must be the lower timestep, then the higher"):
+        Sampler(model, DDIMScheduler()).plan(1, STEPS, guidance=2.0, guidance_interval=(3, 2))
+    with pytest.raises(ValueError, match="guidance=nan must be finite"):
+        Sampler(model, DDIMScheduler()).plan(1, STEPS, guidance=float("nan"))
 
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -160,20 +220,15 @@ def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeyp
     plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).warmup()
     calls, predict = iter(range(1000)), plan.passes.predict
 
-    def faulty(*arguments: Any) -> Tensor:
-        output = predict(*arguments)
+    def faulty(*arguments: Any) -> tuple[Tensor, ...]:
+        outputs = predict(*arguments)
         if next(calls) == block * STEPS + step:
-            output[1, 0, 0] = float("inf")
-        return output
+            outputs[0][1, 0, 0] = float("inf")
+        return outputs
 
     monkeypatch.setattr(plan.passes, "predict", faulty)
     with pytest.raises(NonFiniteError, match=f"image 1 of the batch is not finite from block {block}, step {step} on"):
         plan.run(draw_noise(tiny()))
-
-
-def test_guidance_needs_something_to_leave_out() -> None:
-    with pytest.raises(ValueError, match=r"guidance=2\.0: this model has neither text nor labels"):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(1, STEPS, guidance=2.0)
 
 
 def test_a_plan_in_another_dtype() -> None:

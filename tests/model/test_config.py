@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from madformer.config import PRESETS, MADFormerConfig, UNetConfig, preset
+from madformer.config import PRESETS, MADFormerConfig, TextConfig, UNetConfig, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -24,6 +24,7 @@ def test_every_field_survives_the_round_trip() -> None:
         cross_block_attention=False, shared_towers=True, prediction_type="v_prediction", rope_pairing="released",
         clean_timestep="noisy", hidden_loss_input="condition+noisy", hidden_loss_skips="same_block",
         square_blocks=False, unet=UNetConfig((8, 16, 24), (1, 2, 3), (True, False, True), 2, 4, 16),
+        text=TextConfig(vocab_size=100, length=7, pad_token_id=3, rope_theta=500.0),
     )  # fmt: skip
     default = MADFormerConfig()
     assert all(getattr(config, name) != getattr(default, name) for name in vars(default))

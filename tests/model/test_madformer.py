@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from madformer.config import MADFormerConfig, UNetConfig, preset, tiny
+from madformer.config import MADFormerConfig, TextConfig, UNetConfig, preset, tiny
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
@@ -20,6 +20,7 @@ from madformer.model.rope import rope_tables, token_positions
 from madformer.model.unet import TimestepEmbedding
 from testing import perturb, relative_error
 
+TEXT = TextConfig(vocab_size=11, length=5)
 MODELS = {
     "both": tiny(),
     "clean only": tiny().replace(context="clean"),
@@ -28,6 +29,10 @@ MODELS = {
     "block-local": tiny().replace(cross_block_attention=False),
     "shared towers": tiny().replace(shared_towers=True),
     "one block": tiny().replace(num_blocks=1),
+    "text": tiny().replace(text=TEXT),
+    "text, condition only": tiny().replace(text=TEXT, context="condition"),
+    "text, block-local": tiny().replace(text=TEXT, cross_block_attention=False),
+    "text, shared towers": tiny().replace(text=TEXT, shared_towers=True),
     "three levels": tiny().replace(
         block_size=1,
         unet=UNetConfig((16, 16, 32), (1, 2, 1), (False, True, True), num_heads=4, time_embed_dim=32),
@@ -42,12 +47,16 @@ def make_model(config: MADFormerConfig) -> MADFormer:
     return model
 
 
-def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean latents, noisy latents, timesteps."""
+def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, ...]:
+    """Clean latents, noisy latents, timesteps, and texts for a model that takes them."""
     generator = torch.Generator().manual_seed(1)
     shape = (batch, config.num_blocks, config.latents_per_block, config.latent_channels)
     clean, noisy = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-    return clean, noisy, torch.randint(0, 1000, shape[:2], generator=generator)
+    timestep = torch.randint(0, 1000, shape[:2], generator=generator)
+    if config.text is None:
+        return clean, noisy, timestep
+    size = (batch, config.text.length)
+    return clean, noisy, timestep, torch.randint(0, config.text.vocab_size, size, generator=generator)
 
 
 # Who sees what
@@ -55,16 +64,16 @@ def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("block", range(4))
 @pytest.mark.parametrize(
-    "name", ["both", "clean only", "condition only", "block-local", "shared towers", "noisy blocks only"]
+    "name", ["both", "clean only", "condition only", "block-local", "shared towers", "noisy blocks only", "text"]
 )
 def test_a_block_is_predicted_from_its_past(name: str, block: int) -> None:
     """Changing a block changes no earlier prediction; changing it as context changes the next."""
     config = MODELS[name]
-    model, (clean, noisy, timestep) = make_model(config), draw(config)
-    before = model(clean, noisy, timestep)
+    model, (clean, noisy, *rest) = make_model(config), draw(config)
+    before = model(clean, noisy, *rest)
     changed = clean.clone()
     changed[:, block] += 1
-    after = model(changed, noisy, timestep)
+    after = model(changed, noisy, *rest)
     assert torch.equal(after.prediction[:, : block + 1], before.prediction[:, : block + 1])
     if before.condition is not None:
         assert torch.equal(after.condition[:, : block + 1], before.condition[:, : block + 1])
@@ -73,17 +82,40 @@ def test_a_block_is_predicted_from_its_past(name: str, block: int) -> None:
 
     noisier = noisy.clone()
     noisier[:, block] += 1
-    prediction = model(clean, noisier, timestep).prediction
+    prediction = model(clean, noisier, *rest).prediction
     moved = (prediction - before.prediction).abs().amax((0, 2, 3)) > 1e-6
     reach = 4 if not config.has_clean_stream else block + 1
     assert moved.tolist() == [block <= i < reach for i in range(4)]
 
 
-def test_images_of_a_batch_do_not_meet() -> None:
-    model, (clean, noisy, timestep) = make_model(tiny()), draw(tiny())
-    together = model(clean, noisy, timestep).prediction
-    alone = model(clean[1:], noisy[1:], timestep[1:]).prediction
+@pytest.mark.parametrize("name", ["both", "text"])
+def test_images_of_a_batch_do_not_meet(name: str) -> None:
+    model, arguments = make_model(MODELS[name]), draw(MODELS[name])
+    together = model(*arguments).prediction
+    alone = model(*(argument[1:] for argument in arguments)).prediction
     assert relative_error(together[1:], alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text", "text, condition only", "text, block-local", "text, shared towers"])
+def test_the_image_reads_the_text_and_the_text_its_own_past(name: str) -> None:
+    config = MODELS[name]
+    model, (clean, noisy, timestep, text) = make_model(config), draw(config)
+    before = model(clean, noisy, timestep, text, return_logits=True)
+    assert before.logits.shape == (*text.shape, TEXT.vocab_size)
+    changed = text.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % TEXT.vocab_size
+    after = model(clean + 1, noisy, timestep, changed, return_logits=True)
+    assert torch.equal(after.logits[:, :3], before.logits[:, :3])
+    assert not torch.allclose(after.logits[:, 4], before.logits[:, 4])
+    moved = model(clean, noisy, timestep, changed).prediction - before.prediction
+    assert (moved.abs().amax((2, 3)) > 1e-6).all()
+
+
+def test_texts_that_do_not_fit_are_refused() -> None:
+    clean, noisy, timestep, text = draw(MODELS["text"])
+    for model, given in ((MODELS["text"], None), (MODELS["text"], text[:, 1:]), (MODELS["both"], text)):
+        with pytest.raises(ValueError, match=r"this model takes texts of \d tokens, got \d"):
+            make_model(model)(clean, noisy, timestep, given)
 
 
 def test_native_condition_knows_neither_the_noise_nor_its_own_block() -> None:
@@ -117,14 +149,17 @@ def test_native_clean_blocks_have_no_timestep() -> None:
 def test_every_weight_is_trained(name: str) -> None:
     """No dead parameter: with all losses, each gets a gradient that is not zero."""
     config = MODELS[name]
-    model, (clean, noisy, timestep) = make_model(config), draw(config)
-    output = model(clean, noisy, timestep, return_clean=config.has_clean_stream)
-    outputs = (output.prediction, output.condition, output.clean)
+    model, arguments = make_model(config), draw(config)
+    output = model(*arguments, return_clean=config.has_clean_stream, return_logits=config.text is not None)
+    outputs = (output.prediction, output.condition, output.clean, output.logits)
     sum(x.square().mean() for x in outputs if x is not None).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     if name == "one block":
         # nothing attends to the only clean block, and one noise block has nobody else to attend to
         assert all("clean" in parameter or "boi_skips" not in parameter for parameter in dead)
+    elif name == "three levels":
+        # one token a block: attention over a single pixel has nothing to choose between
+        assert all(".to_q." in parameter or ".to_k." in parameter for parameter in dead)
     else:
         assert not dead
 
@@ -308,7 +343,7 @@ def test_every_configuration_field_is_read() -> None:
         "latent_channels": 3, "unet": dataclasses.replace(base.unet, norm_groups=4), "context": "condition",
         "cross_block_attention": False, "shared_towers": True, "rope_pairing": "released",
         "clean_timestep": "noisy", "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
-        "square_blocks": False,
+        "square_blocks": False, "text": TEXT,
     }  # fmt: skip
     assert changes.keys() | {"prediction_type"} == vars(base).keys()
     reference = make_model(base)

@@ -43,11 +43,14 @@ class BareModel:
             batch, 1, config.latents_per_block, config.latent_channels, device=model.device, dtype=model.dtype
         )
         self.temb_BE = torch.randn(batch, config.unet.time_embed_dim, device=model.device)
-        starts_M = config.block_size * torch.arange(config.num_blocks, device=model.device)
+        starts_M = config.text_length + config.block_size * torch.arange(config.num_blocks, device=model.device)
         self.positions_MB = starts_M[:, None].expand(-1, batch)
 
     def ar(self, block: int) -> Tensor | None:
-        """The pass before ``block``: the finished block through the layers that read it, and the condition if any."""
+        """The pass before ``block``: the finished block through the layers that read it, and the condition if any.
+
+        The text, which is read once for all blocks, is left out.
+        """
         config, clean_layers = self.config, self.model.clean_layers if block else 0
         if not config.has_condition and not clean_layers:
             return None
@@ -86,9 +89,11 @@ class BareModel:
         return streams.get(stream, tokens_BSC)
 
     def _attention(self, index: int, block: int) -> Attention:
-        size = self.config.block_size
+        size, text = self.config.block_size, self.config.text_length
         cross_block = self.config.cross_block_attention or index < self.config.ar_layers
-        span = slice(0 if cross_block else block * size, (block + 1) * size)
+        # block-local ones read the text too: as much of the prefix as it has tokens
+        end = text + (block + 1) * size
+        span = slice(0 if cross_block else end - size - text, end)
         keys, values = self.cache.keys_RHSD[index], self.cache.values_RHSD[index]
 
         def attend(projections: Projections) -> Tensor | None:

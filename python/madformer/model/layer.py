@@ -16,10 +16,10 @@ from madformer.config import MADFormerConfig
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu
-from madformer.model.rope import RotaryEmbedding2D
+from madformer.model.rope import RotaryEmbedding
 
 Streams = dict[str, Tensor]
-"""Tensors by stream name; ``clean`` before ``noise``."""
+"""Tensors by stream name, in the order ``text``, ``clean``, ``noise``."""
 
 # The released code leaves the per-head norms at their own default, whatever the model's epsilon.
 QK_NORM_EPS = 1e-6
@@ -156,25 +156,27 @@ class Tower(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Towers by stream name; with shared towers both streams pass the one named ``image``."""
+    """Towers by stream name; with shared towers the image's streams pass the one named ``image``."""
 
     backend = "auto"
 
     def __init__(self, config: MADFormerConfig, streams: Collection[str]) -> None:
         super().__init__()
         self.shared, self.num_heads = config.shared_towers, config.num_heads
-        names = ["image"] if self.shared else streams
-        self.towers = nn.ModuleDict({name: Tower(config) for name in names})
+        self.towers = nn.ModuleDict({self._tower_name(stream): Tower(config) for stream in streams})
+
+    def _tower_name(self, stream: str) -> str:
+        return "image" if self.shared and stream != "text" else stream
 
     def tower(self, stream: str) -> Tower:
-        tower = self.towers["image" if self.shared else stream]
+        tower = self.towers[self._tower_name(stream)]
         assert isinstance(tower, Tower)
         return tower
 
     def forward(
         self,
         streams: Streams,
-        rope: RotaryEmbedding2D,
+        rope: RotaryEmbedding,
         tables: Mapping[str, tuple[Tensor, Tensor]],
         attention: Attention,
         outputs: Collection[str],

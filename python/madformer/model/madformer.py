@@ -1,11 +1,12 @@
 """MADFormer (arXiv 2506.07999): autoregressive layers give a condition, diffusion layers denoise on it.
 
-Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a stream, N = B * M,
-E time embedding.
+Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a stream, T tokens of the text,
+V vocabulary, N = B * M, E time embedding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +23,26 @@ from madformer.kernels.cached_attention import OP as CACHED_ATTENTION
 from madformer.model.blocks import from_maps, to_maps
 from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.persistence import PretrainedMixin
-from madformer.model.rope import RotaryEmbedding2D
+from madformer.model.rope import RotaryEmbedding
 from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
 
 
 @dataclass
 class MADFormerOutput:
-    """What :meth:`MADFormer.forward` gives; every tensor is ``(B, M, L, C)``.
+    """What :meth:`MADFormer.forward` gives; every tensor but the logits is ``(B, M, L, C)``.
 
     Attributes:
         prediction: the diffusion layers' prediction for every noisy block, in ``config.prediction_type``.
         condition: what the autoregressive layers alone predict each block to be (the hidden loss compares it with
             the clean block); None where they predict nothing or it was not asked for.
         clean: the clean stream decoded (for the clean-tower loss), all blocks; None unless asked for.
+        logits: of the token that follows each one of the text, ``(B, T, V)``; None unless asked for.
     """
 
     prediction: Tensor
     condition: Tensor | None = None
     clean: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class MADFormer(PretrainedMixin, nn.Module):
@@ -58,13 +61,17 @@ class MADFormer(PretrainedMixin, nn.Module):
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.rope = RotaryEmbedding2D(config)
+        self.rope = RotaryEmbedding(config)
         self.downsampler = UNetDownsampler(config)
         self.upsampler = UNetUpsampler(config)
         self.layers = nn.ModuleList(
-            TransformerLayer(config, [name for name in ("clean", "noise") if self.has_tower(name, index)])
+            TransformerLayer(config, [name for name in ("text", "clean", "noise") if self.has_tower(name, index)])
             for index in range(config.num_layers)
         )
+        if config.text is not None:
+            vocab_size, hidden = config.text.vocab_size, config.hidden_size
+            self.embed_tokens = nn.Embedding(vocab_size, hidden, config.text.pad_token_id)
+            self.lm_head = nn.Linear(hidden, vocab_size, bias=False)
         if config.has_condition:
             # BOI: what the first block, which has no predecessor, is predicted from
             self.boi = nn.Parameter(torch.empty(1, config.block_size, config.hidden_size))
@@ -111,18 +118,22 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     def has_tower(self, stream: str, layer: int) -> bool:
         """Whether a stream passes a layer at all in this configuration."""
+        if stream == "text":
+            return self.config.text is not None
         if stream == "clean":
             return self.config.has_clean_stream
         return self.config.has_condition or layer >= self.config.ar_layers
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier for every linear layer, zero for its bias, a normal BOI block: the released initialisation."""
+        """The released initialisation: Xavier and no bias for linear layers, normal for BOI block and text tokens."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                module.reset_parameters()
         if self.config.has_condition:
             nn.init.normal_(self.boi)
             for skip in getattr(self, "boi_skips", ()):
@@ -147,9 +158,11 @@ class MADFormer(PretrainedMixin, nn.Module):
         clean_BMLC: Tensor,
         noisy_BMLC: Tensor,
         timestep_BM: Tensor,
+        text_BT: Tensor | None = None,
         *,
         return_condition: bool = True,
         return_clean: bool = False,
+        return_logits: bool = False,
     ) -> MADFormerOutput:
         """Predict all blocks at once, each from its clean predecessors (teacher forcing) and its noisy self.
 
@@ -157,9 +170,14 @@ class MADFormer(PretrainedMixin, nn.Module):
             clean_BMLC: clean latents ``(B, M, L, C)``.
             noisy_BMLC: the same with noise added.
             timestep_BM: integer timestep of every block.
+            text_BT: token ids of a model with text.
             return_condition: decode the condition (the hidden loss needs it).
             return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
                 which no other block attends to, never enters the Transformer.
+            return_logits: predict the text's next tokens (the text loss needs it).
+
+        Raises:
+            ValueError: a text for a model without, or none for a model with; one of another length.
         """
         config, num_blocks = self.config, noisy_BMLC.shape[1]
         noisy, noisy_skips = self.embed(noisy_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
@@ -170,6 +188,8 @@ class MADFormer(PretrainedMixin, nn.Module):
         clean, clean_skips = self.embed_clean(clean_BMLC[:, :embedded], clean_timestep)
 
         streams: Streams = {}
+        if (text := self.embed_text(text_BT)) is not None:
+            streams["text"] = text.to(noisy.dtype)
         context_tokens = (num_blocks if return_clean else num_blocks - 1) * config.block_size
         if config.has_clean_stream and context_tokens:
             streams["clean"] = clean[:, :context_tokens]
@@ -177,7 +197,8 @@ class MADFormer(PretrainedMixin, nn.Module):
             boi = self.boi.expand(len(clean_BMLC), -1, -1).to(noisy.dtype)
             streams["noise"] = torch.cat((boi, clean[:, : (num_blocks - 1) * config.block_size]), dim=1)
 
-        streams, condition = self.transform(streams, noisy, keep_clean=return_clean)
+        keep = [name for name, wanted in (("clean", return_clean), ("text", return_logits)) if wanted]
+        streams, condition = self.transform(streams, noisy, keep)
         output = MADFormerOutput(
             self.decode(streams["noise"], self.upsampler.time_embedding(timestep_BM.flatten()), noisy_skips)
         )
@@ -186,7 +207,16 @@ class MADFormer(PretrainedMixin, nn.Module):
         if return_clean and "clean" in streams:
             temb = self.upsampler.time_embedding(clean_timestep.flatten())
             output.clean = self.decode(streams["clean"], temb, clean_skips)
+        if return_logits and "text" in streams:
+            output.logits = self.lm_head(streams["text"])
         return output
+
+    def embed_text(self, text_BT: Tensor | None) -> Tensor | None:
+        """Embedded tokens ``(B, T, hidden_size)``, None for a model without text; errors as :meth:`forward`."""
+        expected, given = self.config.text_length, 0 if text_BT is None else text_BT.shape[1]
+        if given != expected:
+            raise ValueError(f"this model takes texts of {expected} tokens, got {given}")
+        return None if text_BT is None else self.embed_tokens(text_BT)
 
     def embed_clean(self, clean_BMLC: Tensor, timestep_BM: Tensor) -> tuple[Tensor, Skips]:
         """:meth:`embed` for clean blocks, of which there may be none."""
@@ -194,22 +224,35 @@ class MADFormer(PretrainedMixin, nn.Module):
             return clean_BMLC.new_empty(len(clean_BMLC), 0, self.config.hidden_size), ()
         return self.embed(clean_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
 
-    def transform(self, streams: Streams, noisy_BSC: Tensor, *, keep_clean: bool) -> tuple[Streams, Tensor | None]:
-        """All layers under the training mask; also returns the condition, None where there is none."""
+    def transform(
+        self, streams: Streams, noisy_BSC: Tensor, keep: Collection[str] = ()
+    ) -> tuple[Streams, Tensor | None]:
+        """All layers under the training mask; also returns the condition, None where there is none.
+
+        Args:
+            keep: streams besides the noise whose output is wanted, not their keys and values alone.
+        """
         config = self.config
-        condition = None
-        clean_layers = config.num_layers if keep_clean else self.clean_layers
-        for index, layer in enumerate(self.layers):
-            if index == config.ar_layers:
-                condition = streams.get("noise")
-                streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
-            if index >= clean_layers:
-                streams.pop("clean", None)
-            outputs = [name for name in streams if name == "noise" or index + 1 < clean_layers or keep_clean]
+        streams = self.pass_layers(range(config.ar_layers), streams, keep)
+        condition = streams.get("noise")
+        streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
+        return self.pass_layers(range(config.ar_layers, config.num_layers), streams, keep), condition
+
+    def pass_layers(self, layers: range, streams: Streams, keep: Collection[str] = ()) -> Streams:
+        """Some layers under the training mask; a stream ends where nobody reads it any more."""
+        for index in layers:
+            end = {
+                "text": self.config.num_layers,
+                "clean": self.clean_layers,
+                "noise": math.inf,
+                **dict.fromkeys(keep, math.inf),
+            }
+            streams = {name: x for name, x in streams.items() if index < end[name]}
+            outputs = [name for name in streams if index + 1 < end[name]]
             if streams:
-                cross_block = config.cross_block_attention or index < config.ar_layers
-                streams = self.layer_pass(layer, streams, outputs, cross_block)
-        return streams, condition
+                cross_block = self.config.cross_block_attention or index < self.config.ar_layers
+                streams = self.layer_pass(self.layers[index], streams, outputs, cross_block)
+        return streams
 
     @property
     def clean_layers(self) -> int:
@@ -222,15 +265,19 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     def layer_pass(self, layer: nn.Module, streams: Streams, outputs: Collection[str], cross_block: bool) -> Streams:
         size = self.config.block_size
-        blocks = {name: x.shape[1] // size for name, x in streams.items()}
+        blocks = {name: x.shape[1] // size for name, x in streams.items() if name != "text"}
         layout = BlockLayout(
             size,
             blocks.get("noise", 0),
             blocks.get("clean", 0),
             cross_block,
+            text_length=self.config.text_length,
+            text_queries="text" in outputs,
             clean_queries="clean" in outputs,
         )
         tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
+        if "text" in streams:
+            tables["text"] = self.rope.text_tables()
         return layer(streams, self.rope, tables, self.attention(layout), outputs)
 
     def attention(self, layout: BlockLayout) -> Attention:

@@ -1,4 +1,4 @@
-"""Two-dimensional rotary position embedding over the tokens of an image, in block order.
+"""Rotary position embedding: two-dimensional over the tokens of an image, in block order; one-dimensional over text.
 
 Shape legend: L tokens, D head dim.
 """
@@ -42,25 +42,54 @@ def rope_tables(config: MADFormerConfig) -> tuple[Tensor, Tensor]:
     return table.cos(), table.sin()
 
 
-class RotaryEmbedding2D(nn.Module):
-    """The tables of :func:`rope_tables` as buffers that stay fp32 whatever dtype the model is cast to."""
+def text_rope_tables(config: MADFormerConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a text's tokens, each ``(text_length, head_dim)``, with Llama's frequencies.
+
+    Which channels turn together is the kernel's pairing, the same for every stream: a pair has its frequency in both
+    channels.
+    """
+    theta = 1.0 if config.text is None else config.text.rope_theta
+    frequencies = theta ** (-torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim)
+    angles = torch.arange(config.text_length, device="cpu")[:, None] * frequencies
+    table = torch.cat([torch.cat((part, part), dim=-1) for part in angles.chunk(rope_axes(config), dim=-1)], dim=-1)
+    return table.cos(), table.sin()
+
+
+def rope_axes(config: MADFormerConfig) -> int:
+    """Parts of a head in each of which the first half of the channels is paired with the second."""
+    return 2 if config.rope_pairing == "axial" else 1
+
+
+class RotaryEmbedding(nn.Module):
+    """The tables of all streams as buffers that stay fp32 whatever dtype the model is cast to."""
 
     cos: Tensor
     sin: Tensor
+    text_cos: Tensor
+    text_sin: Tensor
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.axes = 2 if config.rope_pairing == "axial" else 1
-        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+        self.axes = rope_axes(config)
+        for name, table in self._all_tables().items():
             self.register_buffer(name, table, persistent=False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding2D:
+    def _all_tables(self) -> dict[str, Tensor]:
+        tables = (*rope_tables(self.config), *text_rope_tables(self.config))
+        return dict(zip(("cos", "sin", "text_cos", "text_sin"), tables, strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         super()._apply(fn, recurse)
         # A cast to bf16 would lose the angles, and to_empty() leaves them undefined: make them anew.
         device = self.cos.device
-        self.cos, self.sin = (table.to(device) for table in rope_tables(self.config))
+        for name, table in self._all_tables().items():
+            setattr(self, name, table.to(device))
         return self
+
+    def text_tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the text, each ``(text_length, head_dim)``."""
+        return self.text_cos, self.text_sin
 
     def tables(self, first_block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of ``num_blocks`` blocks, each ``(num_blocks * block_size, head_dim)``."""
