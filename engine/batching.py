@@ -21,7 +21,6 @@ from torch import Tensor
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
-from madformer.engine.passes import Passes
 from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image, check_guidable
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
@@ -255,7 +254,8 @@ class InFlightBatcher:
         signature = memory.fingerprint(self.sampler.source, versions=self.sampler.pack_weights)
         if signature == self._prepared_for:
             return self
-        self.passes = Passes(self.sampler.prepare_model(), self.cache, self.slots, self.clip, self.sampler.backend)
+        sampler = self.sampler
+        self.passes = sampler.passes(sampler.prepare_model(), self.cache, self.slots, self.clip, sampler.backend)
         self._launches = {}
         if self.launcher.captures:
             for size in self._sizes():

@@ -65,6 +65,7 @@ class Sampler:
             (:mod:`madformer.engine.packing`).
         compile_unet: run the U-Net's halves through ``torch.compile``, which takes minutes at the first run.
         launcher: how passes are launched; None for CUDA graphs on a GPU, else Python.
+        passes: what is launched; a subclass computes something else.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Sampler:
         pack_weights: bool = True,
         compile_unet: bool = False,
         launcher: Launcher | None = None,
+        passes: type[Passes] = Passes,
     ) -> None:
         self.source = model
+        self.passes = passes
         self.compile_unet = compile_unet
         self.pack_weights = pack_weights and not compile_unet and can_pack(model)
         self.scheduler = copy.deepcopy(scheduler)
@@ -229,7 +232,7 @@ class Plan:
     def _make_passes(self) -> Passes:
         self.model = self.sampler.prepare_model()
         clip = self.table.clip if self.table is not None else None
-        self.passes = Passes(self.model, self.cache, self.slots, clip, self.sampler.backend)
+        self.passes = self.sampler.passes(self.model, self.cache, self.slots, clip, self.sampler.backend)
         self.slots.assign(self.schedule, self.model)
         return self.passes
 

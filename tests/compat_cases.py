@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -21,6 +22,13 @@ from testing import GoldenCase, golden_cases
 CASES = golden_cases("ffhq")
 BASELINE = CASES[0]
 HIDDEN_WEIGHT = 0.1
+# of the golden README
+OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-3, 1e-2
+GRADIENT_NOISE = 1e-6
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpmpp": lambda: DPMSolverMultistepScheduler.from_config(DDIMScheduler().config),
+}
 
 
 def make_compat(case: GoldenCase = BASELINE) -> CompatMADFormer:

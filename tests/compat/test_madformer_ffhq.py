@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from compat_cases import (
+    BASELINE,
+    CASES,
+    GRADIENT_NOISE,
+    GRADIENT_TOLERANCE,
+    HIDDEN_WEIGHT,
+    OUTPUT_TOLERANCE,
+    SAMPLE_TOLERANCE,
+    SCHEDULERS,
+)
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from madformer.compat.madformer_ffhq import MADFormer
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
-from testing import GoldenCase, golden_cases, relative_error
-
-OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-3, 1e-2
-GRADIENT_NOISE = 1e-6
-HIDDEN_WEIGHT = 0.1
-CASES = golden_cases("ffhq")
-BASELINE = CASES[0]
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpmpp": lambda: DPMSolverMultistepScheduler.from_config(DDIMScheduler().config),
-}
+from testing import GoldenCase, relative_error
 
 
 def make_model(case: GoldenCase) -> MADFormer:

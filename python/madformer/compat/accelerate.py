@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from madformer.compat.madformer_ffhq import draw, training_pass
+from madformer.compat.madformer_ffhq import draw, released_outputs, training_pass
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import QK_NORM_EPS, RMSNorm
 from madformer.model.rope import token_positions
@@ -101,7 +101,8 @@ class Acceleration:
 
     def forward(self, clean_x: Tensor, noised_x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`madformer.compat.madformer_ffhq.MADFormer.forward`."""
-        return training_pass(self.current(), self.module, clean_x, noised_x, t)
+        prediction, output = training_pass(self.current(), self.module, CompatMADFormer.streams, clean_x, noised_x, t)
+        return prediction, *released_outputs(output)
 
     @torch.no_grad()
     def sample(

@@ -10,7 +10,7 @@ Shape legend, in the released letters: N images, T blocks, B latents of a block,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,9 +23,8 @@ from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import Tower, TransformerLayer
+from madformer.model.madformer import MADFormerOutput
 from madformer.model.persistence import load_weights
-
-STREAMS = ("clean", "noise")
 
 # (clear_clean, clear_cond)
 CONTEXTS: dict[tuple[bool, bool], Context] = {
@@ -41,6 +40,10 @@ LLAMA_DEFAULTS = {
     "intermediate_size": 11008,
     "mlp_bias": False,
     "rms_norm_eps": 1e-6,
+    "vocab_size": 32_000,
+    "pad_token_id": None,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10_000.0,
     "unet_block_out_channels": [512, 1024],
     "unet_num_layers_per_block": [2, 2],
     "unet_resnet_groups": 8,
@@ -66,6 +69,9 @@ class MADFormer(nn.Module):
     Raises:
         ValueError: an impossible geometry; the message names the fields.
     """
+
+    streams: tuple[str, ...] = ("clean", "noise")
+    """In the order of the released module lists."""
 
     def __init__(
         self,
@@ -105,8 +111,8 @@ class MADFormer(nn.Module):
         )
         self.clear_clean, self.clear_cond, self.denoising_mlp = clear_clean, clear_cond, denoising_mlp
         self.cache_clean, self.square_block, self.qk_norm = cache_clean, square_block, not no_qk_norm
-        config = native_config(
-            model_config_path,
+        config = self._native_config(
+            read_model_config(model_config_path),
             hidden_size=hidden_size,
             num_layers=depth,
             num_heads=num_heads,
@@ -120,6 +126,10 @@ class MADFormer(nn.Module):
         )
         self._adopt(NativeMADFormer(config))
 
+    def _native_config(self, model_config: Mapping[str, Any], **fields: Any) -> MADFormerConfig:
+        """``fields`` and what a released model configuration says, with the quirks of the released code."""
+        return native_config(model_config, hidden_loss_input="condition+noisy", **fields)
+
     def _adopt(self, native: NativeMADFormer) -> None:
         """Hang the native modules under the released names; unused ones are made, to be loaded and saved."""
         # Not registered as a submodule: parameters must appear once, under their released names.
@@ -132,7 +142,9 @@ class MADFormer(nn.Module):
         self.downsampler = native.downsampler
         self.upsampler = native.upsampler
         self.rope = native.rope
-        self.blocks = nn.ModuleList(ReleasedLayer(config, cast(TransformerLayer, layer)) for layer in native.layers)
+        self.blocks = nn.ModuleList(
+            ReleasedLayer(config, cast(TransformerLayer, layer), self.streams) for layer in native.layers
+        )
 
     @property
     def config(self) -> MADFormerConfig:
@@ -172,7 +184,8 @@ class MADFormer(nn.Module):
         Returns:
             Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``.
         """
-        return training_pass(self.to_native(), self, clean_x, noised_x, t)
+        prediction, output = training_pass(self.to_native(), self, self.streams, clean_x, noised_x, t)
+        return prediction, *released_outputs(output)
 
     @torch.no_grad()
     def sample(
@@ -222,13 +235,17 @@ class MADFormer(nn.Module):
 
 
 class ReleasedLayer(nn.Module):
-    """One layer's towers as the parallel module lists of the released code."""
+    """One layer's towers as the parallel module lists of the released code; ``towers`` are they by stream name."""
 
-    def __init__(self, config: MADFormerConfig, layer: TransformerLayer) -> None:
+    towers: dict[str, Tower]
+
+    def __init__(self, config: MADFormerConfig, layer: TransformerLayer, streams: Sequence[str]) -> None:
         super().__init__()
         towers = [
-            cast(Tower, layer.towers[stream]) if stream in layer.towers else _unused_tower(config) for stream in STREAMS
+            cast(Tower, layer.towers[stream]) if stream in layer.towers else _unused_tower(config) for stream in streams
         ]
+        # Not registered: the parameters appear under the released names.
+        self.__dict__["towers"] = dict(zip(streams, towers, strict=True))
         self.self_attn = nn.Module()
         self.self_attn.qkv_list = nn.ModuleList(tower.qkv for tower in towers)
         self.self_attn.q_norm_list = nn.ModuleList(tower.q_norm for tower in towers)
@@ -250,36 +267,59 @@ def _unused_tower(config: MADFormerConfig) -> Tower:
 
 
 def training_pass(
-    native: NativeMADFormer, released: nn.Module, clean_x: Tensor, noised_x: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:meth:`MADFormer.forward` of ``released``, a module with the released names, by ``native`` on its weights."""
-    output = native(clean_x, noised_x, t.to(clean_x.device), return_clean=native.config.has_clean_stream)
-    assert output.condition is not None
+    native: NativeMADFormer,
+    released: nn.Module,
+    streams: Sequence[str],
+    clean_x: Tensor,
+    noised_x: Tensor,
+    t: Tensor,
+    input_ids: Tensor | None = None,
+) -> tuple[Tensor, MADFormerOutput]:
+    """The pass of ``released``, a module with the released names, by ``native`` on its weights.
+
+    Returns:
+        The prediction, which depends on every parameter, ``(N * T, C, H, W)``, and all outputs.
+    """
+    output = native(
+        clean_x,
+        noised_x,
+        t.to(clean_x.device),
+        input_ids,
+        return_clean=native.config.has_clean_stream,
+        return_logits=input_ids is not None,
+    )
     prediction = output.prediction
-    if torch.is_grad_enabled() and (unused := possibly_unused(native, released)):
+    if torch.is_grad_enabled() and (unused := possibly_unused(native, released, streams)):
         # Nothing of each parameter: its gradient is zero where the loss reaches it by no other way.
         prediction = prediction + torch.cat([parameter.flatten()[:0] for parameter in unused]).sum()
-    clean = None if output.clean is None else to_maps(output.clean)
-    return to_maps(prediction), to_maps(output.condition), clean
+    return to_maps(prediction), output
 
 
-def possibly_unused(native: NativeMADFormer, released: nn.Module) -> list[nn.Parameter]:
+def released_outputs(output: MADFormerOutput) -> tuple[Tensor, Tensor | None]:
+    """Condition and clean tower's output as maps."""
+    assert output.condition is not None
+    return to_maps(output.condition), None if output.clean is None else to_maps(output.clean)
+
+
+def possibly_unused(native: NativeMADFormer, released: nn.Module, streams: Sequence[str]) -> list[nn.Parameter]:
     """Parameters of ``released`` that a loss may not reach: the released code gives those zero gradients, not None."""
     unused = [] if native.config.has_condition else [released.get_parameter("boi_block")]
     last_read = native.clean_layers - 1
-    for index, layer in enumerate(cast(nn.ModuleList, released.blocks)):
+    layers = cast(nn.ModuleList, released.blocks)
+    for index, layer in enumerate(layers):
         if not native.config.has_clean_stream or index >= last_read:
-            unused += stream_parameters(layer, "clean")
+            unused += stream_parameters(layer, streams.index("clean"))
         if not native.has_tower("noise", index):
-            unused += stream_parameters(layer, "noise")
+            unused += stream_parameters(layer, streams.index("noise"))
+        if "text" in streams and index == len(layers) - 1:
+            unused += stream_parameters(layer, streams.index("text"))
     return unused
 
 
-def stream_parameters(layer: nn.Module, stream: str) -> list[nn.Parameter]:
+def stream_parameters(layer: nn.Module, stream: int) -> list[nn.Parameter]:
     """What one stream passes in a layer with the released names."""
-    index = STREAMS.index(stream)
     lists = (module for module in layer.modules() if isinstance(module, nn.ModuleList))
-    return [parameter for modules in lists for parameter in modules[index].parameters()]
+    return [parameter for modules in lists for parameter in modules[stream].parameters()]
 
 
 def draw(
@@ -289,8 +329,10 @@ def draw(
     target_shape: tuple[int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,
     dtype: torch.dtype,
+    input_ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """:meth:`MADFormer.sample` by ``native``."""
+    """:meth:`MADFormer.sample` by ``native``; ``options`` are :class:`Sampler`'s."""
     from diffusers.utils.torch_utils import randn_tensor
 
     images, blocks, latents, channels = target_shape
@@ -304,48 +346,31 @@ def draw(
         return randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)[:, 0]
 
     memory = [(parameter, parameter.data) for parameter in native.parameters()]
-    plan = Sampler(native, scheduler).plan(images, num_inference_steps)
+    plan = Sampler(native, scheduler, **options).plan(images, num_inference_steps)
     # a copy, so that the result is no inference tensor and may be trained on
-    sampled = plan.run(noise, generator=generator).to(dtype, copy=True)
+    sampled = plan.run(noise, text_BP=input_ids, generator=generator).to(dtype, copy=True)
     # The plan makes convolutions channels-last; an optimiser's state and DDP's buckets go by the layout that they met.
     for parameter, data in memory:
         parameter.data = data
     return sampled
 
 
-def native_config(model_config: str | Path | Mapping[str, Any], **fields: Any) -> MADFormerConfig:
-    """``fields`` and what a released model configuration says, with the quirks of the released code.
+def native_config(values: Mapping[str, Any], **fields: Any) -> MADFormerConfig:
+    """``fields`` and what shapes the network in a released model configuration, with the quirks of the released code.
 
     Raises:
-        ValueError: an impossible geometry, or no such file of JSON; the message names it.
+        ValueError: an impossible geometry.
     """
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={values['hidden_act']!r}: the released models and this one use 'silu'")
     return MADFormerConfig(
         rope_pairing="released",
         clean_timestep="noisy",
-        hidden_loss_input="condition+noisy",
         hidden_loss_skips="same_block",
-        **fields,
-        **_read_model_config(model_config),
-    )
-
-
-def _read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a released model configuration that shape the network, under our names."""
-    if isinstance(source, Mapping):
-        values = dict(source)
-    else:
-        try:
-            values = json.loads(Path(source).read_text())
-        except ValueError as error:
-            raise ValueError(f"{source} is no JSON: {error}") from error
-    values = {**LLAMA_DEFAULTS, **values}
-    if values["hidden_act"] not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={values['hidden_act']!r}: the released models and this one use 'silu'")
-    return {
-        "intermediate_size": values["intermediate_size"],
-        "norm_eps": values["rms_norm_eps"],
-        "mlp_bias": values["mlp_bias"],
-        "unet": UNetConfig(
+        intermediate_size=values["intermediate_size"],
+        norm_eps=values["rms_norm_eps"],
+        mlp_bias=values["mlp_bias"],
+        unet=UNetConfig(
             block_out_channels=tuple(values["unet_block_out_channels"]),
             layers_per_block=tuple(values["unet_num_layers_per_block"]),
             attention=tuple(count == 1 for count in values["unet_transformer_layers_per_block"]),
@@ -353,4 +378,17 @@ def _read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]
             norm_groups=values["unet_resnet_groups"],
             time_embed_dim=values["unet_time_emb_dim"],
         ),
-    }
+        **fields,
+    )
+
+
+def read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A released model configuration with its defaults; raises ``ValueError`` for what is no JSON."""
+    if isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        try:
+            values = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"{source} is no JSON: {error}") from error
+    return {**LLAMA_DEFAULTS, **values}

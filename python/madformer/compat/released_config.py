@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
-from madformer.compat.madformer_ffhq import CONTEXTS, native_config
+from madformer.compat.madformer_ffhq import CONTEXTS, native_config, read_model_config
 from madformer.config import MADFormerConfig
 
 FFHQ_IMAGES = 70_000
@@ -173,7 +173,8 @@ def _model_config_source(
 def _model(values: Mapping[str, Any], model_config: str | Path | Mapping[str, Any]) -> MADFormerConfig:
     _require(values["PATCH_SIZE"] == 1, f"PATCH_SIZE={values['PATCH_SIZE']} must be 1: a latent is a position here")
     config = native_config(
-        model_config,
+        read_model_config(model_config),
+        hidden_loss_input="condition+noisy",
         hidden_size=HIDDEN_SIZE,
         num_layers=DEPTH,
         num_heads=HIDDEN_SIZE // RELEASED_HEAD_DIM,

@@ -1,0 +1,247 @@
+"""Drop-in for the released ImageNet implementation (``Junhaoo-Chen/MADFormer``, branch ``imagenet``): text, then image.
+
+As :mod:`.madformer_ffhq`, with a third tower for the text.
+
+Shape legend, in the released letters: N images, T blocks, B latents of a block, C channels, H rows, W columns; besides,
+P tokens of the text, V vocabulary, and of the cache's rows R, S tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madformer.compat import madformer_ffhq
+from madformer.compat.checkpoint import Weights
+from madformer.compat.madformer_ffhq import (
+    CONTEXTS,
+    ReleasedLayer,
+    draw,
+    native_config,
+    released_outputs,
+    training_pass,
+)
+from madformer.config import MADFormerConfig, TextConfig
+from madformer.engine.cache import CacheView
+from madformer.engine.graphs import EagerLauncher
+from madformer.engine.passes import Passes
+from madformer.engine.rows import take
+from madformer.model import MADFormer as NativeMADFormer
+from madformer.model.layer import Attention, Projections, Streams
+
+
+class MADFormer(madformer_ffhq.MADFormer):
+    """The released constructor, ``forward`` and ``sample`` over the native network.
+
+    Args:
+        model_config_path: as for FFHQ; its ``vocab_size``, ``pad_token_id``, ``rope_theta`` and
+            ``max_position_embeddings``, the length of every text, count here.
+        clear_cond: the condition is returned, and no diffusion layer reads it.
+
+    The other arguments and the errors are those of :class:`madformer.compat.madformer_ffhq.MADFormer`.
+    """
+
+    streams = ("text", "clean", "noise")
+
+    def __init__(
+        self,
+        patch_size: int = 2,
+        latent_size: int = 16,
+        block_size: int = 256,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        diff_depth: int = 14,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = False,
+        no_qk_norm: bool = False,
+        ar_len: int = 4,
+        spatial_len: int = 1024,
+        square_block: bool = True,
+        model_config_path: str | Path | Mapping[str, Any] | None = None,
+        clear_clean: bool = False,
+        clear_cond: bool = False,
+        denoising_mlp: bool = False,
+    ) -> None:
+        super().__init__(
+            patch_size, latent_size, block_size, in_channels, hidden_size, depth, diff_depth, num_heads, mlp_ratio,
+            class_dropout_prob, learn_sigma, no_qk_norm, ar_len, spatial_len, square_block, model_config_path,
+            clear_clean, clear_cond, denoising_mlp,
+        )  # fmt: skip
+
+    def _native_config(self, model_config: Mapping[str, Any], **fields: Any) -> MADFormerConfig:
+        text = TextConfig(
+            vocab_size=model_config["vocab_size"],
+            length=model_config["max_position_embeddings"],
+            pad_token_id=model_config["pad_token_id"],
+            rope_theta=model_config["rope_theta"],
+        )
+        return native_config(model_config, hidden_loss_input="condition", text=text, **fields)
+
+    def _adopt(self, native: NativeMADFormer) -> None:
+        super()._adopt(native)
+        config = native.config
+        assert config.text is not None
+        self.embed_tokens, self.lm_head = native.embed_tokens, native.lm_head
+        self.max_len = config.text.length
+        # There in every released state dict, in each layer too. The rotations are tabulated, and these are not read.
+        self.text_rope = nn.Module()
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        self.text_rope.register_buffer("inv_freq", 1.0 / config.text.rope_theta**exponents)
+        for block in self.blocks:
+            cast(ReleasedLayer, block).self_attn.text_rope = self.text_rope
+        if self.clear_cond:
+            self.__dict__["conditioning"] = self._with_condition(native)
+
+    def _with_condition(self, native: NativeMADFormer) -> NativeMADFormer:
+        """The network that predicts the condition, on the same weights: none of it is in ``native``."""
+        with torch.device("meta"):
+            model = NativeMADFormer(native.config.replace(context=CONTEXTS[self.clear_clean, False]))
+        for name in ("rope", "downsampler", "upsampler", "embed_tokens", "lm_head"):
+            setattr(model, name, getattr(native, name))
+        for layer, released in zip(model.layers, self.blocks, strict=True):
+            towers = cast(nn.ModuleDict, layer.towers)
+            towers.update({stream: cast(ReleasedLayer, released).towers[stream] for stream in towers})
+        model.boi = self.boi_block
+        return model
+
+    def _share_boi(self, *_: Any) -> None:
+        super()._share_boi()
+        if "conditioning" in self.__dict__:
+            self.__dict__["conditioning"].boi = self.boi_block
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, clean_x: Tensor, noised_x: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The training pass.
+
+        Args:
+            input_ids: tokens ``(N, P)``.
+            clean_x, noised_x: latents ``(N, T, B, C)``.
+            t: integer timesteps ``(N, T)``, on any device.
+
+        Returns:
+            Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``, and
+            the logits of the next tokens ``(N, P, V)``.
+        """
+        native = self.to_native()
+        prediction, output = training_pass(native, self, self.streams, clean_x, noised_x, t, input_ids)
+        if self.clear_cond:
+            output.condition = self._condition(input_ids, clean_x, t.to(clean_x.device))
+        assert output.logits is not None
+        return prediction, *released_outputs(output), output.logits
+
+    def _condition(self, input_ids: Tensor, clean_x: Tensor, t: Tensor) -> Tensor | None:
+        """What the autoregressive layers predict, where the diffusion layers do not ask for it."""
+        model = self.__dict__["conditioning"]
+        clean, skips = model.embed_clean(clean_x, t)
+        streams = model.input_streams(input_ids, clean, clean.dtype, clean_x.shape[1], whole_clean=False)
+        condition = model.pass_layers(range(model.config.ar_layers), streams)["noise"]
+        return model.decode_condition(condition, condition, t, skips)
+
+    @torch.no_grad()
+    def sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        scheduler: Any,
+        num_inference_steps: int,
+        target_shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Draw latents block by block.
+
+        Args:
+            input_ids: tokens ``(N, P)``.
+
+        The other arguments and the result are those of :meth:`madformer.compat.madformer_ffhq.MADFormer.sample`.
+        """
+        options: dict[str, Any] = {}
+        if self.denoising_mlp:
+            options = {"passes": ReleasedBlockLocalPasses, "launcher": EagerLauncher()}
+        native = self.to_native()
+        return draw(
+            native, scheduler, num_inference_steps, target_shape, generator, dtype, input_ids=input_ids, **options
+        )
+
+    @classmethod
+    def from_released(
+        cls,
+        checkpoint: str | Path,
+        *,
+        model_config: str | Path | Mapping[str, Any] | None = None,
+        weights: Weights = "ema",
+    ) -> Self:
+        """As for FFHQ; ``model_config`` must be given, because no weight tells how long the texts are.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, no such checkpoint, or weights that do not fit.
+        """
+        if model_config is None:
+            raise ValueError("model_config must name the released model configuration: weights do not tell max_len")
+        return super().from_released(checkpoint, model_config=model_config, weights=weights)
+
+
+class ReleasedBlockLocalPasses(Passes):
+    """What the released sampler does under ``denoising_mlp``, which is not what was trained.
+
+    In the diffusion layers the first block and the text see each other without a mask. With a clean stream, the text's
+    keys and values of its first step stay for the steps that follow; without one they are made anew at each. Later
+    blocks see themselves alone. It reads the host's place in the image, so it is not to be captured.
+    """
+
+    def first_block(self, rows_B: Tensor | None) -> None:
+        self.is_first_block, self.text_is_read = True, False
+        super().first_block(rows_B)
+
+    def next_block(self, rows_B: Tensor | None) -> None:
+        self.is_first_block = False
+        super().next_block(rows_B)
+
+    def _read_text(self, rows_N: Tensor | None) -> None:
+        tokens_NPC = self.model.embed_tokens(take(self.slots.text_NP, rows_N))
+        self.text_NPC = self._layers("text", tokens_NPC, rows_N, range(self.config.ar_layers))
+        self.cache.advance(self.config.text_length, rows_N)
+
+    def _layers(
+        self, stream: str, tokens_NSC: Tensor, rows_N: Tensor | None, layers: range, *, needs_output: bool = True
+    ) -> Tensor:
+        diffusion = stream == "noise" and layers == range(self.config.ar_layers, self.config.num_layers)
+        if not diffusion or not self.is_first_block or self.text_is_read:
+            return super()._layers(stream, tokens_NSC, rows_N, layers, needs_output=needs_output)
+        self.text_is_read = self.config.has_clean_stream
+        streams: Streams = {"text": self.text_NPC, "noise": tokens_NSC}
+        rotation = take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
+        tables = {"text": self.model.rope.text_tables(), "noise": rotation}
+        for index in layers:
+            attend = self._attend_together(index, rows_N)
+            streams = self.model.layers[index](streams, self.model.rope, tables, attend, ["text", "noise"])
+        return streams["noise"]
+
+    def _attend_together(self, index: int, rows_N: Tensor | None) -> Attention:
+        length = self.config.text_length
+        rows = slice(None) if rows_N is None else rows_N
+
+        def attend(projections: Projections) -> Tensor:
+            q, k, v = projections.heads()
+            self.cache.keys_RHSD[index][rows, :, :length] = k[:, :, :length]
+            self.cache.values_RHSD[index][rows, :, :length] = v[:, :, :length]
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return attend
+
+    def _attention(self, view: CacheView, index: int, stream: str) -> Attention:
+        if index < self.config.ar_layers or self.is_first_block:
+            return super()._attention(view, index, stream)
+        return _attend_to_itself
+
+
+def _attend_to_itself(projections: Projections) -> Tensor:
+    return F.scaled_dot_product_attention(*projections.heads())
