@@ -3,7 +3,7 @@
 A batch that is drawn as one keeps its slots until its slowest image is done, and whoever comes late waits for it.
 Here each slot stands at a block and step of its own (:mod:`.slots`), so that a free one is filled at the next step.
 
-Shape legend: M blocks, L latents of a block, C channels, R slots, P tokens of a text.
+Shape legend: M blocks, L latents of a block, C channels, R slots.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
-from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image, check_guidable
+from madformer.engine.prompts import Prompt, check_guidable
+from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
 
@@ -40,7 +41,7 @@ class Job:
     schedule: ScheduleRows = field(compare=False)
     init_noise_sigma: float = field(compare=False)
     future: Future[Tensor] = field(compare=False)
-    texts: tuple[Tensor | None, Tensor | None] = field(compare=False)
+    prompt: Prompt = field(compare=False)
     row: int = field(compare=False, default=-1)
     block: int = field(compare=False, default=0)
     step: int = field(compare=False, default=0)
@@ -111,9 +112,8 @@ class InFlightBatcher:
         self,
         noise_MLC: Tensor,
         num_inference_steps: int,
+        prompt: Prompt | None = None,
         *,
-        text_P: Tensor | None = None,
-        negative_text_P: Tensor | None = None,
         guidance: float = 1.0,
         priority: int = 0,
     ) -> Future[Tensor]:
@@ -122,7 +122,7 @@ class InFlightBatcher:
         Args:
             noise_MLC: standard normal, ``(M, L, C)``.
             num_inference_steps: denoising steps of every block.
-            text_P, negative_text_P, guidance: see :meth:`madformer.engine.sampler.Plan.run`.
+            prompt: of one image, for a model with text or classes. guidance: its scale, 1 for none.
             priority: lower goes first; requests of one priority go in the order in which they came.
 
         Returns:
@@ -131,7 +131,7 @@ class InFlightBatcher:
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:
-            ValueError: noise or text of another shape, or a step count or guidance that the scheduler or this batcher
+            ValueError: noise or prompt of another shape, or a step count or guidance that the scheduler or this batcher
                 does not have.
             QueueFullError: ``max_waiting`` requests wait.
         """
@@ -140,15 +140,15 @@ class InFlightBatcher:
             raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
-        self.slots.check_texts((text_P, negative_text_P), (self.config.text_length,))
+        prompt = prompt or Prompt()
+        prompt.check(self.config, (), guided=self.guided)
         with self._lock:
             schedule, sigma = self._schedule(num_inference_steps, guidance)
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
-            texts = text_P, negative_text_P
-            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future(), texts)
+            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future(), prompt)
             heapq.heappush(self._waiting, job)
         return job.future
 
@@ -235,7 +235,7 @@ class InFlightBatcher:
     def _place(self, job: Job) -> None:
         """Put a request's noise and schedule into its slot."""
         self.slots.assign(job.schedule, self.passes.model, job.row)
-        self.slots.condition_on(job.texts, job.row)
+        self.slots.condition_on(job.prompt, self.passes.model, job.row)
         canvas = self.slots.canvas_RMLC[job.row]
         canvas.copy_(job.noise_MLC, non_blocking=True)
         canvas *= job.init_noise_sigma

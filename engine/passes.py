@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madformer.engine.cache import CacheView, ConditioningCache
@@ -82,19 +83,21 @@ class Passes:
 
     def denoise(self, rows_B: Tensor | None) -> None:
         """One step of every sample, each at its own block and step."""
-        down_BE, up_BE, guidance_B1, coefficients = self.slots.schedule(rows_B)
+        *time, guidance_B1, coefficients = self.slots.schedule(rows_B)
         latents_BLC = take(self.slots.latents_RLC, rows_B)
         previous_BLC = take(self.slots.previous_RLC, rows_B)
-        outputs = self.predict(rows_B, latents_BLC, down_BE, up_BE)
+        outputs = self.predict(rows_B, latents_BLC, *time)
         guided = (outputs[1], guidance_B1[:, 0]) if self.branches > 1 else ()
         self.update(latents_BLC, outputs[0], previous_BLC, coefficients, self.clip, *guided)
         self.slots.finish_step(rows_B, latents_BLC, previous_BLC)
 
-    def predict(self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor) -> tuple[Tensor, ...]:
+    def predict(
+        self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor, time_BC: Tensor
+    ) -> tuple[Tensor, ...]:
         """The network's prediction ``(B, L, C)`` for noisy latents, and under guidance the unconditional one.
 
         Args:
-            down_BE, up_BE: time embeddings of the U-Net's halves.
+            down_BE, up_BE, time_BC: what the U-Net's halves and AdaLN are told of the time.
         """
         config, model, rows_N = self.config, self.model, self._cache_rows(rows_B)
         tokens_BSC, skips = model.embed(latents_BLC[:, None].to(model.dtype), down_BE)
@@ -102,9 +105,10 @@ class Passes:
         if config.has_condition:
             tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
         layers = range(config.ar_layers, config.num_layers)
-        tokens_NSC = self._layers("noise", tokens_NSC, rows_N, layers)
+        modulation_NC = self._modulation(rows_N, time_BC)
+        tokens_NSC = self._layers("noise", tokens_NSC, rows_N, layers, modulation_NC)
         skips = tuple(self._for_branches(skip) for skip in skips)
-        output_NLC = model.decode(tokens_NSC, self._for_branches(up_BE), skips)[:, 0]
+        output_NLC = model.decode(tokens_NSC, self._for_branches(up_BE), skips, modulation_NC)[:, 0]
         return output_NLC.chunk(self.branches)
 
     def _cache_rows(self, rows_B: Tensor | None) -> Tensor | None:
@@ -116,6 +120,14 @@ class Passes:
 
     def _for_branches(self, tensor_B: Tensor) -> Tensor:
         return tensor_B if self.branches == 1 else torch.cat([tensor_B] * self.branches)
+
+    def _modulation(self, rows_N: Tensor | None, time_BC: Tensor) -> Tensor | None:
+        if not self.config.modulated:
+            return None
+        time_NC = self._for_branches(time_BC)
+        if self.config.num_classes:
+            time_NC = time_NC + take(self.slots.class_NC, rows_N)
+        return F.silu(time_NC)
 
     def _read_text(self, rows_N: Tensor | None) -> None:
         text_NP = take(self.slots.text_NP, rows_N)
@@ -144,6 +156,7 @@ class Passes:
         tokens_NSC: Tensor,
         rows_N: Tensor | None,
         layers: range,
+        modulation_NC: Tensor | None = None,
         *,
         needs_output: bool = True,
     ) -> Tensor:
@@ -159,7 +172,7 @@ class Passes:
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
             attention = self._attention(view, index, stream)
-            streams = layer(streams, self.model.rope, {stream: rotation}, attention, outputs)
+            streams = layer(streams, self.model.rope, {stream: rotation}, attention, outputs, modulation_NC)
         return streams.get(stream, tokens_NSC)
 
     def _attention(self, view: CacheView, index: int, stream: str) -> Attention:

@@ -160,7 +160,7 @@ def _quantize_towers(result: MADFormer, source: MADFormer) -> None:
             quantized.__class__ = FP8Tower
         if _fits(tower.proj):
             quantized.register_module("proj", FP8Linear(tower.proj))
-        if _fits(tower.mlp.gate_proj, tower.mlp.up_proj, tower.mlp.down_proj):
+        if isinstance(tower.mlp, SwiGLU) and _fits(tower.mlp.gate_proj, tower.mlp.up_proj, tower.mlp.down_proj):
             quantized.register_module("mlp", FP8SwiGLU(tower.mlp))
 
 

@@ -4,7 +4,7 @@ A *plan* holds what depends on batch size, step count and scheduler: cache, slot
 passes. Running it costs, for each block, one pass of the clean predecessor through the layers that read it, one pass of
 the condition through the autoregressive layers, and for each step the diffusion layers on the noisy tokens alone.
 
-Shape legend: B batch, M blocks, L latents of a block, C channels, P tokens of a text.
+Shape legend: B batch, M blocks, L latents of a block, C channels.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
 from madformer.engine.packing import can_pack, packed, shared_copy
 from madformer.engine.passes import Passes
+from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
 from madformer.model.madformer import MADFormer
@@ -142,12 +142,6 @@ class Sampler:
         return memory.largest_fit(make, batch, per_image, self.source.device)
 
 
-def check_guidable(config: MADFormerConfig) -> None:
-    """Raises ``ValueError`` for a model that has no condition to leave out."""
-    if config.text is None:
-        raise ValueError("guidance needs a model with text or labels to be guided by, and this one has neither")
-
-
 def bytes_per_image(model: MADFormer, num_steps: int, *, guided: bool = False) -> int:
     """Of the state that outlasts a pass; what a pass needs besides is not in it."""
     meta = torch.device("meta")
@@ -240,9 +234,8 @@ class Plan:
     def run(
         self,
         noise: Tensor | NoiseSource,
+        prompt: Prompt | None = None,
         *,
-        text_BP: Tensor | None = None,
-        negative_text_BP: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[Progress], None] | None = None,
         on_block: Callable[[int], None] | None = None,
@@ -253,8 +246,7 @@ class Plan:
 
         Args:
             noise: standard normal, ``(B, M, L, C)``; or called once for each block, in order.
-            text_BP: token ids of a model with text. negative_text_BP: what guidance leads away from, with guidance:
-                the empty text, or another.
+            prompt: what the images are to be of, for a model with text or classes.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps.
             on_block: called with the number of blocks that are done. On a GPU the next one is under way by then.
@@ -266,11 +258,13 @@ class Plan:
 
         Raises:
             NonFiniteError: the network gave numbers that are not finite.
-            ValueError: ``noise``, ``out`` or a text has another shape than the plan was made for, or no place in it.
+            ValueError: ``noise``, ``out`` or the prompt is not what the plan was made for.
         """
-        self.warmup()
+        prompt = prompt or Prompt()
+        prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
         self._check_shapes(noise, out)
-        self.slots.condition_on((text_BP, negative_text_BP))
+        self.warmup()
+        self.slots.condition_on(prompt, self.model)
         self.slots.assign(self.schedule, self.model)
         self.cache.reset()
         ends: list[torch.cuda.Event] = []
@@ -365,9 +359,9 @@ class Plan:
             timestep = self.timesteps[index]
             # a copy: schedulers of several stages keep the sample that they were given
             latents = self.slots.latents_RLC.clone()
-            down_BE, up_BE, guidance_B1, _ = self.slots.schedule(None)
+            *time, guidance_B1, _ = self.slots.schedule(None)
             scaled = self.scheduler.scale_model_input(latents, timestep)
-            output, *unconditional = (x.float() for x in self.passes.predict(None, scaled, down_BE, up_BE))
+            output, *unconditional = (x.float() for x in self.passes.predict(None, scaled, *time))
             for other in unconditional:
                 output = other + guidance_B1[:, None] * (output - other)
             stepped = self.scheduler.step(output, timestep, latents, **keywords).prev_sample

@@ -8,13 +8,13 @@ embedding, P tokens of a text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
+from madformer.engine.prompts import Prompt
 from madformer.engine.rows import put, take
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS
 from madformer.model import MADFormer
@@ -102,14 +102,13 @@ class Slots:
             ``end_R`` the block is done.
         sound_R: steps of this image so far after which every latent was finite. Numbers that are not finite stay so,
             hence it counts up to the first fault.
-        text_NP: token ids of the text before each image.
+        text_NP: token ids of the text before each image. class_NC: what AdaLN is told of its class.
     """
 
     def __init__(
         self, config: MADFormerConfig, rows: int, max_steps: int, device: torch.device, *, guided: bool = False
     ) -> None:
         block = (config.latents_per_block, config.latent_channels)
-        embedding = config.unet.time_embed_dim
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -117,13 +116,14 @@ class Slots:
         self.canvas_RMLC = zeros(config.num_blocks, *block)
         self.latents_RLC, self.previous_RLC = zeros(*block), zeros(*block)
         self.block_R, self.sound_R = (zeros(dtype=torch.int64) for _ in range(2))
-        # all a step looks up, in one table: time embeddings of the U-Net's halves, guidance, coefficients of the update
-        self.widths = (embedding, embedding, 1, NUM_COEFFICIENTS)
+        # all a step looks up, in one table: what the network is told of the time, guidance, coefficients of the update
+        self.widths = (*config.time_widths, 1, NUM_COEFFICIENTS)
         self.schedule_RTW = zeros(num_rows_of(max_steps), sum(self.widths))
         self.schedule_RTW[..., -NUM_COEFFICIENTS:] = torch.tensor(STAND_STILL, device=device)
         self.branches = 2 if guided else 1
-        self.vocab_size = 0 if config.text is None else config.text.vocab_size
         self.text_NP = torch.zeros(self.branches * rows, config.text_length, dtype=torch.int64, device=device)
+        classes = config.hidden_size if config.num_classes else 0
+        self.class_NC = torch.zeros(self.branches * rows, classes, device=device)
         row_R = torch.arange(rows, device=device)
         # where each row's blocks and steps begin in canvas and schedule with their rows laid end to end
         self.first_block_R, self.start_R = row_R * config.num_blocks, row_R * num_rows_of(max_steps)
@@ -137,41 +137,21 @@ class Slots:
         which bf16 cannot hold.
         """
         rows = slice(None) if row is None else slice(row, row + 1)
-        down, up = model.downsampler.time_embedding, model.upsampler.time_embedding
-        embedded = down(schedule.timesteps_T), up(schedule.timesteps_T)
-        columns = (*embedded, schedule.guidance_T[:, None], schedule.coefficients_T6)
+        columns = (*model.time_embeddings(schedule.timesteps_T), schedule.guidance_T[:, None], schedule.coefficients_T6)
         self.schedule_RTW[rows] = torch.cat(columns, dim=-1)
         self.end_R[rows] = self.start_R[rows] + schedule.num_steps
         self.reset(row)
 
-    def condition_on(self, texts: Sequence[Tensor | None], row: int | None = None) -> None:
-        """Give a slot (all of them for None) its texts: one for each branch, as :meth:`check_texts` wants them."""
-        rows, length = self.text_NP.unflatten(0, (self.branches, -1)).shape[1:]
-        self.check_texts(texts, (rows, length) if row is None else (length,))
-        for first, text in zip(range(0, len(self.text_NP), rows), texts, strict=False):
+    def condition_on(self, prompt: Prompt, model: MADFormer, row: int | None = None) -> None:
+        """Give a slot (all of them for None) its prompt, which :meth:`Prompt.check` has passed."""
+        rows = len(self.block_R)
+        for branch, text in zip(range(self.branches), (prompt.text, prompt.negative_text), strict=False):
+            where = slice(branch * rows, (branch + 1) * rows) if row is None else branch * rows + row
             if text is not None:
-                self.text_NP[slice(first, first + rows) if row is None else first + row] = text.to(self.text_NP)
-
-    def check_texts(self, texts: Sequence[Tensor | None], shape: tuple[int, ...]) -> None:
-        """Whether texts can be given to a slot.
-
-        Args:
-            texts: token ids for the image, and for its unconditional twin where it has one; None for a model without
-                text.
-
-        Raises:
-            ValueError: a text too many or too few, of another shape or outside the vocabulary.
-        """
-        for branch, (name, text) in enumerate(zip(("text", "negative_text"), texts, strict=True)):
-            if shape[-1] == 0 or branch >= self.branches:
-                if text is not None:
-                    where = "a model without text" if shape[-1] == 0 else "sampling without guidance"
-                    raise ValueError(f"{name} has no place in {where}")
-            elif text is None or text.shape != shape:
-                given = "none" if text is None else str(tuple(text.shape))
-                raise ValueError(f"{name} must be token ids of the shape {shape}, got {given}")
-            elif not 0 <= int(text.min()) <= int(text.max()) < self.vocab_size:
-                raise ValueError(f"{name} holds token ids that are not from 0 to {self.vocab_size - 1}")
+                self.text_NP[where] = text.to(self.text_NP)
+            if prompt.label is not None:
+                label = prompt.label.to(self.text_NP.device).reshape(-1)
+                self.class_NC[where] = model.conditioner.label(torch.full_like(label, -1) if branch else label)
 
     def reset(self, row: int | None = None) -> None:
         """Put a slot (all of them for None) before the first step of the first block."""
@@ -203,8 +183,8 @@ class Slots:
         return latents_BLC
 
     def schedule(self, rows_B: Tensor | None) -> list[Tensor]:
-        """At each sample's step: time embeddings ``(B, E)`` of both U-Net halves, guidance ``(B, 1)`` and coefficients
-        ``(B, 6)``.
+        """At each sample's step: what both U-Net halves ``(B, E)`` and AdaLN ``(B, C)`` are told of the time, guidance
+        ``(B, 1)`` and coefficients ``(B, 6)``.
         """
         return self._look_up(take(self.at_R, rows_B))
 

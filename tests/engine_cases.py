@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from madformer.config import MADFormerConfig, TextConfig, tiny
+from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer
 from testing import perturb
 
 BATCH, STEPS = 2, 3
 TEXT = TextConfig(vocab_size=11, length=5)
+ACDIT = tiny().replace(
+    unet=None, time_conditioning="adaln", num_classes=7, context="clean", diffusion_layers=3, shared_towers=True,
+    mlp="gelu", mlp_bias=True, rope_pairing="released",
+)  # fmt: skip
 
 CASES: dict[str, MADFormerConfig] = {
     "both": tiny(),
@@ -35,6 +40,12 @@ CASES: dict[str, MADFormerConfig] = {
     "text, clean only": tiny().replace(text=TEXT, context="clean"),
     "text, block-local": tiny().replace(text=TEXT, cross_block_attention=False),
     "text, released pairing": tiny().replace(text=TEXT, rope_pairing="released"),
+    "AdaLN and U-Net": tiny().replace(time_conditioning="unet+adaln", num_classes=7),
+    "AdaLN alone": tiny().replace(time_conditioning="adaln"),
+    "patches": tiny().replace(unet=None, time_conditioning="adaln", num_classes=7),
+    "text and classes": tiny().replace(text=TEXT, time_conditioning="unet+adaln", num_classes=7),
+    "ACDiT": ACDIT,
+    "DiT": ACDIT.replace(num_blocks=1),
     "no QK-norm": tiny().replace(qk_norm=False),
     "sample prediction": tiny().replace(prediction_type="sample"),
     "v prediction": tiny().replace(prediction_type="v_prediction"),
@@ -53,9 +64,17 @@ def draw_noise(config: MADFormerConfig, batch: int = BATCH, seed: int = 1) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draw_text(config: MADFormerConfig, batch: int = BATCH, seed: int = 5) -> Tensor | None:
-    """``(B, P)``; None for a model without text."""
-    if config.text is None:
-        return None
+def draw_prompt(config: MADFormerConfig, batch: int = BATCH, seed: int = 5, *, guided: bool = False) -> Prompt:
+    """What the model asks for."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, config.text.vocab_size, (batch, config.text.length), generator=generator)
+    texts: list[Tensor | None] = [None, None]
+    if config.text is not None:
+        shape = (batch, config.text.length)
+        texts = [torch.randint(0, config.text.vocab_size, shape, generator=generator) for _ in range(1 + guided)]
+    label = torch.randint(0, config.num_classes, (batch,), generator=generator) if config.num_classes else None
+    return Prompt(texts[0], texts[1] if guided else None, label)
+
+
+def one_of(prompt: Prompt, index: int) -> Prompt:
+    """The prompt of one image."""
+    return Prompt(*(None if ids is None else ids[index] for ids in (prompt.text, prompt.negative_text, prompt.label)))

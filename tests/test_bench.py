@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_cases import CASES, draw_noise, draw_text, make_model
+from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.benchmark import report, sampling
 from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Spread, Stopwatch
@@ -62,10 +62,10 @@ def test_bare_passes_are_the_engines(name: str) -> None:
         if (condition := bare.ar(block)) is not None:
             assert relative_error(condition, plan.cache.condition_RLC) < 1e-5
         bare.latents_B1LC = plan.slots.latents_RLC[:, None]
-        (expected,) = plan.passes.predict(None, plan.slots.latents_RLC, bare.temb_BE, bare.temb_BE)
+        (expected,) = plan.passes.predict(None, plan.slots.latents_RLC, bare.temb_BE, bare.temb_BE, torch.empty(2, 0))
         assert relative_error(bare.denoise(block)[:, 0], expected) < 1e-5
 
-    plan.run(draw_noise(config), text_BP=draw_text(config), callback=compare)
+    plan.run(draw_noise(config), draw_prompt(config), callback=compare)
     assert checked == list(range(config.num_blocks))
 
 

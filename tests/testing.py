@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -165,6 +168,12 @@ def golden_cases(folder: str) -> list[GoldenCase]:
     ]
 
 
+def golden_case(folder: str, name: str) -> GoldenCase:
+    """Of a folder that has one case alone, and in its ``cases.json`` how it was sampled."""
+    case = json.loads((GOLDEN / folder / "cases.json").read_text())
+    return GoldenCase(GOLDEN / folder, name, {}, case["steps"], case["sampler_seed"])
+
+
 def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     """Move every parameter off its initial value, so that zero biases and unit norms matter too."""
     generator = torch.Generator().manual_seed(seed)
@@ -172,3 +181,21 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.eval()
+
+
+def small_vae(
+    *, seed: int = 0, block_out_channels: tuple[int, ...] = (8, 8), norm_num_groups: int = 4, **changes: Any
+) -> AutoencoderKL:
+    """Random weights; latents have half the resolution for every level but the first."""
+    # it takes seconds, for which tests of kernels need not wait
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    levels = len(block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=norm_num_groups,
+        **changes,
+    ).eval()

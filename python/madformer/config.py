@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+TimeConditioning = Literal["unet", "adaln", "unet+adaln"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class MADFormerConfig:
     intermediate_size: int = 4096
     norm_eps: float = 1e-5
     qk_norm: bool = True
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_bias: bool = False
 
     # the two axes: how many blocks (M), and how many of the layers are diffusion layers (D)
@@ -110,12 +112,16 @@ class MADFormerConfig:
     block_size: int = 256
     diffusion_layers: int = 14
 
-    # latents and the U-Net around the Transformer
+    # latents, and what makes tokens of them: a U-Net around the Transformer, or, for None, linear layers on patches
     latent_channels: int = 4
-    unet: UNetConfig = field(default_factory=UNetConfig)
+    unet: UNetConfig | None = field(default_factory=UNetConfig)
+    patch_size: int = 2
 
-    # what the image is conditioned on
+    # what the image is conditioned on: text before it, a class, and where the diffusion layers learn of time and class
     text: TextConfig | None = None
+    num_classes: int = 0
+    null_class: bool = True
+    time_conditioning: TimeConditioning = "unet"
 
     # the paper's ablations
     context: Context = "clean+condition"
@@ -138,10 +144,12 @@ class MADFormerConfig:
                 f"{name}={value!r} must be one of {', '.join(map(repr, choices))}",
             )
             if hint is int:
-                _require(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a positive whole number")
+                low = 0 if name == "num_classes" else 1
+                _require(isinstance(value, int) and value >= low, f"{name}={value!r} must be a whole number from {low}")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         self._check_transformer()
         self._check_blocks()
+        self._check_conditioning()
 
     def _check_transformer(self) -> None:
         _require(
@@ -172,6 +180,38 @@ class MADFormerConfig:
             f"shared_towers=True needs a clean stream to share with; context={self.context!r} has none",
         )
 
+    def _check_conditioning(self) -> None:
+        _require(
+            self.unet is not None or self.time_conditioning == "adaln",
+            f"time_conditioning={self.time_conditioning!r} needs a U-Net, and unet=None; there is 'adaln'",
+        )
+        _require(
+            self.num_classes == 0 or self.modulated,
+            f"num_classes={self.num_classes} needs AdaLN to tell the layers, and "
+            f"time_conditioning={self.time_conditioning!r}",
+        )
+
+    @property
+    def modulated(self) -> bool:
+        """Whether the noise stream's diffusion layers have AdaLN."""
+        return "adaln" in self.time_conditioning
+
+    @property
+    def time_widths(self) -> tuple[int, int, int]:
+        """Numbers that tell the time to the U-Net's halves and to AdaLN."""
+        in_unet = self.unet.time_embed_dim if self.unet is not None and "unet" in self.time_conditioning else 0
+        return in_unet, in_unet, self.hidden_size if self.modulated else 0
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether there is a condition to leave out."""
+        return self.text is not None or (self.num_classes > 0 and self.null_class)
+
+    @property
+    def downscale(self) -> int:
+        """Latents along one side of a token."""
+        return self.patch_size if self.unet is None else self.unet.downscale
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
@@ -183,8 +223,8 @@ class MADFormerConfig:
 
     @property
     def latents_per_block(self) -> int:
-        """Latent positions of one block (before the U-Net's downsampling)."""
-        return self.block_size * self.unet.downscale**2
+        """Latent positions of one block."""
+        return self.block_size * self.downscale**2
 
     @property
     def block_side(self) -> int:
@@ -199,7 +239,7 @@ class MADFormerConfig:
     @property
     def latent_side(self) -> int:
         """Latents along one side of the image."""
-        return self.token_grid * self.unet.downscale
+        return self.token_grid * self.downscale
 
     @property
     def text_length(self) -> int:
@@ -227,12 +267,15 @@ class MADFormerConfig:
             ValueError: a key that is no field, or an impossible geometry; the message names the fields.
         """
         values = {key: value for key, value in values.items() if not key.startswith("_")}
-        unet, text = dict(values.pop("unet", {})), values.pop("text", None)
+        unet: Any = values.pop("unet", {})
+        text = values.pop("text", None)
         _known_keys(cls, values, "")
-        _known_keys(UNetConfig, unet, "unet.")
+        _known_keys(UNetConfig, unet or {}, "unet.")
         _known_keys(TextConfig, text or {}, "text.")
-        unet = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.items()}
-        return cls(**values, unet=UNetConfig(**unet), text=text and TextConfig(**text))
+        if unet is not None:
+            lists = {key: tuple(value) for key, value in unet.items() if isinstance(value, list)}
+            unet = UNetConfig(**{**unet, **lists})
+        return cls(**values, unet=unet, text=None if text is None else TextConfig(**text))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

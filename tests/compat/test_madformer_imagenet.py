@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from madformer.compat.madformer_imagenet import MADFormer
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
@@ -92,7 +93,7 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
     assert relative_error(output.logits, golden["logits"]) < OUTPUT_TOLERANCE
     for scheduler, make_scheduler in SCHEDULERS.items():
         noise = golden[f"sample_noise.{scheduler}"]
-        drawn = Sampler(native, make_scheduler()).plan(len(noise), case.steps).run(noise, text_BP=text)
+        drawn = Sampler(native, make_scheduler()).plan(len(noise), case.steps).run(noise, Prompt(text))
         error = relative_error(drawn, golden[f"sample.{scheduler}"])
         assert (error < SAMPLE_TOLERANCE) == (case.name != "denoising_mlp")
 
@@ -136,7 +137,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     ids, *latents = arguments()
     with pytest.raises(ValueError, match="this model takes texts of 2 tokens, got 1"):
         model(ids[:, 1:], *latents)
-    with pytest.raises(ValueError, match=r"text must be token ids of the shape \(3, 2\), got \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"text must be ids of the shape \(3, 2\), got the shape \(3, 1\)"):
         model.sample(ids[:, 1:], DDIMScheduler(), 2, (3, 4, 64, 4))
     with pytest.raises(ValueError, match="model_config must name the released model configuration"):
         MADFormer.from_released(tmp_path / "ckpts.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
@@ -10,10 +11,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from engine_cases import CASES, draw_noise, draw_text, make_model
+from engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Sampler
 from madformer.model import MADFormer
 from recording import RecordingLauncher
@@ -57,25 +59,25 @@ def test_each_image_is_the_one_drawn_alone(name: str, launcher: str) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_guided_requests(launcher: str) -> None:
-    """Each with a text and a scale of its own."""
-    config = CASES["text"]
+@pytest.mark.parametrize("name", ["text", "ACDiT"])
+def test_guided_requests(name: str, launcher: str) -> None:
+    """Each with a prompt and a scale of its own."""
+    config = CASES[name]
     model, noise = make_model(config), draw_noise(config, batch=4)
-    texts, negative = draw_text(config, batch=4), draw_text(config, batch=4, seed=6)
-    assert texts is not None
-    assert negative is not None
+    prompts = draw_prompt(config, batch=4, guided=True)
     batcher = make_batcher(model, 3, LAUNCHERS[launcher](), max_steps=3, guided=True)
     scales = (1.0, 2.0, 5.0, 2.0)
     futures = [
-        batcher.submit(noise[i], 2 + i % 2, text_P=texts[i], negative_text_P=negative[i], guidance=scale)
-        for i, scale in enumerate(scales)
+        batcher.submit(noise[i], 2 + i % 2, one_of(prompts, i), guidance=scale) for i, scale in enumerate(scales)
     ]
     batcher.run_until_idle()
     sampler = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False)
     for i, scale in enumerate(scales):
-        plan = sampler.plan(1, 2 + i % 2, guidance=scale)
-        given = {"text_BP": texts[i : i + 1]} | ({"negative_text_BP": negative[i : i + 1]} if scale != 1.0 else {})
-        assert relative_error(futures[i].result(timeout=0), plan.run(noise[i : i + 1], **given)[0]) < TOLERANCE
+        alone = Prompt(*(None if ids is None else ids[None] for ids in vars(one_of(prompts, i)).values()))
+        if scale == 1.0:
+            alone = dataclasses.replace(alone, negative_text=None)
+        drawn = sampler.plan(1, 2 + i % 2, guidance=scale).run(noise[i : i + 1], alone)
+        assert relative_error(futures[i].result(timeout=0), drawn[0]) < TOLERANCE
 
 
 def test_company_does_not_change_an_image() -> None:
@@ -198,7 +200,7 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match=r"guidance=2\.0 needs a batcher made with guided=True"):
         batcher.submit(noise, 1, guidance=2.0)
     with pytest.raises(ValueError, match="text has no place in a model without text"):
-        batcher.submit(noise, 1, text_P=torch.zeros(5, dtype=torch.int64))
+        batcher.submit(noise, 1, Prompt(torch.zeros(5, dtype=torch.int64)))
     assert batcher.num_waiting == 0
     with pytest.raises(ValueError, match="guidance needs a model with text"):
         make_batcher(model, 1, guided=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_text, make_model
+from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.sampler import Plan, Sampler
 from recording import HostReadError, RecordingLauncher
@@ -26,17 +26,16 @@ PASSES = [name for name in CASES if name not in ("no QK-norm", "sample predictio
 
 
 @pytest.mark.parametrize(
-    ("name", "guidance"), [*((name, 1.0) for name in PASSES), ("text", 3.0), ("text, block-local", 3.0)]
+    ("name", "guidance"),
+    [*((name, 1.0) for name in PASSES), *((name, 3.0) for name in ("text", "text, block-local", "ACDiT"))],
 )
 def test_replay_equals_eager(name: str, guidance: float) -> None:
     """Bit for bit, at every block, and again for a second request with other noise and texts."""
     eager, replayed = (make_plan(name, launcher, guidance) for launcher in (EagerLauncher(), RecordingLauncher()))
     for seed in (1, 2):
         noise = draw_noise(CASES[name], seed=seed)
-        texts = {"text_BP": draw_text(CASES[name], seed=seed)}
-        if guidance != 1.0:
-            texts["negative_text_BP"] = draw_text(CASES[name], seed=seed + 2)
-        expected, actual = eager.run(noise, **texts), replayed.run(noise, **texts)
+        prompt = draw_prompt(CASES[name], seed=seed, guided=guidance != 1.0)
+        expected, actual = eager.run(noise, prompt), replayed.run(noise, prompt)
         for block in range(CASES[name].num_blocks):
             assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_text, make_model
+from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
 from madformer.model import MADFormer
 from testing import relative_error
@@ -33,14 +35,15 @@ def sample_uncached(
     scheduler: Any,
     steps: int,
     noise: Tensor,
-    text: Tensor | None = None,
-    negative_text: Tensor | None = None,
-    guidance: Callable[[int], float] = lambda t: 1.0,
+    prompt: Prompt | None = None,
+    guidance: Callable[[int], float] | None = None,
 ) -> Tensor:
     """Every step is a whole training pass over all blocks, updated by the scheduler's own ``step``.
 
     A finished block counts with its clean latents, and, where there is no clean stream, with what its last step saw.
     """
+    prompt = prompt or Prompt()
+    dropped = None if prompt.label is None else torch.full_like(prompt.label, -1)
     clean, noisy = torch.zeros_like(noise), torch.zeros_like(noise)
     scheduler.set_timesteps(steps)
     timestep = torch.full(noise.shape[:2], int(scheduler.timesteps[-1]))
@@ -49,9 +52,10 @@ def sample_uncached(
         latents = noise[:, block] * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             noisy[:, block], timestep[:, block] = scheduler.scale_model_input(latents, t), t
-            prediction = model(clean, noisy, timestep, text).prediction[:, block]
-            if negative_text is not None:
-                unconditional = model(clean, noisy, timestep, negative_text).prediction[:, block]
+            prediction = model(clean, noisy, timestep, prompt.text, prompt.label).prediction[:, block]
+            if guidance is not None:
+                other = model(clean, noisy, timestep, prompt.negative_text, dropped)
+                unconditional = other.prediction[:, block]
                 prediction = unconditional + guidance(int(t)) * (prediction - unconditional)
             latents = scheduler.step(prediction, t, latents).prev_sample
         clean[:, block] = latents
@@ -63,54 +67,65 @@ def test_cached_equals_uncached(name: str) -> None:
     config = CASES[name]
     model, noise = make_model(config), draw_noise(config)
     scheduler = DDIMScheduler(prediction_type=config.prediction_type)
-    text = draw_text(config)
-    expected = sample_uncached(model, scheduler, STEPS, noise, text)
-    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise, text_BP=text)
+    prompt = draw_prompt(config)
+    expected = sample_uncached(model, scheduler, STEPS, noise, prompt)
+    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise, prompt)
     for block in range(config.num_blocks):
         assert relative_error(latents[:, block], expected[:, block]) < TOLERANCE, f"block {block}"
 
 
 @pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
-@pytest.mark.parametrize("name", ["text", "text, condition only", "text, block-local"])
+@pytest.mark.parametrize(
+    "name", ["text", "text, condition only", "text, block-local", "patches", "text and classes", "ACDiT", "DiT"]
+)
 def test_guidance(name: str, scheduler: Callable[[], Any], interval: tuple[int, int]) -> None:
     """Two uncached passes a step, mixed by the formula; tabulated and through the scheduler's own step."""
     model, noise = make_model(CASES[name]), draw_noise(CASES[name])
-    text, negative = draw_text(CASES[name]), draw_text(CASES[name], seed=6)
+    prompt = draw_prompt(CASES[name], guided=True)
 
     def scale(t: int) -> float:
         return 2.5 if interval[0] <= t <= interval[1] else 1.0
 
-    expected = sample_uncached(model, scheduler(), STEPS, noise, text, negative, scale)
+    expected = sample_uncached(model, scheduler(), STEPS, noise, prompt, scale)
     plan = Sampler(model, scheduler()).plan(BATCH, STEPS, guidance=2.5, guidance_interval=interval)
-    assert relative_error(plan.run(noise, text_BP=text, negative_text_BP=negative), expected) < TOLERANCE
+    assert relative_error(plan.run(noise, prompt), expected) < TOLERANCE
 
 
-def test_guidance_of_one_is_none() -> None:
-    model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_text(CASES["text"])
+@pytest.mark.parametrize("name", ["text", "ACDiT"])
+def test_guidance_of_one_is_none(name: str) -> None:
+    model, noise = make_model(CASES[name]), draw_noise(CASES[name])
+    guided = draw_prompt(CASES[name], guided=True)
+    prompt = dataclasses.replace(guided, negative_text=None)
     sampler = Sampler(model, DDIMScheduler())
-    plain = sampler.plan(BATCH, STEPS).run(noise, text_BP=text)
-    assert torch.equal(sampler.plan(BATCH, STEPS, guidance=1.0).run(noise, text_BP=text), plain)
+    plain = sampler.plan(BATCH, STEPS).run(noise, prompt)
+    assert torch.equal(sampler.plan(BATCH, STEPS, guidance=1.0).run(noise, prompt), plain)
     never = sampler.plan(BATCH, STEPS, guidance=4.0, guidance_interval=(1001, 1002))
-    negative = draw_text(CASES["text"], seed=6)
-    assert relative_error(never.run(noise, text_BP=text, negative_text_BP=negative), plain) < TOLERANCE
+    assert relative_error(never.run(noise, guided), plain) < TOLERANCE
 
 
-def test_texts_that_have_no_place() -> None:
-    model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_text(CASES["text"])
+def test_prompts_that_have_no_place() -> None:
+    model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_prompt(CASES["text"]).text
     assert text is not None
     plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
     for given, message in (
-        ({}, r"text must be token ids of the shape \(2, 5\), got none"),
-        ({"text_BP": text[:, 1:]}, r"text must be token ids of the shape \(2, 5\), got \(2, 4\)"),
-        ({"text_BP": text + 11}, "text holds token ids that are not from 0 to 10"),
-        ({"text_BP": text, "negative_text_BP": text}, "negative_text has no place in sampling without guidance"),
+        (Prompt(), r"text must be ids of the shape \(2, 5\), got none"),
+        (Prompt(text[:, 1:]), r"text must be ids of the shape \(2, 5\), got the shape \(2, 4\)"),
+        (Prompt(text + 11), "text must hold ids from 0 to 10, got 1[1-9] to [12][0-9]"),
+        (Prompt(text, text), "negative_text has no place in sampling without guidance"),
+        (Prompt(text, label=text[:, 0]), "label has no place in a model without classes"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan.run(noise, **given)
+            plan.run(noise, given)
     with pytest.raises(ValueError, match="text has no place in a model without text"):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).run(noise, text_BP=text)
-    with pytest.raises(ValueError, match="guidance needs a model with text or labels"):
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).run(noise, Prompt(text))
+    with pytest.raises(ValueError, match=r"label must be ids of the shape \(2,\), got none"):
+        Sampler(make_model(ACDIT), DDIMScheduler()).plan(BATCH, STEPS).run(draw_noise(ACDIT))
+    config = ACDIT.replace(null_class=False)
+    plan = Sampler(make_model(config), DDIMScheduler()).plan(1, 1)
+    with pytest.raises(ValueError, match="label must hold ids from 0 to 6, got -1 to -1"):
+        plan.run(draw_noise(config, 1), Prompt(label=torch.tensor([-1])))
+    with pytest.raises(ValueError, match="guidance needs a model with text or classes"):
         Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS, guidance=2.0)
     with pytest.raises(ValueError, match="must be the lower timestep, then the higher"):
         Sampler(model, DDIMScheduler()).plan(1, STEPS, guidance=2.0, guidance_interval=(3, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_every_field_survives_the_round_trip() -> None:
         cross_block_attention=False, shared_towers=True, prediction_type="v_prediction", rope_pairing="released",
         clean_timestep="noisy", hidden_loss_input="condition+noisy", hidden_loss_skips="same_block",
         square_blocks=False, unet=UNetConfig((8, 16, 24), (1, 2, 3), (True, False, True), 2, 4, 16),
-        text=TextConfig(vocab_size=100, length=7, pad_token_id=3, rope_theta=500.0),
+        text=TextConfig(vocab_size=100, length=7, pad_token_id=3, rope_theta=500.0), mlp="gelu", patch_size=1,
+        num_classes=3, null_class=False, time_conditioning="unet+adaln",
     )  # fmt: skip
     default = MADFormerConfig()
     assert all(getattr(config, name) != getattr(default, name) for name in vars(default))
@@ -52,6 +54,9 @@ def test_geometry_of_the_papers_models() -> None:
         ({"prediction_type": "flow"}, ["prediction_type='flow'", "'v_prediction'"]),
         ({"context": "condition", "shared_towers": True}, ["shared_towers", "context"]),
         ({"norm_eps": 0.0}, ["norm_eps=0.0"]),
+        ({"num_classes": -1}, ["num_classes=-1"]),
+        ({"num_classes": 10}, ["num_classes=10", "AdaLN", "time_conditioning='unet'"]),
+        ({"unet": None}, ["time_conditioning='unet'", "unet=None"]),
     ],
 )
 def test_impossible_geometry_names_its_fields(changes: dict[str, object], named: list[str]) -> None:
@@ -75,6 +80,25 @@ def test_impossible_unet_names_its_fields(changes: dict[str, object], named: lis
     with pytest.raises(ValueError, match=r".+") as caught:
         UNetConfig(**changes)  # type: ignore[arg-type]
     assert all(name in str(caught.value) for name in named), caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"length": 0}, "text.length=0"),
+        ({"vocab_size": 0}, "text.vocab_size=0"),
+        ({"pad_token_id": 9}, "text.pad_token_id=9"),
+        ({"rope_theta": 0.0}, "text.rope_theta=0.0"),
+    ],
+)
+def test_impossible_text_names_its_fields(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        TextConfig(**{"vocab_size": 9, "length": 2, **changes})  # type: ignore[arg-type]
+
+
+def test_a_model_of_patches_survives_the_round_trip() -> None:
+    config = preset("tiny").replace(unet=None, time_conditioning="adaln")
+    assert MADFormerConfig.from_json(config.to_json()) == config
 
 
 def test_unknown_names(tmp_path: Path) -> None:

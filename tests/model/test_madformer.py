@@ -6,10 +6,10 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from madformer.config import MADFormerConfig, TextConfig, UNetConfig, preset, tiny
 from madformer.kernels.qk_norm_rope.reference import apply_rope
@@ -33,6 +33,12 @@ MODELS = {
     "text, condition only": tiny().replace(text=TEXT, context="condition"),
     "text, block-local": tiny().replace(text=TEXT, cross_block_attention=False),
     "text, shared towers": tiny().replace(text=TEXT, shared_towers=True),
+    "AdaLN and U-Net": tiny().replace(time_conditioning="unet+adaln", num_classes=7),
+    "AdaLN alone": tiny().replace(time_conditioning="adaln"),
+    "patches": tiny().replace(unet=None, time_conditioning="adaln", num_classes=7),
+    "patches, GELU, text": tiny().replace(
+        unet=None, time_conditioning="adaln", num_classes=7, mlp="gelu", mlp_bias=True, text=TEXT
+    ),
     "three levels": tiny().replace(
         block_size=1,
         unet=UNetConfig((16, 16, 32), (1, 2, 1), (False, True, True), num_heads=4, time_embed_dim=32),
@@ -47,16 +53,18 @@ def make_model(config: MADFormerConfig) -> MADFormer:
     return model
 
 
-def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, ...]:
-    """Clean latents, noisy latents, timesteps, and texts for a model that takes them."""
+def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Any, ...]:
+    """Clean latents, noisy latents, timesteps, texts and labels, the last two for a model that takes them."""
     generator = torch.Generator().manual_seed(1)
     shape = (batch, config.num_blocks, config.latents_per_block, config.latent_channels)
     clean, noisy = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     timestep = torch.randint(0, 1000, shape[:2], generator=generator)
-    if config.text is None:
-        return clean, noisy, timestep
-    size = (batch, config.text.length)
-    return clean, noisy, timestep, torch.randint(0, config.text.vocab_size, size, generator=generator)
+    text = labels = None
+    if config.text is not None:
+        text = torch.randint(0, config.text.vocab_size, (batch, config.text.length), generator=generator)
+    if config.num_classes:
+        labels = torch.randint(0, config.num_classes, (batch,), generator=generator)
+    return clean, noisy, timestep, text, labels
 
 
 # Who sees what
@@ -64,7 +72,8 @@ def draw(config: MADFormerConfig, batch: int = 2) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("block", range(4))
 @pytest.mark.parametrize(
-    "name", ["both", "clean only", "condition only", "block-local", "shared towers", "noisy blocks only", "text"]
+    "name",
+    ["both", "clean only", "condition only", "block-local", "shared towers", "noisy blocks only", "text", "patches"],
 )
 def test_a_block_is_predicted_from_its_past(name: str, block: int) -> None:
     """Changing a block changes no earlier prediction; changing it as context changes the next."""
@@ -88,18 +97,18 @@ def test_a_block_is_predicted_from_its_past(name: str, block: int) -> None:
     assert moved.tolist() == [block <= i < reach for i in range(4)]
 
 
-@pytest.mark.parametrize("name", ["both", "text"])
+@pytest.mark.parametrize("name", ["both", "text", "patches"])
 def test_images_of_a_batch_do_not_meet(name: str) -> None:
     model, arguments = make_model(MODELS[name]), draw(MODELS[name])
     together = model(*arguments).prediction
-    alone = model(*(argument[1:] for argument in arguments)).prediction
+    alone = model(*(None if argument is None else argument[1:] for argument in arguments)).prediction
     assert relative_error(together[1:], alone) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["text", "text, condition only", "text, block-local", "text, shared towers"])
 def test_the_image_reads_the_text_and_the_text_its_own_past(name: str) -> None:
     config = MODELS[name]
-    model, (clean, noisy, timestep, text) = make_model(config), draw(config)
+    model, (clean, noisy, timestep, text, _) = make_model(config), draw(config)
     before = model(clean, noisy, timestep, text, return_logits=True)
     assert before.logits.shape == (*text.shape, TEXT.vocab_size)
     changed = text.clone()
@@ -111,16 +120,44 @@ def test_the_image_reads_the_text_and_the_text_its_own_past(name: str) -> None:
     assert (moved.abs().amax((2, 3)) > 1e-6).all()
 
 
+@pytest.mark.parametrize("name", ["AdaLN and U-Net", "patches"])
+def test_the_class_reaches_every_block_and_may_be_left_out(name: str) -> None:
+    model, (clean, noisy, timestep, _, labels) = make_model(MODELS[name]), draw(MODELS[name])
+    before = model(clean, noisy, timestep, labels_B=labels).prediction
+    other = model(clean, noisy, timestep, labels_B=(labels + 1) % 7).prediction
+    assert ((other - before).abs().amax((2, 3)) > 1e-6).all()
+    dropped = model(clean, noisy, timestep, labels_B=torch.tensor([-1, -1])).prediction
+    assert torch.equal(dropped, model(clean, noisy, timestep, labels_B=torch.tensor([7, 7])).prediction)
+    assert not torch.allclose(dropped, before)
+
+
+@pytest.mark.parametrize("name", ["AdaLN alone", "patches"])
+def test_adaln_begins_as_nothing(name: str) -> None:
+    """Freshly made, neither time nor class changes a block: gates are closed, or the decoder says zero."""
+    config = MODELS[name]
+    model = MADFormer(config).eval()
+    clean, noisy, timestep, *rest = draw(config)
+    assert torch.equal(
+        model(clean, noisy, timestep, *rest).prediction, model(clean, noisy, timestep // 2, *rest).prediction
+    )
+
+
 def test_texts_that_do_not_fit_are_refused() -> None:
-    clean, noisy, timestep, text = draw(MODELS["text"])
+    clean, noisy, timestep, text, _ = draw(MODELS["text"])
     for model, given in ((MODELS["text"], None), (MODELS["text"], text[:, 1:]), (MODELS["both"], text)):
         with pytest.raises(ValueError, match=r"this model takes texts of \d tokens, got \d"):
             make_model(model)(clean, noisy, timestep, given)
+    for name, labels, message in (
+        ("patches", None, "7 classes, and none"),
+        ("both", text[:, 0], "0 classes, and some"),
+    ):
+        with pytest.raises(ValueError, match=f"this model has {message} were given"):
+            make_model(MODELS[name])(clean, noisy, timestep, labels_B=labels)
 
 
 def test_native_condition_knows_neither_the_noise_nor_its_own_block() -> None:
     """The released code adds the noisy embedding to it and lends it the target's own skips."""
-    clean, noisy, timestep = draw(tiny())
+    clean, noisy, timestep, *_ = draw(tiny())
     other = clean.clone()
     other[:, -1] += 1
     for quirks, leaks in (
@@ -138,7 +175,7 @@ def test_native_clean_blocks_have_no_timestep() -> None:
     """In the released code a clean block carries the timestep of the noise on its noisy twin."""
     for quirk, depends in (("zero", False), ("noisy", True)):
         model = make_model(tiny().replace(clean_timestep=quirk))
-        clean, noisy, timestep = draw(tiny())
+        clean, noisy, timestep, *_ = draw(tiny())
         other = timestep.clone()
         other[:, 0] = (other[:, 0] + 500) % 1000
         first, second = (model(clean, noisy, t).prediction[:, 1] for t in (timestep, other))
@@ -343,9 +380,10 @@ def test_every_configuration_field_is_read() -> None:
         "latent_channels": 3, "unet": dataclasses.replace(base.unet, norm_groups=4), "context": "condition",
         "cross_block_attention": False, "shared_towers": True, "rope_pairing": "released",
         "clean_timestep": "noisy", "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
-        "square_blocks": False, "text": TEXT,
+        "square_blocks": False, "text": TEXT, "mlp": "gelu", "time_conditioning": "unet+adaln",
     }  # fmt: skip
-    assert changes.keys() | {"prediction_type"} == vars(base).keys()
+    elsewhere = {"prediction_type", "patch_size", "num_classes", "null_class"}
+    assert changes.keys() | elsewhere == vars(base).keys()
     reference = make_model(base)
     for name, value in changes.items():
         config = base.replace(**{name: value})

@@ -42,7 +42,10 @@ class BareModel:
         self.latents_B1LC = torch.randn(
             batch, 1, config.latents_per_block, config.latent_channels, device=model.device, dtype=model.dtype
         )
-        self.temb_BE = torch.randn(batch, config.unet.time_embed_dim, device=model.device)
+        # of the U-Net's halves, and of AdaLN
+        widths = config.time_widths
+        self.temb_BE, _, vector_BC = (torch.randn(batch, width, device=model.device) for width in widths)
+        self.modulation_BC = vector_BC if config.modulated else None
         starts_M = config.text_length + config.block_size * torch.arange(config.num_blocks, device=model.device)
         self.positions_MB = starts_M[:, None].expand(-1, batch)
 
@@ -68,12 +71,12 @@ class BareModel:
         if self.config.has_condition:
             tokens_BSC = self.cache.condition_RLC + tokens_BSC
         tokens_BSC = self._layers("noise", tokens_BSC, block, range(self.config.ar_layers, self.config.num_layers))
-        return self.model.decode(tokens_BSC, self.temb_BE, skips)
+        return self.model.decode(tokens_BSC, self.temb_BE, skips, self.modulation_BC)
 
     def unet(self) -> Tensor:
         """The part of a step that is not the Transformer's; the same for every block."""
         tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
-        return self.model.decode(tokens_BSC, self.temb_BE, skips)
+        return self.model.decode(tokens_BSC, self.temb_BE, skips, self.modulation_BC)
 
     def _layers(
         self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
@@ -85,7 +88,7 @@ class BareModel:
             outputs = [stream] if needs_output or index < layers[-1] else []
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
-            streams = layer(streams, rope, tables, self._attention(index, block), outputs)
+            streams = layer(streams, rope, tables, self._attention(index, block), outputs, self.modulation_BC)
         return streams.get(stream, tokens_BSC)
 
     def _attention(self, index: int, block: int) -> Attention:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from madformer.compat.madformer_ffhq import draw, released_outputs, training_pass
+from madformer.compat.madformer_ffhq import check_target, draw, native_target, released_outputs, training_pass
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import QK_NORM_EPS, RMSNorm
 from madformer.model.rope import token_positions
@@ -114,7 +114,9 @@ class Acceleration:
         dtype: torch.dtype = torch.bfloat16,
     ) -> Tensor:
         """See :meth:`madformer.compat.madformer_ffhq.MADFormer.sample`."""
-        return draw(self.current(), scheduler, num_inference_steps, target_shape, generator, dtype)
+        native = self.current()
+        check_target(target_shape, native_target(native.config))
+        return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype)
 
 
 # Recognition

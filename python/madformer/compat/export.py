@@ -31,10 +31,12 @@ def to_released(native: NativeMADFormer) -> MADFormer:
 
 
 def released_arguments(config: MADFormerConfig) -> dict[str, Any]:
-    """Keywords of the released constructor."""
+    """Keywords of the released constructor; raises ``ValueError`` for a model without a U-Net, which it has not."""
     flags = {context: flags for flags, context in CONTEXTS.items()}
     clear_clean, clear_cond = flags[config.context]
     unet = config.unet
+    if unet is None:
+        raise ValueError("the released code has no unet=None")
     return {
         "hidden_size": config.hidden_size,
         "depth": config.num_layers,

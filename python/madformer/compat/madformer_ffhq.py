@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
 from madformer.config import Context, MADFormerConfig, UNetConfig
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
@@ -207,6 +208,7 @@ class MADFormer(nn.Module):
         Returns:
             Latents ``(N, T, B, C)``.
         """
+        check_target(target_shape, native_target(self.config))
         return draw(self.to_native(), scheduler, num_inference_steps, target_shape, generator, dtype)
 
     @classmethod
@@ -322,6 +324,17 @@ def stream_parameters(layer: nn.Module, stream: int) -> list[nn.Parameter]:
     return [parameter for modules in lists for parameter in modules[stream].parameters()]
 
 
+def check_target(target_shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Whether a released ``target_shape`` is ``(N, *expected)``; raises ``ValueError``."""
+    if tuple(target_shape[1:]) != expected:
+        raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
+
+
+def native_target(config: MADFormerConfig) -> tuple[int, int, int]:
+    """Blocks, latents of a block, and channels."""
+    return config.num_blocks, config.latents_per_block, config.latent_channels
+
+
 def draw(
     native: NativeMADFormer,
     scheduler: Any,
@@ -329,26 +342,34 @@ def draw(
     target_shape: tuple[int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,
     dtype: torch.dtype,
-    input_ids: Tensor | None = None,
+    prompt: Prompt | None = None,
+    guidance: float = 1.0,
+    to_latents: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
-    """:meth:`MADFormer.sample` by ``native``; ``options`` are :class:`Sampler`'s."""
+    """What the released samplers draw, by ``native``.
+
+    Args:
+        target_shape: see :func:`check_target`.
+        to_latents: from what has the target's shape, such as noise, to latents; None where they are the same.
+        options: :class:`Sampler`'s.
+
+    Returns:
+        Latents ``(N, T, L, C)``.
+    """
     from diffusers.utils.torch_utils import randn_tensor
 
-    images, blocks, latents, channels = target_shape
-    config = native.config
-    expected = (config.num_blocks, config.latents_per_block, config.latent_channels)
-    if (blocks, latents, channels) != expected:
-        raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
+    images, *_ = target_shape
 
     def noise(block: int) -> Tensor:
-        shape = (images, 1, latents, channels)
-        return randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)[:, 0]
+        shape = (images, 1, *target_shape[2:])
+        drawn = randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)
+        return (drawn if to_latents is None else to_latents(drawn))[:, 0]
 
     memory = [(parameter, parameter.data) for parameter in native.parameters()]
-    plan = Sampler(native, scheduler, **options).plan(images, num_inference_steps)
+    plan = Sampler(native, scheduler, **options).plan(images, num_inference_steps, guidance=guidance)
     # a copy, so that the result is no inference tensor and may be trained on
-    sampled = plan.run(noise, text_BP=input_ids, generator=generator).to(dtype, copy=True)
+    sampled = plan.run(noise, prompt, generator=generator).to(dtype, copy=True)
     # The plan makes convolutions channels-last; an optimiser's state and DDP's buckets go by the layout that they met.
     for parameter, data in memory:
         parameter.data = data

@@ -21,8 +21,10 @@ from madformer.compat.checkpoint import Weights
 from madformer.compat.madformer_ffhq import (
     CONTEXTS,
     ReleasedLayer,
+    check_target,
     draw,
     native_config,
+    native_target,
     released_outputs,
     training_pass,
 )
@@ -30,6 +32,7 @@ from madformer.config import MADFormerConfig, TextConfig
 from madformer.engine.cache import CacheView
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.passes import Passes
+from madformer.engine.prompts import Prompt
 from madformer.engine.rows import take
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import Attention, Projections, Streams
@@ -166,10 +169,9 @@ class MADFormer(madformer_ffhq.MADFormer):
         options: dict[str, Any] = {}
         if self.denoising_mlp:
             options = {"passes": ReleasedBlockLocalPasses, "launcher": EagerLauncher()}
-        native = self.to_native()
-        return draw(
-            native, scheduler, num_inference_steps, target_shape, generator, dtype, input_ids=input_ids, **options
-        )
+        check_target(target_shape, native_target(self.config))
+        native, prompt = self.to_native(), Prompt(input_ids)
+        return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype, prompt, **options)
 
     @classmethod
     def from_released(
@@ -211,7 +213,14 @@ class ReleasedBlockLocalPasses(Passes):
         self.cache.advance(self.config.text_length, rows_N)
 
     def _layers(
-        self, stream: str, tokens_NSC: Tensor, rows_N: Tensor | None, layers: range, *, needs_output: bool = True
+        self,
+        stream: str,
+        tokens_NSC: Tensor,
+        rows_N: Tensor | None,
+        layers: range,
+        modulation_NC: Tensor | None = None,
+        *,
+        needs_output: bool = True,
     ) -> Tensor:
         diffusion = stream == "noise" and layers == range(self.config.ar_layers, self.config.num_layers)
         if not diffusion or not self.is_first_block or self.text_is_read:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
+from madformer.kernels.adaln import adaln
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu
@@ -98,6 +99,18 @@ class Attention(Protocol):
     def __call__(self, projections: Projections) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """Of one tower in one layer; each ``(B, C)``, or ``(B, M, C)`` with a row for each of M runs of tokens."""
+
+    attention_shift: Tensor
+    attention_scale: Tensor
+    attention_gate: Tensor
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last dimension in fp32, as Llama's; the result has the input's dtype."""
 
@@ -110,6 +123,29 @@ class RMSNorm(nn.RMSNorm):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of ``x + residual``, and that sum."""
         return rms_norm(x, self.weight, eps=self.eps, residual=residual, backend=self.backend)
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """``norm(x) * (1 + scale) + shift``; see :func:`madformer.kernels.adaln.adaln`."""
+        y = adaln(x, shift, scale, norm="rms", weight=self.weight, eps=self.eps, backend=self.backend)
+        assert isinstance(y, Tensor)
+        return y
+
+    def modulate_sum(
+        self, x: Tensor, residual: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`modulate` of ``residual + gate * x``, and that sum."""
+        y, total = adaln(
+            x,
+            shift,
+            scale,
+            norm="rms",
+            weight=self.weight,
+            eps=self.eps,
+            residual=residual,
+            gate=gate,
+            backend=self.backend,
+        )
+        return y, total
 
 
 class SwiGLU(nn.Module):
@@ -125,10 +161,26 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=self.backend))
 
 
-class Tower(nn.Module):
-    """The weights that one stream passes in one layer."""
+class GELU(nn.Module):
+    """Two linear layers about a GELU, in its approximation by a hyperbolic tangent."""
 
     def __init__(self, config: MADFormerConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Tower(nn.Module):
+    """The weights that one stream passes in one layer.
+
+    Args:
+        modulated: has AdaLN-Zero (arXiv:2212.09748).
+    """
+
+    def __init__(self, config: MADFormerConfig, *, modulated: bool = False) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
         self.input_norm = RMSNorm(hidden, eps=config.norm_eps)
@@ -137,33 +189,60 @@ class Tower(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=QK_NORM_EPS) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden, hidden)
         self.post_attention_norm = RMSNorm(hidden, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        self.modulation = nn.Linear(hidden, 6 * hidden) if modulated else None
 
-    def query_key_value(self, x_BLC: Tensor) -> Tensor:
+    def reset_modulation(self) -> None:
+        """AdaLN-Zero: a layer begins as nothing, and learns to be something."""
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def modulate(self, vector: Tensor) -> Modulation:
+        """What ``vector``, ``(B, C)`` or ``(B, M, C)``, makes of this tower."""
+        assert self.modulation is not None
+        return Modulation(*self.modulation(vector).chunk(6, dim=-1))
+
+    def query_key_value(self, x_BLC: Tensor, modulation: Modulation | None = None) -> Tensor:
         """Packed, ``(B, L, 3 * C)``."""
-        return self.qkv(self.input_norm(x_BLC))
+        if modulation is None:
+            return self.qkv(self.input_norm(x_BLC))
+        return self.qkv(self.input_norm.modulate(x_BLC, modulation.attention_shift, modulation.attention_scale))
 
     def key_value(self, x_BLC: Tensor) -> Tensor:
         """Keys and values alone, ``(B, L, 2 * C)``, for a stream whose own output nobody reads."""
         hidden = x_BLC.shape[-1]
         return F.linear(self.input_norm(x_BLC), self.qkv.weight[hidden:], self.qkv.bias[hidden:])
 
-    def output(self, x_BLC: Tensor, attended_BHLD: Tensor) -> Tensor:
+    def output(self, x_BLC: Tensor, attended_BHLD: Tensor, modulation: Modulation | None = None) -> Tensor:
         """Both residual branches: the projected attention, then the MLP."""
         branch = self.proj(attended_BHLD.transpose(1, 2).flatten(2))
-        normed, x = self.post_attention_norm.add(branch, x_BLC)
-        return x + self.mlp(normed)
+        if modulation is None:
+            normed, x = self.post_attention_norm.add(branch, x_BLC)
+            return x + self.mlp(normed)
+        gate, shift, scale = modulation.attention_gate, modulation.mlp_shift, modulation.mlp_scale
+        normed, x = self.post_attention_norm.modulate_sum(branch, x_BLC, gate, shift, scale)
+        # a gate for each run of tokens
+        gate = modulation.mlp_gate.view(len(x), -1, 1, x.shape[2])
+        gated = self.mlp(normed).unflatten(1, (gate.shape[1], -1)) * gate
+        return x + gated.flatten(1, 2)
 
 
 class TransformerLayer(nn.Module):
-    """Towers by stream name; with shared towers the image's streams pass the one named ``image``."""
+    """Towers by stream name; with shared towers the image's streams pass the one named ``image``.
+
+    Args:
+        modulated: the noise stream's tower has AdaLN; a stream that shares it passes it without.
+    """
 
     backend = "auto"
 
-    def __init__(self, config: MADFormerConfig, streams: Collection[str]) -> None:
+    def __init__(self, config: MADFormerConfig, streams: Collection[str], *, modulated: bool = False) -> None:
         super().__init__()
-        self.shared, self.num_heads = config.shared_towers, config.num_heads
-        self.towers = nn.ModuleDict({self._tower_name(stream): Tower(config) for stream in streams})
+        self.shared, self.num_heads, self.modulated = config.shared_towers, config.num_heads, modulated
+        # of streams that share a tower the noise stream comes last, and decides
+        names = {self._tower_name(stream): modulated and stream == "noise" for stream in streams}
+        self.towers = nn.ModuleDict({name: Tower(config, modulated=flag) for name, flag in names.items()})
 
     def _tower_name(self, stream: str) -> str:
         return "image" if self.shared and stream != "text" else stream
@@ -180,17 +259,23 @@ class TransformerLayer(nn.Module):
         tables: Mapping[str, tuple[Tensor, Tensor]],
         attention: Attention,
         outputs: Collection[str],
+        modulation: Tensor | None = None,
     ) -> Streams:
         """Pass ``streams`` and return those named in ``outputs``; the others give keys and values only.
 
         Args:
             streams: ``(B, L, C)`` by name.
             tables: cosines and sines by stream name, for its tokens.
+            modulation: what the noise stream is modulated by where this layer does, ``(B, C)`` or ``(B, M, C)``.
         """
         towers = {name: self.tower(name) for name in streams}
+        modulations: dict[str, Modulation] = {}
+        if self.modulated and "noise" in streams:
+            assert modulation is not None
+            modulations["noise"] = towers["noise"].modulate(modulation.to(streams["noise"].dtype))
         projections = Projections(
             [
-                towers[name].query_key_value(x) if name in outputs else towers[name].key_value(x)
+                towers[name].query_key_value(x, modulations.get(name)) if name in outputs else towers[name].key_value(x)
                 for name, x in streams.items()
             ],
             [getattr(tower.q_norm, "weight", None) for tower in towers.values()],
@@ -205,4 +290,7 @@ class TransformerLayer(nn.Module):
         if attended is None:
             return {}
         parts = attended.split([streams[name].shape[1] for name in queried], dim=2)
-        return {name: towers[name].output(streams[name], part) for name, part in zip(queried, parts, strict=True)}
+        return {
+            name: towers[name].output(streams[name], part, modulations.get(name))
+            for name, part in zip(queried, parts, strict=True)
+        }

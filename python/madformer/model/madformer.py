@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
@@ -21,7 +22,9 @@ from madformer.kernels.block_causal_attention import OP as ATTENTION
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.cached_attention import OP as CACHED_ATTENTION
 from madformer.model.blocks import from_maps, to_maps
-from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
+from madformer.model.conditioner import Conditioner
+from madformer.model.layer import Attention, Projections, Streams, Tower, TransformerLayer
+from madformer.model.patches import PatchDecoder, PatchEmbedding
 from madformer.model.persistence import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding
 from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
@@ -62,10 +65,16 @@ class MADFormer(PretrainedMixin, nn.Module):
         super().__init__()
         self.config = config
         self.rope = RotaryEmbedding(config)
-        self.downsampler = UNetDownsampler(config)
-        self.upsampler = UNetUpsampler(config)
+        self.downsampler = PatchEmbedding(config) if config.unet is None else UNetDownsampler(config)
+        self.upsampler = PatchDecoder(config) if config.unet is None else UNetUpsampler(config)
+        if config.modulated:
+            self.conditioner = Conditioner(config)
         self.layers = nn.ModuleList(
-            TransformerLayer(config, [name for name in ("text", "clean", "noise") if self.has_tower(name, index)])
+            TransformerLayer(
+                config,
+                [name for name in ("text", "clean", "noise") if self.has_tower(name, index)],
+                modulated=config.modulated and index >= config.ar_layers,
+            )
             for index in range(config.num_layers)
         )
         if config.text is not None:
@@ -126,7 +135,10 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The released initialisation: Xavier and no bias for linear layers, normal for BOI block and text tokens."""
+        """The released initialisation: Xavier and no bias for linear layers, normal for BOI block and text tokens.
+
+        What modulates begins at nothing, as does the decoder of patches.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -134,6 +146,9 @@ class MADFormer(PretrainedMixin, nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, (Conditioner, Tower, PatchDecoder)):
+                module.reset_modulation()
         if self.config.has_condition:
             nn.init.normal_(self.boi)
             for skip in getattr(self, "boi_skips", ()):
@@ -144,10 +159,32 @@ class MADFormer(PretrainedMixin, nn.Module):
         maps, skips = self.downsampler(to_maps(latents_BMLC), temb_NE)
         return from_maps(maps, latents_BMLC.shape[1]).flatten(1, 2), skips
 
-    def decode(self, tokens_BSC: Tensor, temb_NE: Tensor, skips: Skips) -> Tensor:
+    def decode(self, tokens_BSC: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         """Tokens back to blocks of latents ``(B, M, L, C)``."""
         blocks = tokens_BSC.unflatten(1, (-1, self.config.block_size))
-        return from_maps(self.upsampler(to_maps(blocks), temb_NE, skips), blocks.shape[1])
+        return from_maps(self.upsampler(to_maps(blocks), temb_NE, skips, modulation_NC), blocks.shape[1])
+
+    def modulation(self, timestep_BM: Tensor, labels_B: Tensor | None) -> Tensor | None:
+        """What AdaLN layers project for every block, ``(B, M, C)``; None for a model without.
+
+        Raises:
+            ValueError: labels for a model without classes, or none for a model with.
+        """
+        if (labels_B is None) != (self.config.num_classes == 0):
+            given = "none" if labels_B is None else "some"
+            raise ValueError(f"this model has {self.config.num_classes} classes, and {given} were given")
+        if not self.config.modulated:
+            return None
+        vector_BMC = self.conditioner.time(timestep_BM.flatten()).unflatten(0, timestep_BM.shape)
+        if labels_B is not None:
+            vector_BMC = vector_BMC + self.conditioner.label(labels_B)[:, None]
+        return F.silu(vector_BMC)
+
+    def time_embeddings(self, timestep_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What tells the time to the U-Net's halves and to AdaLN, in fp32 with ``config.time_widths`` numbers each."""
+        down, up = self.downsampler.time_embedding(timestep_N), self.upsampler.time_embedding(timestep_N)
+        modulation = self.conditioner.time(timestep_N) if self.config.modulated else down.new_empty(len(down), 0)
+        return down, up, modulation
 
     def clean_timestep(self, timestep_BM: Tensor) -> Tensor:
         """The timestep that clean blocks are embedded and decoded with."""
@@ -159,6 +196,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         noisy_BMLC: Tensor,
         timestep_BM: Tensor,
         text_BT: Tensor | None = None,
+        labels_B: Tensor | None = None,
         *,
         return_condition: bool = True,
         return_clean: bool = False,
@@ -171,13 +209,14 @@ class MADFormer(PretrainedMixin, nn.Module):
             noisy_BMLC: the same with noise added.
             timestep_BM: integer timestep of every block.
             text_BT: token ids of a model with text.
+            labels_B: classes of a model with such, negative for one left out.
             return_condition: decode the condition (the hidden loss needs it).
             return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
                 which no other block attends to, never enters the Transformer.
             return_logits: predict the text's next tokens (the text loss needs it).
 
         Raises:
-            ValueError: a text for a model without, or none for a model with; one of another length.
+            ValueError: a text or labels for a model without, or none for a model with; a text of another length.
         """
         config, num_blocks = self.config, noisy_BMLC.shape[1]
         noisy, noisy_skips = self.embed(noisy_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
@@ -187,29 +226,44 @@ class MADFormer(PretrainedMixin, nn.Module):
         clean_timestep = self.clean_timestep(timestep_BM[:, :embedded])
         clean, clean_skips = self.embed_clean(clean_BMLC[:, :embedded], clean_timestep)
 
-        streams: Streams = {}
-        if (text := self.embed_text(text_BT)) is not None:
-            streams["text"] = text.to(noisy.dtype)
-        context_tokens = (num_blocks if return_clean else num_blocks - 1) * config.block_size
-        if config.has_clean_stream and context_tokens:
-            streams["clean"] = clean[:, :context_tokens]
-        if config.has_condition:
-            boi = self.boi.expand(len(clean_BMLC), -1, -1).to(noisy.dtype)
-            streams["noise"] = torch.cat((boi, clean[:, : (num_blocks - 1) * config.block_size]), dim=1)
-
+        streams = self.input_streams(text_BT, clean, noisy.dtype, num_blocks, whole_clean=return_clean)
         keep = [name for name, wanted in (("clean", return_clean), ("text", return_logits)) if wanted]
-        streams, condition = self.transform(streams, noisy, keep)
-        output = MADFormerOutput(
-            self.decode(streams["noise"], self.upsampler.time_embedding(timestep_BM.flatten()), noisy_skips)
-        )
+        modulation = self.modulation(timestep_BM, labels_B)
+        streams, condition = self.transform(streams, noisy, keep, modulation)
+        output = MADFormerOutput(self.decode_at(timestep_BM, streams["noise"], noisy_skips, labels_B))
         if return_condition:
-            output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips)
+            output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips, labels_B)
         if return_clean and "clean" in streams:
-            temb = self.upsampler.time_embedding(clean_timestep.flatten())
-            output.clean = self.decode(streams["clean"], temb, clean_skips)
+            output.clean = self.decode_at(clean_timestep, streams["clean"], clean_skips, labels_B)
         if return_logits and "text" in streams:
             output.logits = self.lm_head(streams["text"])
         return output
+
+    def decode_at(self, timestep_BM: Tensor, tokens_BSC: Tensor, skips: Skips, labels_B: Tensor | None) -> Tensor:
+        """:meth:`decode` for blocks at these timesteps."""
+        modulation_BMC = self.modulation(timestep_BM, labels_B) if self.config.unet is None else None
+        modulation_NC = None if modulation_BMC is None else modulation_BMC.flatten(0, 1)
+        return self.decode(tokens_BSC, self.upsampler.time_embedding(timestep_BM.flatten()), skips, modulation_NC)
+
+    def input_streams(
+        self, text_BT: Tensor | None, clean_BSC: Tensor, dtype: torch.dtype, num_blocks: int, *, whole_clean: bool
+    ) -> Streams:
+        """What enters the first layer: the text, the clean blocks, and those shifted by one; errors as :meth:`forward`.
+
+        Args:
+            clean_BSC: embedded clean blocks, all or all but the last.
+            whole_clean: keep the last clean block.
+        """
+        streams: Streams = {}
+        shifted = clean_BSC[:, : (num_blocks - 1) * self.config.block_size]
+        if (text := self.embed_text(text_BT)) is not None:
+            streams["text"] = text.to(dtype)
+        if self.config.has_clean_stream and (whole_clean or num_blocks > 1):
+            streams["clean"] = clean_BSC if whole_clean else shifted
+        if self.config.has_condition:
+            boi = self.boi.expand(len(clean_BSC), -1, -1).to(dtype)
+            streams["noise"] = torch.cat((boi, shifted), dim=1)
+        return streams
 
     def embed_text(self, text_BT: Tensor | None) -> Tensor | None:
         """Embedded tokens ``(B, T, hidden_size)``, None for a model without text; errors as :meth:`forward`."""
@@ -225,20 +279,27 @@ class MADFormer(PretrainedMixin, nn.Module):
         return self.embed(clean_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
 
     def transform(
-        self, streams: Streams, noisy_BSC: Tensor, keep: Collection[str] = ()
+        self,
+        streams: Streams,
+        noisy_BSC: Tensor,
+        keep: Collection[str] = (),
+        modulation: Tensor | None = None,
     ) -> tuple[Streams, Tensor | None]:
         """All layers under the training mask; also returns the condition, None where there is none.
 
         Args:
             keep: streams besides the noise whose output is wanted, not their keys and values alone.
+            modulation: of the noise stream in the diffusion layers, ``(B, M, C)``.
         """
         config = self.config
         streams = self.pass_layers(range(config.ar_layers), streams, keep)
         condition = streams.get("noise")
         streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
-        return self.pass_layers(range(config.ar_layers, config.num_layers), streams, keep), condition
+        return self.pass_layers(range(config.ar_layers, config.num_layers), streams, keep, modulation), condition
 
-    def pass_layers(self, layers: range, streams: Streams, keep: Collection[str] = ()) -> Streams:
+    def pass_layers(
+        self, layers: range, streams: Streams, keep: Collection[str] = (), modulation: Tensor | None = None
+    ) -> Streams:
         """Some layers under the training mask; a stream ends where nobody reads it any more."""
         for index in layers:
             end = {
@@ -251,7 +312,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             outputs = [name for name in streams if index + 1 < end[name]]
             if streams:
                 cross_block = self.config.cross_block_attention or index < self.config.ar_layers
-                streams = self.layer_pass(self.layers[index], streams, outputs, cross_block)
+                streams = self.layer_pass(self.layers[index], streams, outputs, cross_block, modulation)
         return streams
 
     @property
@@ -263,7 +324,14 @@ class MADFormer(PretrainedMixin, nn.Module):
             return self.config.num_layers
         return self.config.ar_layers if self.config.has_condition else 0
 
-    def layer_pass(self, layer: nn.Module, streams: Streams, outputs: Collection[str], cross_block: bool) -> Streams:
+    def layer_pass(
+        self,
+        layer: nn.Module,
+        streams: Streams,
+        outputs: Collection[str],
+        cross_block: bool,
+        modulation: Tensor | None,
+    ) -> Streams:
         size = self.config.block_size
         blocks = {name: x.shape[1] // size for name, x in streams.items() if name != "text"}
         layout = BlockLayout(
@@ -278,14 +346,19 @@ class MADFormer(PretrainedMixin, nn.Module):
         tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
         if "text" in streams:
             tables["text"] = self.rope.text_tables()
-        return layer(streams, self.rope, tables, self.attention(layout), outputs)
+        return layer(streams, self.rope, tables, self.attention(layout), outputs, modulation)
 
     def attention(self, layout: BlockLayout) -> Attention:
         """What layers attend with in training."""
         return masked_attention(layout, self.attention_backend)
 
     def decode_condition(
-        self, condition: Tensor | None, noisy_BSC: Tensor, timestep_BM: Tensor, clean_skips: Skips
+        self,
+        condition: Tensor | None,
+        noisy_BSC: Tensor,
+        timestep_BM: Tensor,
+        clean_skips: Skips,
+        labels_B: Tensor | None = None,
     ) -> Tensor | None:
         """The clean blocks that the condition alone predicts; what the hidden loss compares."""
         config = self.config
@@ -297,8 +370,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             if not config.has_condition:
                 return None
             clean_skips = self.shift_skips(clean_skips, *timestep_BM.shape)
-        temb = self.upsampler.time_embedding(self.clean_timestep(timestep_BM).flatten())
-        return self.decode(condition, temb, clean_skips)
+        return self.decode_at(self.clean_timestep(timestep_BM), condition, clean_skips, labels_B)
 
     def shift_skips(self, skips: Skips, batch: int, num_blocks: int) -> Skips:
         """Give every block the skip connections of its predecessor, and the first one learned ones."""
@@ -314,11 +386,16 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.upsampler.conv_out.weight.device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.upsampler.conv_out.weight.dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        upsampler = self.upsampler
+        return (upsampler.proj if isinstance(upsampler, PatchDecoder) else upsampler.conv_out).weight
 
 
 def set_backend(module: nn.Module, backend: str) -> None:
@@ -339,6 +416,8 @@ def masked_attention(layout: BlockLayout, backend: str) -> Attention:
 
 def skip_levels(config: MADFormerConfig) -> list[int]:
     """U-Net level (0 is full resolution) of every skip connection, in the downsampler's order."""
+    if config.unet is None:
+        return []
     levels = [0]
     for level, layers in enumerate(config.unet.layers_per_block):
         levels += [level] * layers
@@ -349,6 +428,8 @@ def skip_levels(config: MADFormerConfig) -> list[int]:
 
 def skip_channels(config: MADFormerConfig) -> list[int]:
     """Channels of every skip connection, in the downsampler's order."""
+    if config.unet is None:
+        return []
     channels = [config.unet.block_out_channels[0]]
     for level, layers in enumerate(config.unet.layers_per_block):
         downsampled = level < len(config.unet.layers_per_block) - 1

@@ -33,8 +33,16 @@ class TimestepEmbedding(nn.Module):
             return F.linear(F.silu(hidden), self.linear_2.weight.float())
 
 
+class NoTimeEmbedding(nn.Module):
+    """Where nothing is told the time."""
+
+    def forward(self, timestep_N: Tensor) -> Tensor:
+        """``(N, 0)``."""
+        return torch.empty(len(timestep_N), 0, device=timestep_N.device)
+
+
 class ResnetBlock(ResnetBlock2D):
-    """diffusers' block as the U-Net uses it (time embedding added, nothing resampled), its norms fused with SiLU."""
+    """diffusers' block as the U-Net uses it (nothing resampled), its norms fused with SiLU and the time's addition."""
 
     backend = "auto"
 
@@ -51,8 +59,8 @@ class ResnetBlock(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         hidden = self.conv1(self._norm_silu(self.norm1, input_tensor))
-        temb = self.time_emb_proj(F.silu(temb))
-        hidden = self.conv2(self._norm_silu(self.norm2, hidden, temb))
+        added = None if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
+        hidden = self.conv2(self._norm_silu(self.norm2, hidden, added))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return input_tensor + hidden
@@ -68,7 +76,8 @@ class UNetDownsampler(nn.Module):
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
-        unet = config.unet
+        unet, time_width = config.unet, config.time_widths[0] or None
+        assert unet is not None
         channels = unet.block_out_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -77,7 +86,7 @@ class UNetDownsampler(nn.Module):
             common = {
                 "in_channels": channels[max(level - 1, 0)],
                 "out_channels": out_channels,
-                "temb_channels": unet.time_embed_dim,
+                "temb_channels": time_width,
                 "num_layers": unet.layers_per_block[level],
                 "resnet_groups": unet.norm_groups,
                 "downsample_padding": 1,
@@ -91,7 +100,7 @@ class UNetDownsampler(nn.Module):
             ResnetBlock.adopt(block.resnets)
             self.down_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(time_width) if time_width else NoTimeEmbedding()
 
     def forward(self, x_NCHW: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
         temb = temb_NE.to(x_NCHW.dtype)
@@ -108,7 +117,8 @@ class UNetUpsampler(nn.Module):
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
-        unet = config.unet
+        unet, time_width = config.unet, config.time_widths[0] or None
+        assert unet is not None
         channels = unet.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.hidden_size, channels[0], kernel_size=3, padding=1)
         self.up_blocks = nn.ModuleList()
@@ -118,7 +128,7 @@ class UNetUpsampler(nn.Module):
                 "in_channels": channels[min(level + 1, len(channels) - 1)],
                 "prev_output_channel": channels[max(level - 1, 0)],
                 "out_channels": out_channels,
-                "temb_channels": unet.time_embed_dim,
+                "temb_channels": time_width,
                 "num_layers": unet.layers_per_block[::-1][level] + 1,
                 "resnet_groups": unet.norm_groups,
             }
@@ -131,9 +141,9 @@ class UNetUpsampler(nn.Module):
             ResnetBlock.adopt(block.resnets)
             self.up_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(time_width) if time_width else NoTimeEmbedding()
 
-    def forward(self, x_NCHW: Tensor, temb_NE: Tensor, skips: Skips) -> Tensor:
+    def forward(self, x_NCHW: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         temb = temb_NE.to(x_NCHW.dtype)
         x = self.conv_in(x_NCHW)
         for block in self.up_blocks:
