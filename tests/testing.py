@@ -183,11 +183,9 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def small_vae(
-    *, seed: int = 0, block_out_channels: tuple[int, ...] = (8, 8), norm_num_groups: int = 4, **changes: Any
-) -> AutoencoderKL:
-    """Random weights; latents have half the resolution for every level but the first."""
-    # it takes seconds, for which tests of kernels need not wait
+def small_vae(*, seed: int = 0, block_out_channels: tuple[int, ...] = (8, 8), **changes: Any) -> AutoencoderKL:
+    """Random weights; every level but the first halves the resolution."""
+    # not above: it takes seconds, for which tests of kernels need not wait
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -196,6 +194,6 @@ def small_vae(
         block_out_channels=block_out_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        norm_num_groups=norm_num_groups,
+        norm_num_groups=4,
         **changes,
     ).eval()

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from madformer.config import tiny
 from madformer.training.config import TrainingConfig
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
+from testing import small_vae
 
 # Relative, of losses summed in another order: 1.0e-5 was seen, since Adam's first steps are as long for a gradient that
 # is all rounding as for any other.
@@ -34,13 +34,7 @@ def make_config(folder: Path) -> TrainingConfig:
     for index in range(10):
         pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "vae")
+    small_vae().save_pretrained(folder / "vae")
     return TrainingConfig(
         model=tiny(), data=str(folder / "images"), vae=str(folder / "vae"), image_size=16, num_workers=0,
         steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1, save_every=2,
@@ -77,9 +71,10 @@ def command(folder: Path, config: TrainingConfig, processes: int = 1, stop: int 
     return [*start, __file__, str(folder), str(file), str(stop)]
 
 
-def run_apart(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0) -> None:
+def run_apart(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0, timeout: float = 300) -> None:
+    """In processes of its own, which SIGKILL ends after ``timeout`` seconds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(folder, config, processes, stop), env=environment, check=True, timeout=300)
+    subprocess.run(command(folder, config, processes, stop), env=environment, check=True, timeout=timeout)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ class MADFormerConfig:
     num_blocks: int = 16
     block_size: int = 256
     diffusion_layers: int = 14
+    # what diffusion_layers may be set to afterwards: training drew each batch's number from these
+    elastic_diffusion_layers: tuple[int, ...] = ()
 
     # latents, and what makes tokens of them: a U-Net around the Transformer, or, for None, linear layers on patches
     latent_channels: int = 4
@@ -150,6 +152,7 @@ class MADFormerConfig:
         self._check_transformer()
         self._check_blocks()
         self._check_conditioning()
+        self._check_elastic()
 
     def _check_transformer(self) -> None:
         _require(
@@ -190,6 +193,22 @@ class MADFormerConfig:
             f"num_classes={self.num_classes} needs AdaLN to tell the layers, and "
             f"time_conditioning={self.time_conditioning!r}",
         )
+
+    def _check_elastic(self) -> None:
+        elastic = self.elastic_diffusion_layers
+        if not elastic:
+            return
+        _require(
+            self.diffusion_layers in elastic and all(1 <= number <= self.num_layers for number in elastic),
+            f"elastic_diffusion_layers={elastic} must be from 1 to num_layers={self.num_layers}, and "
+            f"diffusion_layers={self.diffusion_layers} among them",
+        )
+        for fits, why in (
+            (self.has_condition, f"context={self.context!r} has no condition to begin at another layer"),
+            (self.cross_block_attention, "cross_block_attention=False ends the clean stream at the split"),
+            (not self.modulated, f"time_conditioning={self.time_conditioning!r} tells the time to some layers alone"),
+        ):
+            _require(fits, f"elastic_diffusion_layers={elastic} is not possible: {why}")
 
     @property
     def modulated(self) -> bool:
@@ -269,6 +288,8 @@ class MADFormerConfig:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         unet: Any = values.pop("unet", {})
         text = values.pop("text", None)
+        if "elastic_diffusion_layers" in values:
+            values["elastic_diffusion_layers"] = tuple(values["elastic_diffusion_layers"])
         _known_keys(cls, values, "")
         _known_keys(UNetConfig, unet or {}, "unet.")
         _known_keys(TextConfig, text or {}, "text.")
@@ -316,8 +337,9 @@ def ffhq1024() -> MADFormerConfig:
 
 
 def imagenet256() -> MADFormerConfig:
-    """The image part of the paper's ImageNet-256 model: 4 blocks of 64 tokens."""
-    return MADFormerConfig(num_blocks=4, block_size=64)
+    """The paper's ImageNet-256 model: 4 blocks of 64 tokens, and the class as two tokens of Llama 3 before them."""
+    text = TextConfig(vocab_size=128_256, length=2, pad_token_id=128_004)
+    return MADFormerConfig(num_blocks=4, block_size=64, text=text)
 
 
 def emoji64() -> MADFormerConfig:

@@ -29,7 +29,8 @@ def test_every_field_survives_the_round_trip() -> None:
         num_classes=3, null_class=False, time_conditioning="unet+adaln",
     )  # fmt: skip
     default = MADFormerConfig()
-    assert all(getattr(config, name) != getattr(default, name) for name in vars(default))
+    elsewhere = {"elastic_diffusion_layers"}  # not with these
+    assert all(getattr(config, name) != getattr(default, name) for name in vars(default).keys() - elsewhere)
     assert MADFormerConfig.from_json(config.to_json()) == config
 
 
@@ -54,6 +55,11 @@ def test_geometry_of_the_papers_models() -> None:
         ({"prediction_type": "flow"}, ["prediction_type='flow'", "'v_prediction'"]),
         ({"context": "condition", "shared_towers": True}, ["shared_towers", "context"]),
         ({"norm_eps": 0.0}, ["norm_eps=0.0"]),
+        ({"elastic_diffusion_layers": (7, 21)}, ["elastic_diffusion_layers=(7, 21)", "diffusion_layers=14"]),
+        ({"elastic_diffusion_layers": (14, 29)}, ["elastic_diffusion_layers=(14, 29)", "num_layers=28"]),
+        ({"elastic_diffusion_layers": (14,), "context": "clean"}, ["elastic_diffusion_layers", "context='clean'"]),
+        ({"elastic_diffusion_layers": (14,), "cross_block_attention": False}, ["cross_block_attention=False"]),
+        ({"elastic_diffusion_layers": (14,), "time_conditioning": "adaln"}, ["time_conditioning='adaln'"]),
         ({"num_classes": -1}, ["num_classes=-1"]),
         ({"num_classes": 10}, ["num_classes=10", "AdaLN", "time_conditioning='unet'"]),
         ({"unet": None}, ["time_conditioning='unet'", "unet=None"]),
@@ -94,6 +100,11 @@ def test_impossible_unet_names_its_fields(changes: dict[str, object], named: lis
 def test_impossible_text_names_its_fields(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         TextConfig(**{"vocab_size": 9, "length": 2, **changes})  # type: ignore[arg-type]
+
+
+def test_an_elastic_model_survives_the_round_trip() -> None:
+    config = preset("tiny").replace(elastic_diffusion_layers=(1, 2, 3))
+    assert MADFormerConfig.from_json(config.to_json()) == config
 
 
 def test_a_model_of_patches_survives_the_round_trip() -> None:

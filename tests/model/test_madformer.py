@@ -142,6 +142,22 @@ def test_adaln_begins_as_nothing(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("split", [1, 3])
+def test_an_elastic_model_is_at_each_split_a_model_of_it(split: int) -> None:
+    """Of one pass, or for good; the weights are the same."""
+    elastic = make_model(tiny().replace(elastic_diffusion_layers=(1, 2, 3)))
+    fixed = make_model(tiny().replace(diffusion_layers=split))
+    arguments = draw(tiny())
+    expected = fixed(*arguments)
+    for output in (elastic(*arguments, diffusion_layers=split), elastic.set_split(split)(*arguments)):
+        assert torch.equal(output.prediction, expected.prediction)
+        assert torch.equal(output.condition, expected.condition)
+    with pytest.raises(ValueError, match="diffusion_layers=4: this model was trained for 1, 2, 3"):
+        elastic.set_split(4)
+    with pytest.raises(ValueError, match="diffusion_layers=1: this model was trained for 2"):
+        make_model(tiny())(*arguments, diffusion_layers=1)
+
+
 def test_texts_that_do_not_fit_are_refused() -> None:
     clean, noisy, timestep, text, _ = draw(MODELS["text"])
     for model, given in ((MODELS["text"], None), (MODELS["text"], text[:, 1:]), (MODELS["both"], text)):
@@ -382,7 +398,7 @@ def test_every_configuration_field_is_read() -> None:
         "clean_timestep": "noisy", "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
         "square_blocks": False, "text": TEXT, "mlp": "gelu", "time_conditioning": "unet+adaln",
     }  # fmt: skip
-    elsewhere = {"prediction_type", "patch_size", "num_classes", "null_class"}
+    elsewhere = {"prediction_type", "patch_size", "num_classes", "null_class", "elastic_diffusion_layers"}
     assert changes.keys() | elsewhere == vars(base).keys()
     reference = make_model(base)
     for name, value in changes.items():

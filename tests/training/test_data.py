@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from madformer.config import tiny
+from madformer.config import TextConfig, tiny
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.images import ImageDataset
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.data.shards import write_shards
 from madformer.model.blocks import from_blocks
-from madformer.training.data import WINDOW, Batch, BatchStream, CachedLatents, EpochOrder, cache_latents
+from madformer.training.data import (
+    WINDOW,
+    Batch,
+    BatchStream,
+    CachedLatents,
+    Conditioning,
+    EpochOrder,
+    cache_latents,
+    draw_split,
+)
 from madformer.vae import encode, load_vae
-from testing import DEVICE
+from testing import DEVICE, small_vae
 
 CONFIG = tiny()
 SIZE, NUM_IMAGES, GLOBAL_BATCH = 16, 14, 12
@@ -50,13 +59,7 @@ def write_images(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_images(root / "images")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).save_pretrained(root / "vae")
+    small_vae().save_pretrained(root / "vae")
     images, vae = open_dataset(root / "images", SIZE), load_vae(root / "vae")
     for name, flips in (("latents", True), ("plain", False)):
         description = LatentDescription.of(
@@ -393,3 +396,72 @@ def test_workers_leave_interrupts_to_the_run(sources: dict[str, Data]) -> None:
 
 def children() -> Iterator[int]:
     yield from map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+
+# What the model is told
+
+
+class Spelling:
+    """A tokenizer whose ids can be read."""
+
+    vocab_size, pad_token_id = 128, 0
+
+    def encode(self, texts: Sequence[str], length: int) -> Tensor:
+        return torch.tensor([[*map(ord, text[:length].ljust(length, "\0"))] for text in texts])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        raise NotImplementedError
+
+
+TOLD = CONFIG.replace(text=TextConfig(128, 9), num_classes=2, time_conditioning="unet+adaln")
+
+
+def told(folder: Path, steps: int, **options: Any) -> list[Batch]:
+    data, vae = open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
+    stream = BatchStream(
+        data, vae, config=TOLD, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH, seed=0,
+        conditioning=Conditioning(Spelling(), **options),
+    )  # fmt: skip
+    return [next(stream) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("caption", ["caption", "label"])
+def test_texts_and_labels_are_the_samples_own(folder: Path, caption: Any) -> None:
+    for batch in told(folder, 2, caption=caption):
+        assert batch.text_BP is not None
+        for text, label, caption_ in zip(batch.text_BP, batch.labels_B, batch.captions, strict=True):
+            read = "".join(map(chr, text.tolist())).rstrip("\0")
+            assert read == caption_
+            assert read == (str(int(label)) if caption == "label" else f"number {read.removeprefix('number ')}")
+            if caption == "caption":
+                assert int(read.removeprefix("number ")) % 2 == label  # written so
+
+
+def test_captions_and_labels_are_left_out_as_often_as_asked(folder: Path) -> None:
+    """Apart from each other; and nothing else of the batch is drawn otherwise."""
+    batches, plain = told(folder, 30, caption_dropout=0.5, label_dropout=0.25), told(folder, 30)
+    empty = torch.tensor([caption == "" for batch in batches for caption in batch.captions])
+    unlabelled = torch.cat([batch.labels_B for batch in batches]) < 0
+    assert 0.42 < empty.float().mean() < 0.58
+    assert 0.18 < unlabelled.float().mean() < 0.32
+    assert 0.08 < (empty & unlabelled).float().mean() < 0.18
+    for batch, other in zip(batches, plain, strict=True):
+        for name in ("clean_BMLC", "noise_BMLC", "timestep_BM"):
+            assert torch.equal(getattr(batch, name), getattr(other, name))
+
+
+def test_labels_that_the_model_does_not_have(folder: Path) -> None:
+    data, vae = open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
+    config = CONFIG.replace(num_classes=1, time_conditioning="adaln")
+    stream = BatchStream(data, vae, config=config, global_batch=14, micro_batch=14, seed=0)
+    with pytest.raises(ValueError, match=r"sample b/\d+\.png has the label 1, and the model's are 0 to 0"):
+        next(stream)
+
+
+def test_splits_are_drawn_by_seed_and_step() -> None:
+    config = CONFIG.replace(elastic_diffusion_layers=(1, 2, 3))
+    drawn = [draw_split(config, 0, step) for step in range(300)]
+    assert drawn == [draw_split(config, 0, step) for step in range(300)]
+    assert drawn != [draw_split(config, 1, step) for step in range(300)]
+    assert all(70 < drawn.count(split) < 130 for split in (1, 2, 3))
+    assert draw_split(CONFIG, 0, 0) is None

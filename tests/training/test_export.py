@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from madformer.cli.main import main
+from madformer.compat.export import released_arguments, to_released
 from madformer.compat.madformer_ffhq import MADFormer as ReleasedMADFormer
+from madformer.config import tiny
+from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
+from madformer.training.config import TrainingConfig
 from madformer.training.trainer import Trainer
 from testing import relative_error
-from training_run import make_config
 
 RELEASED = {
     "hidden_size": 128, "num_heads": 2, "rope_pairing": "released", "clean_timestep": "noisy",
@@ -23,8 +25,7 @@ RELEASED = {
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    config = make_config(tmp_path_factory.mktemp("sources"))
+def trainer(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     model = config.model.replace(**RELEASED)
     trainer = Trainer(dataclasses.replace(config, model=model, steps=4), tmp_path_factory.mktemp("run"))
     trainer.run()
@@ -57,24 +58,9 @@ def test_released(trainer: Trainer, tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 16, 4, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor([[1, 10, 100, 999]])
     expected = trainer.pipeline().transformer(latents, latents, timestep).prediction
-    model_config = json.loads(json.dumps({"hidden_act": "silu", **_model_config(trainer)}))
+    model_config = released_arguments(trainer.config.model)["model_config_path"]
     released = ReleasedMADFormer.from_released(file, model_config=model_config)
     assert relative_error(released.to_native()(latents, latents, timestep).prediction, expected) < 1e-5
-
-
-def _model_config(trainer: Trainer) -> dict[str, object]:
-    config = trainer.config.model
-    return {
-        "intermediate_size": config.intermediate_size,
-        "rms_norm_eps": config.norm_eps,
-        "mlp_bias": config.mlp_bias,
-        "unet_block_out_channels": config.unet.block_out_channels,
-        "unet_num_layers_per_block": config.unet.layers_per_block,
-        "unet_transformer_layers_per_block": [int(attention) for attention in config.unet.attention],
-        "unet_num_heads": config.unet.num_heads,
-        "unet_resnet_groups": config.unet.norm_groups,
-        "unet_time_emb_dim": config.unet.time_embed_dim,
-    }
 
 
 def test_what_cannot_be_exported(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,9 +76,5 @@ def test_what_cannot_be_exported(trainer: Trainer, tmp_path: Path, capsys: pytes
 
 
 def test_a_model_that_the_released_code_does_not_have(tmp_path: Path) -> None:
-    from madformer.compat.export import to_released
-    from madformer.config import tiny
-    from madformer.model import MADFormer
-
     with pytest.raises(ValueError, match=r"no rope_pairing='axial' \(there 'released'\), clean_timestep='zero'"):
         to_released(MADFormer(tiny()))

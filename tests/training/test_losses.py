@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from madformer.config import PredictionType, tiny
+from madformer.config import PredictionType, TextConfig, tiny
 from madformer.model import MADFormer, MADFormerOutput
-from madformer.training.losses import LossWeights, min_snr_weight, prediction_target, training_losses
+from madformer.training.losses import LossWeights, min_snr_weight, next_token_loss, prediction_target, training_losses
 from testing import perturb
 
 
@@ -34,9 +36,9 @@ class Spy(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, clean: Tensor, noisy: Tensor, timestep: Tensor, **options: bool) -> MADFormerOutput:
+    def forward(self, clean: Tensor, noisy: Tensor, timestep: Tensor, *told: Any, **options: Any) -> MADFormerOutput:
         self.inputs, self.options = (clean, noisy, timestep), options
-        self.output = self.module(clean, noisy, timestep, **options)
+        self.output = self.module(clean, noisy, timestep, *told, **options)
         return self.output
 
 
@@ -71,7 +73,9 @@ def test_losses_are_their_definition(prediction_type: PredictionType) -> None:
 def test_losses_without_weight_are_not_computed() -> None:
     spy = Spy(make_model())
     losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0))
-    assert spy.options == {"return_condition": False, "return_clean": False}
+    assert spy.options == {
+        "diffusion_layers": None, "return_condition": False, "return_clean": False, "return_logits": False
+    }  # fmt: skip
     assert losses.hidden is None
     assert losses.clean is None
     assert losses.total == losses.image
@@ -113,3 +117,32 @@ def test_targets() -> None:
     velocity = prediction_target("v_prediction", scheduler, clean, noise, timestep)
     torch.testing.assert_close(velocity[0], torch.tensor([3.0]), atol=0.05, rtol=0)  # hardly noisy: v is the noise
     torch.testing.assert_close(velocity[1], torch.tensor([-1.0]), atol=0.05, rtol=0)  # all noise: v is minus the image
+
+
+@pytest.mark.parametrize("padding", [None, 8])
+def test_the_text_loss_is_that_of_the_next_token(padding: int | None) -> None:
+    """Summed token by token in float64; padding is not to be predicted."""
+    config = {"text": TextConfig(vocab_size=9, length=6, pad_token_id=padding)}
+    spy, text = Spy(make_model(**config)), torch.tensor([[3, 1, 8, 8, 8, 8], [0, 5, 7, 2, 8, 8], [4, 8, 8, 8, 8, 8]])
+    weights = LossWeights(image=1.0, hidden=0.0, text=0.3, padding=padding)
+    losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), weights, text)
+    logits = spy.output.logits
+    assert logits is not None
+    terms = [
+        -logits[row, place].double().log_softmax(0)[text[row, place + 1]]
+        for row in range(3)
+        for place in range(5)
+        if text[row, place + 1] != padding
+    ]
+    assert losses.text is not None
+    assert losses.text.item() == pytest.approx(float(sum(terms)) / len(terms), rel=1e-5)
+    assert losses.total.item() == pytest.approx((losses.image + 0.3 * losses.text).item(), rel=1e-6)
+
+
+def test_a_batch_of_empty_texts_has_no_text_loss() -> None:
+    logits = torch.randn(2, 4, 9, requires_grad=True)
+    loss = next_token_loss(logits, torch.full((2, 4), 8), padding=8)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()

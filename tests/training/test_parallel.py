@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -19,19 +17,7 @@ from madformer.training import parallel
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
 from madformer.training.trainer import Trainer
-from training_run import ROUNDING, command, losses, make_config, run_apart
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    return make_config(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    Trainer(config, folder).run()
-    return folder
+from training_run import ROUNDING, losses, run_apart
 
 
 @pytest.mark.parametrize(
@@ -72,15 +58,11 @@ def test_two_processes_go_on_from_one(config: TrainingConfig, unbroken: Path, tm
 
 def killed_until_done(folder: Path, config: TrainingConfig, moments: random.Random, longest: float) -> int:
     """Kill -9 at random moments until a session comes through; how often it was killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     kills = 0
     while True:
-        process = subprocess.Popen(command(folder, config), env=environment, stderr=subprocess.DEVNULL)
         try:
-            assert process.wait(timeout=moments.uniform(0, longest)) == 0
+            run_apart(folder, config, timeout=moments.uniform(0, longest))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
             kills += 1
         else:
             return kills

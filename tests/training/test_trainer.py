@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,24 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from madformer.config import TextConfig, tiny
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
-from madformer.training.data import Batch
+from madformer.training.data import Batch, draw_split
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
-from training_run import ROUNDING, losses, make_config, metrics, stop_after
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    return make_config(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(sources: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    Trainer(sources, folder).run()
-    return folder
+from training_run import ROUNDING, losses, metrics, stop_after
 
 
 def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
@@ -50,9 +40,9 @@ def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
-def test_resume_is_exact(sources: TrainingConfig, tmp_path: Path, cache_latents: bool) -> None:
+def test_resume_is_exact(config: TrainingConfig, tmp_path: Path, cache_latents: bool) -> None:
     """Stopped by SIGTERM after three steps and resumed: bit for bit the losses and weights of the unbroken run."""
-    config = dataclasses.replace(sources, cache_latents=cache_latents)
+    config = dataclasses.replace(config, cache_latents=cache_latents)
     whole = Trainer(config, tmp_path / "whole")
     whole.run()
     trainer = Trainer(config, tmp_path / "broken")
@@ -84,9 +74,9 @@ def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None
             assert torch.equal(actual[name], value), name
 
 
-def test_what_was_reported_after_the_checkpoint_is_forgotten(sources: TrainingConfig, tmp_path: Path) -> None:
+def test_what_was_reported_after_the_checkpoint_is_forgotten(config: TrainingConfig, tmp_path: Path) -> None:
     """As after a kill: three steps, a checkpoint at the second, and a line that was cut off."""
-    trainer = Trainer(sources, tmp_path)
+    trainer = Trainer(config, tmp_path)
     stop_after(trainer, 3)
     trainer.save = lambda: None if trainer.step == 3 else Trainer.save(trainer)  # type: ignore[method-assign]
     trainer.run()
@@ -96,9 +86,9 @@ def test_what_was_reported_after_the_checkpoint_is_forgotten(sources: TrainingCo
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_is_of_the_moment_it_was_asked_for(sources: TrainingConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(config: TrainingConfig, tmp_path: Path) -> None:
     """What the steps change while it is being written is not in it."""
-    trainer = Trainer(sources, tmp_path)
+    trainer = Trainer(config, tmp_path)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.checkpoints.save(trainer.state)
     with torch.no_grad():
@@ -108,23 +98,23 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(sources: TrainingConfig,
     assert_equal(Trainer.from_folder(tmp_path).model.state_dict(), before)
 
 
-def test_accumulation_accumulates(sources: TrainingConfig, tmp_path: Path) -> None:
+def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> None:
     """The released loop throws all micro-batches but the last away."""
     curves = []
     for steps in (1, 4):
-        config = dataclasses.replace(sources, accumulation_steps=steps, save_every=6)
+        config = dataclasses.replace(config, accumulation_steps=steps, save_every=6)
         Trainer(config, tmp_path / str(steps)).run()
         curves.append(losses(tmp_path / str(steps)))
     assert curves[1] == pytest.approx(curves[0], rel=ROUNDING)
 
 
-def test_a_run_is_not_overwritten(sources: TrainingConfig, unbroken: Path) -> None:
+def test_a_run_is_not_overwritten(config: TrainingConfig, unbroken: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
-        Trainer(sources, unbroken)
+        Trainer(config, unbroken)
 
 
-def test_divergence_stops_and_names_the_last_good_checkpoint(sources: TrainingConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(sources, steps=40, max_skipped_steps=3, warmup=0.0)
+def test_divergence_stops_and_names_the_last_good_checkpoint(config: TrainingConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, steps=40, max_skipped_steps=3, warmup=0.0)
     trainer = Trainer(config, tmp_path)
     step = trainer._train_step
 
@@ -139,8 +129,8 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(sources: TrainingCo
         trainer.run()
 
 
-def test_one_bad_batch_changes_nothing(sources: TrainingConfig, tmp_path: Path) -> None:
-    trainer = Trainer(sources, tmp_path)
+def test_one_bad_batch_changes_nothing(config: TrainingConfig, tmp_path: Path) -> None:
+    trainer = Trainer(config, tmp_path)
     step = trainer._train_step
 
     def spoil(batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -179,16 +169,16 @@ def test_explosions_are_skipped() -> None:
     assert guard.in_a_row == 0
 
 
-def test_a_damaged_checkpoint_is_named(sources: TrainingConfig, tmp_path: Path) -> None:
-    Trainer(dataclasses.replace(sources, steps=1), tmp_path).run()
+def test_a_damaged_checkpoint_is_named(config: TrainingConfig, tmp_path: Path) -> None:
+    Trainer(dataclasses.replace(config, steps=1), tmp_path).run()
     (part,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.distcp")
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"step-00000001 is damaged"):
         Trainer.from_folder(tmp_path)
 
 
-def test_samples_traces_and_event_files(sources: TrainingConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(sources, sample_every=3, sample_images=3, sample_steps=2, profile_steps=1)
+def test_samples_traces_and_event_files(config: TrainingConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, sample_every=3, sample_images=3, sample_steps=2, profile_steps=1)
     Trainer(config, tmp_path).run()
     assert [file.name for file in sorted((tmp_path / "samples").iterdir())] == [
         "step-00000003.png",
@@ -199,16 +189,16 @@ def test_samples_traces_and_event_files(sources: TrainingConfig, tmp_path: Path)
     assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 1
 
 
-def test_geometry_must_fit_the_latents(sources: TrainingConfig, tmp_path: Path) -> None:
+def test_geometry_must_fit_the_latents(config: TrainingConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_size=32: latents are 4 x 16 x 16, the model takes 4 x 8 x 8"):
-        Trainer(dataclasses.replace(sources, image_size=32), tmp_path)
+        Trainer(dataclasses.replace(config, image_size=32), tmp_path)
 
 
-def test_missing_data_and_vae(sources: TrainingConfig, tmp_path: Path) -> None:
+def test_missing_data_and_vae(config: TrainingConfig, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        Trainer(dataclasses.replace(sources, data=str(tmp_path / "nowhere")), tmp_path / "run")
+        Trainer(dataclasses.replace(config, data=str(tmp_path / "nowhere")), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no readable AutoencoderKL"):
-        Trainer(dataclasses.replace(sources, vae=str(tmp_path)), tmp_path / "run")
+        Trainer(dataclasses.replace(config, vae=str(tmp_path)), tmp_path / "run")
 
 
 # Parts
@@ -272,3 +262,69 @@ def test_presets_round_trip(name: str) -> None:
 def test_nonsense_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         dataclasses.replace(TrainingConfig(), **changes)
+
+
+# Text, classes, an elastic split
+
+
+@pytest.fixture(scope="module")
+def captioned(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+    """The images in two classes, with captions, for a model that is told both."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for index, image in enumerate(sorted(Path(config.data).iterdir())):
+        target = folder / "ab"[index % 2] / image.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(image, target)
+        target.with_suffix(".txt").write_text(f"picture {index}")
+    model = tiny().replace(text=TextConfig(257, 10, 256), num_classes=2, time_conditioning="unet+adaln")
+    return dataclasses.replace(config, data=str(folder), model=model, text_loss_weight=0.1, caption_dropout=0.3)
+
+
+@pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
+def test_a_model_of_text_and_classes_trains_and_resumes(
+    captioned: TrainingConfig, tmp_path: Path, cache_latents: bool
+) -> None:
+    config = dataclasses.replace(captioned, cache_latents=cache_latents, steps=3)
+    Trainer(config, tmp_path / "whole").run()
+    assert all(record["text"] > 0 for record in metrics(tmp_path / "whole"))
+    trainer = Trainer(config, tmp_path / "broken")
+    stop_after(trainer, 2)
+    trainer.run()
+    Trainer.from_folder(tmp_path / "broken").run()
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_what_the_model_is_told_changes_the_losses(captioned: TrainingConfig, tmp_path: Path) -> None:
+    """Nothing else differs between these runs: the losses would be the same if texts or labels were not read."""
+    kept = {"text_loss_weight": 0.0, "caption_dropout": 0.0, "label_dropout": 0.0}
+    config = dataclasses.replace(captioned, steps=3, learning_rate=0.03, **kept)
+    curves = []
+    for changes in ({}, {"caption_dropout": 1.0}, {"label_dropout": 1.0}):
+        folder = tmp_path / str(len(curves))
+        Trainer(dataclasses.replace(config, **changes), folder).run()
+        curves.append(losses(folder))
+    assert curves[0][0] != curves[1][0]  # a text is read from the first step on
+    assert curves[0][0] == curves[2][0]  # AdaLN begins as nothing,
+    assert curves[0][2] != curves[2][2]  # and learns
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(captioned: TrainingConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(captioned, model=captioned.model.replace(text=TextConfig(100, 10)))
+    with pytest.raises(ValueError, match=r"the tokenizer has 257 tokens, and the model text\.vocab_size=100"):
+        Trainer(config, tmp_path)
+
+
+def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: Path) -> None:
+    """Its first step is that of a model of the split that was drawn."""
+    model = tiny().replace(elastic_diffusion_layers=(1, 2, 3))
+    firsts = {}
+    for seed in range(4):
+        elastic = dataclasses.replace(config, model=model, seed=seed, steps=1)
+        Trainer(elastic, tmp_path / f"elastic {seed}").run()
+        split = draw_split(model, seed, 0)
+        assert split is not None
+        fixed = dataclasses.replace(elastic, model=tiny().replace(diffusion_layers=split))
+        Trainer(fixed, tmp_path / f"fixed {seed}").run()
+        firsts[split] = losses(tmp_path / f"elastic {seed}")
+        assert firsts[split] == losses(tmp_path / f"fixed {seed}")
+    assert len(firsts) > 1

@@ -125,6 +125,22 @@ class MADFormer(PretrainedMixin, nn.Module):
         self.attention_backend = attention or backend
         return self
 
+    def set_split(self, diffusion_layers: int) -> Self:
+        """Choose how many layers are diffusion layers, of a model that was trained for several numbers.
+
+        Raises:
+            ValueError: it was not trained for this one.
+        """
+        self._check_split(diffusion_layers)
+        self.config = self.config.replace(diffusion_layers=diffusion_layers)
+        return self
+
+    def _check_split(self, diffusion_layers: int) -> None:
+        choices = {self.config.diffusion_layers, *self.config.elastic_diffusion_layers}
+        if diffusion_layers not in choices:
+            listed = ", ".join(map(str, sorted(choices)))
+            raise ValueError(f"diffusion_layers={diffusion_layers}: this model was trained for {listed}")
+
     def has_tower(self, stream: str, layer: int) -> bool:
         """Whether a stream passes a layer at all in this configuration."""
         if stream == "text":
@@ -198,6 +214,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         text_BT: Tensor | None = None,
         labels_B: Tensor | None = None,
         *,
+        diffusion_layers: int | None = None,
         return_condition: bool = True,
         return_clean: bool = False,
         return_logits: bool = False,
@@ -210,13 +227,15 @@ class MADFormer(PretrainedMixin, nn.Module):
             timestep_BM: integer timestep of every block.
             text_BT: token ids of a model with text.
             labels_B: classes of a model with such, negative for one left out.
+            diffusion_layers: of an elastic model, in this pass; None for the configuration's.
             return_condition: decode the condition (the hidden loss needs it).
             return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
                 which no other block attends to, never enters the Transformer.
             return_logits: predict the text's next tokens (the text loss needs it).
 
         Raises:
-            ValueError: a text or labels for a model without, or none for a model with; a text of another length.
+            ValueError: a text or labels for a model without, or none for a model with; a text of another length; a
+                split that the model is not for.
         """
         config, num_blocks = self.config, noisy_BMLC.shape[1]
         noisy, noisy_skips = self.embed(noisy_BMLC, self.downsampler.time_embedding(timestep_BM.flatten()))
@@ -229,7 +248,10 @@ class MADFormer(PretrainedMixin, nn.Module):
         streams = self.input_streams(text_BT, clean, noisy.dtype, num_blocks, whole_clean=return_clean)
         keep = [name for name, wanted in (("clean", return_clean), ("text", return_logits)) if wanted]
         modulation = self.modulation(timestep_BM, labels_B)
-        streams, condition = self.transform(streams, noisy, keep, modulation)
+        if diffusion_layers is not None:
+            self._check_split(diffusion_layers)
+        ar_layers = config.num_layers - (diffusion_layers or config.diffusion_layers)
+        streams, condition = self.transform(streams, noisy, ar_layers, keep, modulation)
         output = MADFormerOutput(self.decode_at(timestep_BM, streams["noise"], noisy_skips, labels_B))
         if return_condition:
             output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips, labels_B)
@@ -282,20 +304,21 @@ class MADFormer(PretrainedMixin, nn.Module):
         self,
         streams: Streams,
         noisy_BSC: Tensor,
+        ar_layers: int,
         keep: Collection[str] = (),
         modulation: Tensor | None = None,
     ) -> tuple[Streams, Tensor | None]:
         """All layers under the training mask; also returns the condition, None where there is none.
 
         Args:
+            ar_layers: the others are diffusion layers.
             keep: streams besides the noise whose output is wanted, not their keys and values alone.
             modulation: of the noise stream in the diffusion layers, ``(B, M, C)``.
         """
-        config = self.config
-        streams = self.pass_layers(range(config.ar_layers), streams, keep)
+        streams = self.pass_layers(range(ar_layers), streams, keep)
         condition = streams.get("noise")
         streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
-        return self.pass_layers(range(config.ar_layers, config.num_layers), streams, keep, modulation), condition
+        return self.pass_layers(range(ar_layers, self.config.num_layers), streams, keep, modulation), condition
 
     def pass_layers(
         self, layers: range, streams: Streams, keep: Collection[str] = (), modulation: Tensor | None = None

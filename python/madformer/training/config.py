@@ -20,8 +20,8 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_workers", "weight_decay", "min_learning_rate", "image_loss_weight", "hidden_loss_weight",
-    "clean_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps", "num_threads", "seed",
-    "shard_group",
+    "clean_loss_weight", "text_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps",
+    "num_threads", "seed", "shard_group",
 )  # fmt: skip
 
 
@@ -38,6 +38,9 @@ class TrainingConfig:
         image_size: pixels along one side.
         flip: mirror every second image, by chance.
         cache_latents: encode the data set once, before the first step, and keep it in memory.
+        tokenizer: of a model with text: ``bytes``, or a folder or hub id of one of ``transformers``. caption: what the
+            text is: a sample's caption, or its label as a number. caption_dropout, label_dropout: how often a sample
+            goes without, which is what guidance leads away from.
         max_bad_fraction: of unreadable images that a run puts up with.
         batch_size: images in an optimiser step, over all processes; split into ``accumulation_steps`` micro-batches a
             process.
@@ -45,8 +48,8 @@ class TrainingConfig:
             from the share ``decay_start`` on a decay to ``0.5 ** decay_exponent``. ``cosine``: the same warm-up, then
             half a cosine to the share ``min_learning_rate``. ``constant``: the warm-up, and no decay.
         ema_decays: one average of the weights each, commas between them; samples are drawn from the first.
-        image_loss_weight, hidden_loss_weight, clean_loss_weight: of the noisy blocks', the condition's and the clean
-            tower's loss.
+        image_loss_weight, hidden_loss_weight, clean_loss_weight, text_loss_weight: of the noisy blocks', the
+            condition's, the clean tower's and the next token's loss.
         min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for
             none.
         explosion: a step changes nothing whose gradient's norm is not finite, or more than so many times its running
@@ -75,6 +78,10 @@ class TrainingConfig:
     image_size: int = 1024
     flip: bool = False
     cache_latents: bool = False
+    tokenizer: str = "bytes"
+    caption: Literal["caption", "label"] = "caption"
+    caption_dropout: float = 0.1
+    label_dropout: float = 0.1
     max_bad_fraction: float = 0.05
     num_workers: int = 4
 
@@ -96,6 +103,7 @@ class TrainingConfig:
     image_loss_weight: float = 1.0
     hidden_loss_weight: float = 0.1
     clean_loss_weight: float = 0.0
+    text_loss_weight: float = 0.0
     min_snr_gamma: float = 0.0
     explosion: float = 100.0
     max_skipped_steps: int = 10
@@ -140,6 +148,11 @@ class TrainingConfig:
             )
         if not 0 <= self.warmup <= self.decay_start <= 1:
             raise ValueError(f"warmup={self.warmup} and decay_start={self.decay_start} must rise within [0, 1]")
+        for name in ("caption_dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be within [0, 1]")
+        if self.text_loss_weight and self.model.text is None:
+            raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
 
@@ -178,9 +191,17 @@ def ffhq1024() -> TrainingConfig:
 
 
 def imagenet256() -> TrainingConfig:
-    """The image part of the paper's ImageNet-256 run."""
+    """The paper's ImageNet-256 run: the class index in decimal is the text, and never left out."""
     return TrainingConfig(
-        model=model_presets.imagenet256(), image_size=256, steps=250_000, batch_size=256, image_loss_weight=5.0
+        model=model_presets.imagenet256(),
+        tokenizer="NousResearch/Llama-3.2-1B",
+        caption="label",
+        caption_dropout=0.0,
+        image_size=256,
+        steps=250_000,
+        batch_size=256,
+        image_loss_weight=5.0,
+        text_loss_weight=1.0,
     )
 
 

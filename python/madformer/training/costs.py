@@ -55,7 +55,12 @@ class Costs:
 
 def loss_weights(config: TrainingConfig) -> LossWeights:
     return LossWeights(
-        config.image_loss_weight, config.hidden_loss_weight, config.clean_loss_weight, config.min_snr_gamma
+        image=config.image_loss_weight,
+        hidden=config.hidden_loss_weight,
+        clean=config.clean_loss_weight,
+        text=config.text_loss_weight,
+        min_snr_gamma=config.min_snr_gamma,
+        padding=None if config.model.text is None else config.model.text.pad_token_id,
     )
 
 
@@ -77,13 +82,15 @@ def _costs(config: MADFormerConfig, weights: LossWeights, bf16: bool) -> Costs:
         model.set_backend("reference")
         latents = torch.empty(1, config.num_blocks, config.latents_per_block, config.latent_channels)
         timestep = torch.zeros(1, config.num_blocks, dtype=torch.int64)
+        text = torch.zeros(1, config.text_length, dtype=torch.int64) if config.text else None
+        labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
         scheduler = DDPMScheduler(prediction_type=config.prediction_type)
         with FlopCounterMode(display=False) as counter:
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=bf16),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
-                losses = training_losses(model, latents, latents, timestep, scheduler, weights)
+                losses = training_losses(model, latents, latents, timestep, scheduler, weights, text, labels)
             losses.total.backward()
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         return Costs(
@@ -105,6 +112,7 @@ class _Traced(MADFormer):
 
     def attention(self, layout: BlockLayout) -> Attention:
         pairs = sum(stop - start for ranges in layout.key_ranges() for start, stop in ranges) * layout.block_size
+        pairs += layout.text_query_length * (layout.text_query_length + 1) // 2
 
         def attend(projections: Projections) -> Tensor:
             q_BHLD, keys_BHSD, values_BHSD = projections.heads()

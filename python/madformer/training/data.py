@@ -11,8 +11,9 @@ Shape legend: B samples of a micro-batch, M blocks, L latents of a block, C chan
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -29,12 +30,13 @@ from madformer.data.latents import LatentDataset, check_geometry
 from madformer.data.shards import ShardDataset
 from madformer.data.workers import fetch_batches
 from madformer.model.blocks import to_blocks
+from madformer.tokenizer import Tokenizer
 from madformer.vae import downscale, encode
 
 Order = Literal["uniform", "shards"]
 WINDOW = 8
 """Shards whose samples ``order="shards"`` mixes."""
-_ORDER_STREAM, _SAMPLE_STREAM = 0, 1  # of random numbers, of an epoch and of a position
+_ORDER_STREAM, _SAMPLE_STREAM, _SPLIT_STREAM = range(3)  # of random numbers: of an epoch, of a position, of a step
 
 
 class CachedLatents(TensorDataset):
@@ -54,7 +56,8 @@ class CachedLatents(TensorDataset):
     def read(self, index: int) -> dict[str, Any]:
         """As :meth:`madformer.data.latents.LatentDataset.read`."""
         mean, deviation = self[index]
-        return {"mean": mean, "deviation": deviation, "label": self.labels[index], "caption": self.captions[index]}
+        label, caption = self.labels[index], self.captions[index]
+        return {"mean": mean, "deviation": deviation, "label": label, "caption": caption, "key": str(index)}
 
 
 def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int = 64) -> CachedLatents:
@@ -68,6 +71,25 @@ def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int =
     return CachedLatents(means, deviations, labels, captions)
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What of a sample the model is told.
+
+    Attributes:
+        tokenizer: for a model with text.
+        caption: what the text is: the sample's caption, or its label in decimal.
+        caption_dropout, label_dropout: how often it goes without.
+    """
+
+    tokenizer: Tokenizer | None = None
+    caption: Literal["caption", "label"] = "caption"
+    caption_dropout: float = 0.0
+    label_dropout: float = 0.0
+
+    def text_of(self, sample: Mapping[str, Any]) -> str:
+        return str(sample["label"]) if self.caption == "label" else sample["caption"]
+
+
 @dataclass
 class Batch:
     """A micro-batch on the CPU, in pinned memory where there is a GPU.
@@ -76,7 +98,8 @@ class Batch:
         clean_BMLC: latents drawn from the posterior, fp32. They are on the VAE's device if it encodes in passing.
         noise_BMLC: standard normal, fp32.
         timestep_BM: int64, one for every block.
-        labels_B: int64, -1 unknown. captions: empty where there is none.
+        labels_B: int64, -1 unknown or left out. captions: as the model reads them, empty where there is none.
+        text_BP: their token ids, int64; None for a model without text.
     """
 
     clean_BMLC: Tensor
@@ -84,12 +107,22 @@ class Batch:
     timestep_BM: Tensor
     labels_B: Tensor
     captions: list[str]
+    text_BP: Tensor | None = None
 
     def pin_memory(self) -> Self:
         """What a ``DataLoader`` calls on batches that it does not know."""
-        for name in ("clean_BMLC", "noise_BMLC", "timestep_BM", "labels_B"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, without waiting for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        mapped = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(mapped, name, function(value))
+        return mapped
 
 
 class BatchStream:
@@ -100,7 +133,8 @@ class BatchStream:
     them together are bit for bit what one process would get (with images on a GPU, to the VAE's rounding).
 
     Random numbers are drawn in the workers: there is one stream of Philox for a pair of seed and position. In it stand,
-    in this order, the flip, the posterior's noise, the timesteps, the noise; a flip is drawn even if it is not used.
+    in this order, the flip, the posterior's noise, the timesteps, the noise, and whether caption and label are left
+    out; each is drawn even if it is not used.
 
     Args:
         data: moments on the disk (:class:`LatentDataset`) or in memory (:func:`cache_latents`, or any tensors of means
@@ -112,6 +146,7 @@ class BatchStream:
         num_workers: processes that read and draw, beside this one; with 0 this one does.
         num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
         flip: mirror every second sample, by chance.
+        conditioning: what the model is told of a sample.
         order: ``uniform`` permutations, or ``shards`` for disks that seek slowly: shards are permuted, and the samples
             within each :data:`WINDOW` of them.
 
@@ -135,6 +170,7 @@ class BatchStream:
         num_workers: int = 0,
         num_timesteps: int = 1000,
         flip: bool = False,
+        conditioning: Conditioning | None = None,
         order: Order = "uniform",
     ) -> None:
         for name, value, low in (
@@ -163,7 +199,7 @@ class BatchStream:
         lengths = _shard_lengths(data) if order == "shards" else None
         # one loader for the whole run: its workers live as long
         self._draws = fetch_batches(
-            _Draws(data, config, seed, num_timesteps, flip),
+            _Draws(data, config, seed, num_timesteps, flip, conditioning or Conditioning()),
             _places(EpochOrder(len(data), seed, lengths), global_batch, micro_batch, rank, world_size, first_step),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -242,6 +278,7 @@ class _Draws:
     seed: int
     num_timesteps: int
     flip: bool
+    conditioning: Conditioning
 
     def __call__(self, places: Sequence[_Place]) -> _Draw:
         samples = [self._draw(*place) for place in places]
@@ -253,6 +290,8 @@ class _Draws:
             torch.tensor([sample["label"] for sample in samples]),
             [sample["caption"] for sample in samples],
         )
+        if self.config.text is not None and self.conditioning.tokenizer is not None:
+            batch.text_BP = self.conditioning.tokenizer.encode(batch.captions, self.config.text.length)
         images = [sample["image"] for sample in samples if "image" in sample]
         return batch, torch.stack(images) if images else None
 
@@ -270,8 +309,30 @@ class _Draws:
             sample = self.data[index]
             if flipped:
                 sample["image"] = sample["image"].flip(-1)
+        sample |= self._condition(sample, *(random.random(2)))
         clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
         return {**sample, "clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M}
+
+    def _condition(self, sample: dict[str, Any], caption_chance: float, label_chance: float) -> dict[str, Any]:
+        """Caption and label as the model is told them."""
+        label, classes = sample["label"], self.config.num_classes
+        if classes and not 0 <= label < classes:
+            known = "none" if label == NO_LABEL else str(label)
+            raise ValueError(f"sample {sample['key']} has the label {known}, and the model's are 0 to {classes - 1}")
+        left_out = caption_chance < self.conditioning.caption_dropout
+        return {
+            "caption": "" if left_out else self.conditioning.text_of(sample),
+            "label": NO_LABEL if label_chance < self.conditioning.label_dropout else label,
+        }
+
+
+def draw_split(config: MADFormerConfig, seed: int, step: int) -> int | None:
+    """How many diffusion layers the batches of a step have; None for the configuration's.
+
+    All processes agree on it, and a resumed run draws what the unbroken one would have.
+    """
+    choices = config.elastic_diffusion_layers
+    return int(_generator(seed, step, _SPLIT_STREAM).choice(choices)) if choices else None
 
 
 def _generator(seed: int, number: int, stream: int) -> np.random.Generator:

@@ -1,6 +1,6 @@
-"""The training objective: image loss on noisy blocks, hidden loss on the condition, loss of the clean tower.
+"""The training objective: image loss on noisy blocks, hidden loss on the condition, losses of clean tower and text.
 
-Shape legend: B batch, M blocks, L latents of a block, C channels.
+Shape legend: B batch, M blocks, L latents of a block, C channels, P tokens of a text.
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ class LossWeights:
 
     Attributes:
         min_snr_gamma: see :func:`min_snr_weight`; 0 for none.
+        padding: the token that is not to be predicted; None for no such one.
     """
 
     image: float = 1.0
     hidden: float = 0.1
     clean: float = 0.0
+    text: float = 0.0
     min_snr_gamma: float = 0.0
+    padding: int | None = None
 
 
 @dataclass
 class Losses:
-    """Mean squared errors, each a scalar; ``total`` is their weighted sum."""
+    """Mean squared errors and the text's cross-entropy, each a scalar; ``total`` is their weighted sum."""
 
     total: Tensor
     image: Tensor
     hidden: Tensor | None = None
     clean: Tensor | None = None
+    text: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
-        named = {"loss": self.total, "image": self.image, "hidden": self.hidden, "clean": self.clean}
+        named = {
+            "loss": self.total, "image": self.image, "hidden": self.hidden, "clean": self.clean, "text": self.text,
+        }  # fmt: skip
         return {name: value.detach() for name, value in named.items() if value is not None}
 
 
@@ -73,6 +79,9 @@ def training_losses(
     timestep_BM: Tensor,
     scheduler: DDPMScheduler,
     weights: LossWeights | None = None,
+    text_BP: Tensor | None = None,
+    labels_B: Tensor | None = None,
+    diffusion_layers: int | None = None,
 ) -> Losses:
     """Noise every block to a timestep of its own, predict, and compare.
 
@@ -82,6 +91,8 @@ def training_losses(
         noise_BMLC: standard normal.
         timestep_BM: of every block, int64.
         scheduler: gives the noise schedule and, as its ``prediction_type``, what is predicted.
+        text_BP, labels_B: token ids and classes, for a model with such.
+        diffusion_layers: of this batch, for an elastic model.
     """
     weights = weights or LossWeights()
     prediction_type: PredictionType = scheduler.config.prediction_type
@@ -90,7 +101,15 @@ def training_losses(
     target_BMLC = prediction_target(prediction_type, scheduler, *flat).view_as(clean_BMLC)
 
     output = model(
-        clean_BMLC, noisy_BMLC, timestep_BM, return_condition=weights.hidden > 0, return_clean=weights.clean > 0
+        clean_BMLC,
+        noisy_BMLC,
+        timestep_BM,
+        text_BP,
+        labels_B,
+        diffusion_layers=diffusion_layers,
+        return_condition=weights.hidden > 0,
+        return_clean=weights.clean > 0,
+        return_logits=weights.text > 0,
     )
     image = F.mse_loss(output.prediction.float(), target_BMLC, reduction="none").mean((2, 3))
     if weights.min_snr_gamma:
@@ -103,4 +122,16 @@ def training_losses(
         # the last clean block is context for nobody
         losses.clean = F.mse_loss(output.clean[:, :-1].float(), clean_BMLC[:, :-1])
         losses.total = losses.total + weights.clean * losses.clean
+    if output.logits is not None and text_BP is not None:
+        losses.text = next_token_loss(output.logits, text_BP, weights.padding)
+        losses.total = losses.total + weights.text * losses.text
     return losses
+
+
+def next_token_loss(logits_BPV: Tensor, text_BP: Tensor, padding: int | None) -> Tensor:
+    """Mean cross-entropy of every token but the first, ``padding`` left out; 0 where there is none."""
+    logits, following = logits_BPV[:, :-1].flatten(0, 1).float(), text_BP[:, 1:].flatten()
+    if padding is None:
+        return F.cross_entropy(logits, following)
+    total = F.cross_entropy(logits, following, ignore_index=padding, reduction="sum")
+    return total / (following != padding).sum().clamp(min=1)

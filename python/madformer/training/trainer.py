@@ -27,10 +27,11 @@ from madformer.data.latents import LatentDataset, holds_latents
 from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler, image_grid
+from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import RUN_CONFIG, TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
-from madformer.training.data import Batch, BatchStream, cache_latents, check_data
+from madformer.training.data import Batch, BatchStream, Conditioning, cache_latents, check_data, draw_split
 from madformer.training.losses import training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
@@ -73,6 +74,7 @@ class Trainer:
         self.vae = load_vae(config.vae, self.device)
         self.data = self._open_data()
         check_data(self.data, self.vae, config.model, config.flip)
+        self.tokenizer = self._open_tokenizer()
         self.costs, self.weights = costs_of(config), loss_weights(config)
         self.model, self.wrapped = make_model(config, self.world, self.costs.unread)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -108,6 +110,14 @@ class Trainer:
         images = open_dataset(config.data, config.image_size, on_error="skip", max_bad_fraction=config.max_bad_fraction)
         return cache_latents(self.vae, images) if config.cache_latents else images
 
+    def _open_tokenizer(self) -> Tokenizer | None:
+        text = self.config.model.text
+        if text is None:
+            return None
+        tokenizer = load_tokenizer(self.config.tokenizer)
+        check_tokenizer(tokenizer, text)
+        return tokenizer
+
     def _describe(self) -> None:
         """Say in the folder what the run is."""
         if not self.world.is_first:
@@ -138,6 +148,7 @@ class Trainer:
             num_workers=config.num_workers,
             num_timesteps=self.noise_schedule.config.num_train_timesteps,
             flip=config.flip,
+            conditioning=Conditioning(self.tokenizer, config.caption, config.caption_dropout, config.label_dropout),
             order=config.data_order,
         )
         reporter = self._reporter() if world.is_first else None
@@ -167,13 +178,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         totals: dict[str, Tensor] = {}
+        split = draw_split(config.model, config.seed, self.step)
         for index in range(config.accumulation_steps):
-            batch = next(batches)
-            tensors = (batch.clean_BMLC, batch.noise_BMLC, batch.timestep_BM)
-            clean, noise, timestep = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            batch = next(batches).to(self.device)
+            labels = batch.labels_B if config.model.num_classes else None
             with accumulating(self.wrapped, index == config.accumulation_steps - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    losses = training_losses(self.wrapped, clean, noise, timestep, self.noise_schedule, self.weights)
+                    losses = training_losses(
+                        self.wrapped,
+                        batch.clean_BMLC,
+                        batch.noise_BMLC,
+                        batch.timestep_BM,
+                        self.noise_schedule,
+                        self.weights,
+                        batch.text_BP,
+                        labels,
+                        split,
+                    )
                 (losses.total / config.accumulation_steps).backward()
             for name, value in losses.parts().items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value / config.accumulation_steps
