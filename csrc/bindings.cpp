@@ -15,6 +15,8 @@ namespace py = pybind11;
 
 STABLE_TORCH_LIBRARY_IMPL(madformer, CPU, library) {
   library.impl("denoise_step_", TORCH_BOX(&madformer::denoise_step_cpu));
+  library.impl("qk_norm_rope_cpp", TORCH_BOX(&madformer::qk_norm_rope_cpu));
+  library.impl("qk_norm_rope_backward_cpp", TORCH_BOX(&madformer::qk_norm_rope_backward_cpu));
   library.impl("qk_norm_rope_cached_cpp", TORCH_BOX(&madformer::qk_norm_rope_cached_cpu));
 }
 

@@ -37,7 +37,7 @@ OP, CACHED_OP = "qk_norm_rope", "qk_norm_rope_cached"
 for _op in (OP, CACHED_OP):
     dispatch.register(_op, "reference")
     dispatch.register(_op, "triton", auto=("cuda",))
-dispatch.register(CACHED_OP, "cpp", ("cpu",))
+    dispatch.register(_op, "cpp", ("cpu",))
 
 
 def qk_norm_rope(
@@ -66,7 +66,7 @@ def qk_norm_rope(
         axes: into how many parts the head dimension falls, each of which is paired half with half: 2 is axial RoPE on
             images; 1 is RoPE on text, and the released pairing on images. One number, or one a stream.
         eps: added to the mean square.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         q (B, H, sum of L_s over streams with queries, D), k and v (B, H, sum of L_s, D), in the dtype of ``qkv``.
@@ -96,8 +96,11 @@ def qk_norm_rope(
     if chosen == "reference":
         return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, axes=axes, eps=eps)
     check_floating("qkv[0]", qkv[0])
+    if chosen == "cpp":
+        q_weight, k_weight, cos, sin = (_in_float32(entries) for entries in (q_weight, k_weight, cos, sin))
+    op = torch.ops.madformer.qk_norm_rope_cpp if chosen == "cpp" else torch.ops.madformer.qk_norm_rope
     arguments = _op_arguments(qkv, q_weight, k_weight, cos, sin, pairings, num_heads, head_dim)
-    return torch.ops.madformer.qk_norm_rope(*arguments, num_heads, head_dim, eps)
+    return op(*arguments, num_heads, head_dim, eps)
 
 
 def qk_norm_rope_cached(
@@ -151,8 +154,7 @@ def qk_norm_rope_cached(
     check_floating("qkv", qkv_BLC)
     scalars = num_heads, head_dim, axes, eps
     if chosen == "cpp":
-        in_float32 = [None if x is None else x.float() for x in parameters]
-        q = torch.ops.madformer.qk_norm_rope_cached_cpp(qkv_BLC, *in_float32, *caches, rows_B, *scalars)
+        q = torch.ops.madformer.qk_norm_rope_cached_cpp(qkv_BLC, *_in_float32(parameters), *caches, rows_B, *scalars)
     else:
         q = torch.ops.madformer.qk_norm_rope_cached(qkv_BLC, *parameters, *caches, rows_B, *scalars)
     return q if has_queries else None
@@ -160,6 +162,11 @@ def qk_norm_rope_cached(
 
 def _has_queries(qkv_BLC: Tensor, num_heads: int, head_dim: int) -> bool:
     return qkv_BLC.shape[2] == 3 * num_heads * head_dim
+
+
+def _in_float32(parameters: Optionals) -> list[Tensor | None]:
+    """Weights and tables as C++ takes them."""
+    return [None if x is None else x.float() for x in parameters]
 
 
 def _op_arguments(

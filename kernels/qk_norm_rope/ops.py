@@ -5,7 +5,8 @@ Shape legend: B batch, L tokens, H heads, D head dim, N normalised parts of all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,39 +98,14 @@ def _cached(*arguments: Any) -> Tensor:
     return q
 
 
-_STREAMS = (
-    "Tensor[] qkv, Tensor[] weights, Tensor[] tables, bool[] normalised, int[] axes,"
-    " int num_heads, int head_dim, float eps"
-)
-library.define("madformer::qk_norm_rope", f"({_STREAMS}) -> (Tensor, Tensor, Tensor)")
-library.define(
-    "madformer::qk_norm_rope_backward",
-    f"(Tensor dq, Tensor dk, Tensor dv, bool needs_weights, {_STREAMS}) -> (Tensor[], Tensor)",
-)
-_CACHED_SCHEMA = (
-    "(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor positions, Tensor? rows, int num_heads, int head_dim, int axes, float eps) -> Tensor"
-)
-library.define("madformer::qk_norm_rope_cached", _CACHED_SCHEMA)
-# C++ registers itself, for the CPU; an op of its own, because there, interpreted, Triton's stands beside it.
-library.define("madformer::qk_norm_rope_cached_cpp", _CACHED_SCHEMA)
-library.impl("madformer::qk_norm_rope", ("cpu", "cuda"), _forward)
-library.impl("madformer::qk_norm_rope_backward", ("cpu", "cuda"), _backward)
-library.impl("madformer::qk_norm_rope_cached", ("cpu", "cuda"), _cached)
-library.register_fake("madformer::qk_norm_rope", _empty_outputs)
-
-
-@library.register_fake("madformer::qk_norm_rope_backward")
-def _(
+def _empty_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, needs_weights: bool, qkv: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> tuple[list[Tensor], Tensor]:
     dweights = dk.new_empty(len(weights) if needs_weights else 0, dk.shape[3], dtype=torch.float32)
     return [x.new_empty(x.shape) for x in qkv], dweights
 
 
-@library.register_fake("madformer::qk_norm_rope_cached")
-@library.register_fake("madformer::qk_norm_rope_cached_cpp")
-def _(*arguments: Any) -> Tensor:
+def _empty_queries(*arguments: Any) -> Tensor:
     return _cached_stream(*arguments[:5], *arguments[9:])[1]
 
 
@@ -139,15 +115,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*qkv, *weights, *tables)
 
 
-def _autograd_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+def _autograd_backward(backward: Any, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
     num_streams, num_weights, num_tables = ctx.counts
     saved = list(ctx.saved_tensors)
     qkv, weights = saved[:num_streams], saved[num_streams : num_streams + num_weights]
     tables = saved[num_streams + num_weights :]
     needed = ctx.needs_input_grad[1]
-    dqkv, dweight_ND = torch.ops.madformer.qk_norm_rope_backward(
-        dq, dk, dv, any(needed), qkv, weights, tables, *ctx.scalars
-    )
+    dqkv, dweight_ND = backward(dq, dk, dv, any(needed), qkv, weights, tables, *ctx.scalars)
     dweights: list[Tensor | None] = [None] * num_weights
     if any(needed):
         rows = dweight_ND.to(weights[0].dtype)  # One cast for all, where they have one dtype.
@@ -157,4 +131,33 @@ def _autograd_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[An
     return dqkv, dweights, [None] * num_tables, *([None] * len(ctx.scalars))
 
 
-library.register_autograd("madformer::qk_norm_rope", _autograd_backward, setup_context=_setup_context)
+_STREAMS = (
+    "Tensor[] qkv, Tensor[] weights, Tensor[] tables, bool[] normalised, int[] axes,"
+    " int num_heads, int head_dim, float eps"
+)
+_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "": (f"({_STREAMS}) -> (Tensor, Tensor, Tensor)", _empty_outputs),
+    "_backward": (
+        f"(Tensor dq, Tensor dk, Tensor dv, bool needs_weights, {_STREAMS}) -> (Tensor[], Tensor)",
+        _empty_gradients,
+    ),
+    "_cached": (
+        "(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor(a!) k_cache,"
+        " Tensor(b!) v_cache, Tensor positions, Tensor? rows, int num_heads, int head_dim, int axes, float eps)"
+        " -> Tensor",
+        _empty_queries,
+    ),
+}
+# C++ registers itself, for the CPU; ops of its own, because there, interpreted, Triton's stand beside them.
+for _language in ("", "_cpp"):
+    for _name, (_schema, _fake) in _OPS.items():
+        library.define(f"madformer::qk_norm_rope{_name}{_language}", _schema)
+        library.register_fake(f"madformer::qk_norm_rope{_name}{_language}", _fake)
+    library.register_autograd(
+        f"madformer::qk_norm_rope{_language}",
+        partial(_autograd_backward, getattr(torch.ops.madformer, f"qk_norm_rope_backward{_language}")),
+        setup_context=_setup_context,
+    )
+library.impl("madformer::qk_norm_rope", ("cpu", "cuda"), _forward)
+library.impl("madformer::qk_norm_rope_backward", ("cpu", "cuda"), _backward)
+library.impl("madformer::qk_norm_rope_cached", ("cpu", "cuda"), _cached)

@@ -11,17 +11,31 @@ import torch
 from torch import Tensor, library, nn
 
 from madformer.config import MADFormerConfig
+from madformer.kernels import dispatch
 from madformer.kernels.qk_norm_rope import launchers, qk_norm_rope, qk_norm_rope_ref
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model.layer import QK_NORM_EPS, Tower
 from madformer.model.rope import rope_tables
 from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
-triton = partial(qk_norm_rope, backend="triton")
+STATUSES = {status.backend: status for status in dispatch.report()}
+CPU = torch.device("cpu")
+
+
+def backend_param(backend: str, device: torch.device) -> Any:
+    status = STATUSES[backend]
+    return pytest.param(
+        backend, device, id=backend, marks=pytest.mark.skipif(not status.available, reason=status.reason)
+    )
+
+
+TRITON, CPP = backend_param("triton", DEVICE), backend_param("cpp", CPU)
+each_kernel = pytest.mark.parametrize(("backend", "device"), [TRITON, CPP])
 eager = partial(qk_norm_rope, backend="reference")
 
 
 def make_inputs(
+    device: torch.device,
     lengths: Sequence[int] = (3,),
     parts: Sequence[int] = (3,),
     *,
@@ -36,7 +50,7 @@ def make_inputs(
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     angles = [7 * make(length, head_dim, dtype=torch.float32) for length in lengths]
     weights = [[1 + make(head_dim, dtype=weight_dtype) / 4 for _ in lengths] for _ in range(2)]
@@ -60,23 +74,29 @@ def summed_rows(inputs: dict[str, Any]) -> dict[str, int]:
     return {f"{name} {index}": count for name in ("q_weight", "k_weight") for index, count in enumerate(rows)}
 
 
-def assert_matches(
-    inputs: dict[str, Any], op: Callable[..., Any] = triton, grads: Callable[[Tensor], Tensor] = torch.clone
+def check(
+    backend: str,
+    inputs: dict[str, Any],
+    grads: Callable[[Tensor], Tensor] = torch.clone,
+    op: Callable[..., Any] = qk_norm_rope,
 ) -> None:
-    assert_op_matches(op, qk_norm_rope_ref, inputs, rows=summed_rows(inputs), grads=grads)
+    kernel = partial(op, backend=backend)
+    assert_op_matches(kernel, qk_norm_rope_ref, inputs, rows=summed_rows(inputs), grads=grads)
 
 
+@each_kernel
 @pytest.mark.parametrize(
     ("head_dim", "axes"), [(8, 2), (16, 1), (32, 2), (64, 1), (64, 2), (72, 2), (80, 1), (96, 2), (128, 1)]
 )
-def test_matches_float64(head_dim: int, axes: int) -> None:
-    assert_matches(make_inputs(head_dim=head_dim, axes=axes))
+def test_matches_float64(backend: str, device: torch.device, head_dim: int, axes: int) -> None:
+    check(backend, make_inputs(device, head_dim=head_dim, axes=axes))
 
 
+@each_kernel
 @each_dtype
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    assert_matches(make_inputs(dtype=dtype, weight_dtype=weight_dtype, head_dim=64))
+def test_dtypes(backend: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    check(backend, make_inputs(device, dtype=dtype, weight_dtype=weight_dtype, head_dim=64))
 
 
 STREAMS = {
@@ -88,11 +108,12 @@ STREAMS = {
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("streams", STREAMS)
-def test_streams(streams: str) -> None:
+def test_streams(backend: str, device: torch.device, streams: str) -> None:
     lengths, parts = STREAMS[streams]
-    inputs = make_inputs(lengths, parts, batch=2 if len(parts) == 2 else 1)
-    assert_matches(inputs)
+    inputs = make_inputs(device, lengths, parts, batch=2 if len(parts) == 2 else 1)
+    check(backend, inputs)
     q, k, v = eager(**inputs)
     assert k.shape[2] == v.shape[2] == sum(lengths)
     assert q.shape[2] == sum(length for length, count in zip(lengths, parts, strict=True) if count == 3)
@@ -102,12 +123,13 @@ def test_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of heads in the forward and of tokens in the backward, as many as do not divide evenly."""
     settings = launchers.Settings(tokens=2, heads=2, cols=4, heads_per_program=4, num_programs=2)
     monkeypatch.setattr(launchers, "choose_settings", lambda stream: settings)
-    assert_matches(make_inputs((5,), num_heads=6))
+    check("triton", make_inputs(DEVICE, (5,), num_heads=6))
 
 
-def test_text_beside_images() -> None:
+@each_kernel
+def test_text_beside_images(backend: str, device: torch.device) -> None:
     """Each stream has its own pairing."""
-    assert_matches(make_inputs((2, 3), (3, 3), axes=[1, 2]))
+    check(backend, make_inputs(device, (2, 3), (3, 3), axes=[1, 2]))
 
 
 def without(inputs: dict[str, Any], **streams: Sequence[int]) -> dict[str, Any]:
@@ -120,31 +142,36 @@ NO_NORM: dict[str, Sequence[int]] = {"q_weight": (0,), "k_weight": (0,)}
 NO_ROTATION: dict[str, Sequence[int]] = {"cos": (0,), "sin": (0,)}
 
 
+@each_kernel
 @pytest.mark.parametrize("omitted", [NO_NORM, NO_ROTATION], ids=["no norm", "no rotation"])
-def test_what_may_be_omitted(omitted: dict[str, Sequence[int]]) -> None:
-    assert_matches(without(make_inputs(), **omitted))
+def test_what_may_be_omitted(backend: str, device: torch.device, omitted: dict[str, Sequence[int]]) -> None:
+    check(backend, without(make_inputs(device), **omitted))
 
 
-def test_streams_omit_different_things() -> None:
+@each_kernel
+def test_streams_omit_different_things(backend: str, device: torch.device) -> None:
     """The lists that the op takes are shorter than the streams are many."""
-    assert_matches(without(make_inputs((2, 1), (3, 3)), **NO_NORM, cos=(1,), sin=(1,)))
+    check(backend, without(make_inputs(device, (2, 1), (3, 3)), **NO_NORM, cos=(1,), sin=(1,)))
 
 
-def test_copies_are_exact() -> None:
+@each_kernel
+def test_copies_are_exact(backend: str, device: torch.device) -> None:
     """Values, and queries and keys of a stream that is neither normalised nor rotated."""
-    inputs = without(make_inputs((2, 3), (3, 3), dtype=torch.bfloat16), **NO_NORM, **NO_ROTATION)
-    actual, expected = triton(**inputs), eager(**inputs)
+    inputs = without(make_inputs(device, (2, 3), (3, 3), dtype=torch.bfloat16), **NO_NORM, **NO_ROTATION)
+    actual, expected = qk_norm_rope(**inputs, backend=backend), eager(**inputs)
     assert torch.equal(actual[2], expected[2])
     assert all(torch.equal(x[:, :, :2], y[:, :, :2]) for x, y in zip(actual, expected, strict=True))
 
 
-def test_memory_is_token_major() -> None:
-    assert all(x.transpose(1, 2).is_contiguous() for x in triton(**make_inputs()))
+@each_kernel
+def test_memory_is_token_major(backend: str, device: torch.device) -> None:
+    assert all(x.transpose(1, 2).is_contiguous() for x in qk_norm_rope(**make_inputs(device), backend=backend))
 
 
-def test_weight_of_absent_queries_is_ignored() -> None:
-    inputs = make_inputs(parts=(2,))
-    assert_matches(inputs | {"q_weight": [torch.full((8,), float("nan"), device=DEVICE)]})
+@each_kernel
+def test_weight_of_absent_queries_is_ignored(backend: str, device: torch.device) -> None:
+    inputs = make_inputs(device, parts=(2,))
+    check(backend, inputs | {"q_weight": [torch.full((8,), float("nan"), device=device)]})
 
 
 LAYOUTS: dict[str, Callable[[Tensor], list[Tensor]]] = {
@@ -157,14 +184,16 @@ LAYOUTS: dict[str, Callable[[Tensor], list[Tensor]]] = {
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
-    x = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def test_layouts(backend: str, device: torch.device, layout: str) -> None:
+    x = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0)).to(device)
     qkv = [part.requires_grad_() for part in LAYOUTS[layout](x)]
-    inputs = make_inputs([part.shape[1] for part in qkv], [3] * len(qkv))
-    assert_matches(inputs | {"qkv": qkv})
+    inputs = make_inputs(device, [part.shape[1] for part in qkv], [3] * len(qkv))
+    check(backend, inputs | {"qkv": qkv})
 
 
+@each_kernel
 @pytest.mark.parametrize(
     "grads",
     [
@@ -176,8 +205,8 @@ def test_layouts(layout: str) -> None:
     ],
     ids=["tokens first", "transposed", "stride 0", "strided channels", "strided tokens"],
 )
-def test_layouts_of_the_gradient(grads: Callable[[Tensor], Tensor]) -> None:
-    assert_matches(make_inputs((1, 2), (2, 3)), grads=grads)
+def test_layouts_of_the_gradient(backend: str, device: torch.device, grads: Callable[[Tensor], Tensor]) -> None:
+    check(backend, make_inputs(device, (1, 2), (2, 3)), grads=grads)
 
 
 TABLES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -188,47 +217,58 @@ TABLES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("tables", TABLES)
-def test_tables(tables: str) -> None:
-    inputs = make_inputs(batch=2)
+def test_tables(backend: str, device: torch.device, tables: str) -> None:
+    inputs = make_inputs(device, batch=2)
     arranged = {name: [TABLES[tables](x) for x in inputs[name]] for name in ("cos", "sin")}
-    assert_matches(inputs | arranged)
+    check(backend, inputs | arranged)
 
 
-def test_tables_of_two_layouts() -> None:
-    inputs = make_inputs()
-    assert_matches(inputs | {"sin": [TABLES["transposed"](x) for x in inputs["sin"]]})
+@each_kernel
+def test_tables_of_two_layouts(backend: str, device: torch.device) -> None:
+    inputs = make_inputs(device)
+    check(backend, inputs | {"sin": [TABLES["transposed"](x) for x in inputs["sin"]]})
 
 
+@each_kernel
 @pytest.mark.parametrize("frozen", [["qkv"], ["q_weight", "k_weight"], ["k_weight"]], ids=", ".join)
-def test_only_what_needs_a_gradient(frozen: list[str]) -> None:
-    inputs = make_inputs()
-    op, reference = (lambda function=function, **inputs: function(**inputs)[:2] for function in (triton, eager))
+def test_only_what_needs_a_gradient(backend: str, device: torch.device, frozen: list[str]) -> None:
+    inputs = make_inputs(device)
+    op, reference = (
+        lambda name=name, **inputs: qk_norm_rope(**inputs, backend=name)[:2] for name in (backend, "reference")
+    )
     assert_op_matches(op, reference, inputs | {name: [x.detach() for x in inputs[name]] for name in frozen})
 
 
-def test_gradients_of_unused_results() -> None:
+@each_kernel
+def test_gradients_of_unused_results(backend: str, device: torch.device) -> None:
     """A result that nobody uses has the gradient zero."""
-    inputs = make_inputs()
+    inputs = make_inputs(device)
     actual, expected = (
-        torch.autograd.grad(op(**inputs)[1].square().sum(), inputs["qkv"] + inputs["q_weight"], allow_unused=True)
-        for op in (triton, eager)
+        torch.autograd.grad(
+            qk_norm_rope(**inputs, backend=name)[1].square().sum(),
+            inputs["qkv"] + inputs["q_weight"],
+            allow_unused=True,
+        )
+        for name in (backend, "reference")
     )
     torch.testing.assert_close(actual[0], expected[0])
     assert actual[1].count_nonzero() == 0
 
 
+@each_kernel
 @pytest.mark.parametrize("pairing", ["axial", "released"])
-def test_equals_the_models_layers(pairing: str) -> None:
+def test_equals_the_models_layers(backend: str, device: torch.device, pairing: str) -> None:
     """Norms of a tower, rotary embedding and concatenation one by one; a clean stream without queries first."""
     torch.manual_seed(0)
     config = MADFormerConfig(hidden_size=16, num_heads=2, num_blocks=4, block_size=1, rope_pairing=pairing)
-    tower, axes = Tower(config).to(DEVICE), 2 if pairing == "axial" else 1
+    tower, axes = Tower(config).to(device), 2 if pairing == "axial" else 1
     for norm in (tower.q_norm, tower.k_norm):
         norm.backend = "reference"
         nn.init.normal_(norm.weight, 1, 0.2)
-    cos, sin = (table.to(DEVICE) for table in rope_tables(config))
-    clean, noise = torch.randn(1, 3, 16, device=DEVICE), torch.randn(1, 4, 16, device=DEVICE)
+    cos, sin = (table.to(device) for table in rope_tables(config))
+    clean, noise = torch.randn(1, 3, 16, device=device), torch.randn(1, 4, 16, device=device)
     packed = [tower.key_value(clean), tower.query_key_value(noise)]
 
     clean_k, clean_v = packed[0].unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4)
@@ -245,47 +285,146 @@ def test_equals_the_models_layers(pairing: str) -> None:
     assert all(map(torch.equal, eager(packed, *weights, *tables, **arguments()), expected))
     names = ("qkv", "q_weight", "k_weight", "cos", "sin")
     inputs = dict(zip(names, (packed, [None, weights[0][1]], weights[1], *tables), strict=True), **arguments())
-    assert_matches(inputs)
+    check(backend, inputs)
 
 
-def op_arguments(inputs: dict[str, Any]) -> tuple[Any, ...]:
+def op_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the registered op for inputs that omit nothing, queries only of streams with three parts."""
-    weights = [x for pair in zip(inputs["q_weight"], inputs["k_weight"], strict=True) for x in pair if x is not None]
-    tables = [x for pair in zip(inputs["cos"], inputs["sin"], strict=True) for x in pair]
-    streams, head_dim = len(inputs["qkv"]), inputs["cos"][0].shape[-1]
-    return inputs["qkv"], weights, tables, [True] * streams, [2] * streams, inputs["num_heads"], head_dim, 1e-6
+    streams = len(inputs["qkv"])
+    return {
+        "qkv": inputs["qkv"],
+        "weights": [
+            x for pair in zip(inputs["q_weight"], inputs["k_weight"], strict=True) for x in pair if x is not None
+        ],
+        "tables": [x for pair in zip(inputs["cos"], inputs["sin"], strict=True) for x in pair],
+        "normalised": [True] * streams,
+        "axes": [2] * streams,
+        "num_heads": inputs["num_heads"],
+        "head_dim": inputs["cos"][0].shape[-1],
+        "eps": 1e-6,
+    }
 
 
-def test_opcheck() -> None:
-    library.opcheck(torch.ops.madformer.qk_norm_rope.default, op_arguments(make_inputs(parts=(2,))))
+def backward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of its backward, for one stream with queries."""
+    forward = op_arguments(inputs)
+    (qkv,) = inputs["qkv"]
+    shape = len(qkv), forward["num_heads"], qkv.shape[1], forward["head_dim"]
+    grads = {name: torch.randn(shape, device=qkv.device) for name in ("dq", "dk", "dv")}
+    detached = {name: [x.detach() for x in forward[name]] for name in ("qkv", "weights")}
+    return forward | detached | grads | {"needs_weights": True}
 
 
-def test_opcheck_of_the_backward() -> None:
-    inputs = make_inputs()
-    grads = [torch.randn(1, 2, 3, 8, device=DEVICE) for _ in range(3)]
-    qkv, weights, *rest = op_arguments(inputs)
-    arguments = [x.detach() for x in qkv], [x.detach() for x in weights], *rest
-    library.opcheck(torch.ops.madformer.qk_norm_rope_backward.default, (*grads, True, *arguments))
+def registered(op: str, backend: str) -> Any:
+    return getattr(torch.ops.madformer, op + {"triton": "", "cpp": "_cpp"}[backend]).default
 
 
-def test_compiles_whole() -> None:
-    compiled = torch.compile(triton, fullgraph=True, backend=COMPILER)
-    assert_matches(make_inputs((1, 2), (2, 3)), compiled)
+@each_kernel
+def test_opcheck(backend: str, device: torch.device) -> None:
+    library.opcheck(registered("qk_norm_rope", backend), (), op_arguments(make_inputs(device, parts=(2,))))
+
+
+@each_kernel
+def test_opcheck_of_the_backward(backend: str, device: torch.device) -> None:
+    arguments = backward_arguments(make_inputs(device))
+    for needs_weights in (True, False):
+        library.opcheck(registered("qk_norm_rope_backward", backend), (), arguments | {"needs_weights": needs_weights})
+
+
+@each_kernel
+def test_compiles_whole(backend: str, device: torch.device) -> None:
+    compiler = COMPILER if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(qk_norm_rope, fullgraph=True, backend=compiler)
+    check(backend, make_inputs(device, (1, 2), (2, 3)), op=compiled)
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert_matches(make_inputs((1, 2), (2, 3)), compiled)
+        check(backend, make_inputs(device, (1, 2), (2, 3)), op=compiled)
 
 
-def test_autocast() -> None:
+@each_kernel
+def test_autocast(backend: str, device: torch.device) -> None:
     """No op that autocast casts: bf16 projections meet fp32 weights."""
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        assert_matches(make_inputs(dtype=torch.bfloat16))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        check(backend, make_inputs(device, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("backend", "device"), [CPP])
+@each_dtype
+@pytest.mark.parametrize("axes", [1, 2])
+def test_threads_change_nothing(backend: str, device: torch.device, dtype: torch.dtype, axes: int) -> None:
+    """Nor do the sums over tokens, which are cut into several pieces, the last one shorter, depend on them."""
+    inputs = make_inputs(device, (70, 45), (3, 2), batch=3, num_heads=4, head_dim=64, axes=axes, dtype=dtype)
+
+    def run(num_threads: int) -> list[Tensor]:
+        torch.set_num_threads(num_threads)
+        results = qk_norm_rope(**inputs, backend=backend)
+        leaves = [x for name in ("qkv", "q_weight", "k_weight") for x in inputs[name] if x is not None]
+        return [*results, *torch.autograd.grad(results, leaves, [x.detach().cos() for x in results])]
+
+    num_threads = torch.get_num_threads()
+    try:
+        alone, *shared = (run(count) for count in (1, 2, 3))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(x, y) for results in shared for x, y in zip(results, alone, strict=True))
+    check(backend, inputs)
+
+
+@pytest.mark.parametrize(("backend", "device"), [CPP])
+def test_compiled_ops_guard_their_memory_without_the_public_function(backend: str, device: torch.device) -> None:
+    op, backward = (registered(name, backend) for name in ("qk_norm_rope", "qk_norm_rope_backward"))
+    inputs = backward_arguments(make_inputs(device))
+    gradients = {name: inputs.pop(name) for name in ("dq", "dk", "dv", "needs_weights")}
+    op(**inputs)
+    backward(**gradients, **inputs)
+    (qkv,), tables, weights = (inputs[name] for name in ("qkv", "tables", "weights"))
+    for change in (
+        {"qkv": []},
+        {"qkv": [qkv[..., :47]]},
+        {"qkv": [qkv.int()]},
+        {"qkv": [qkv, qkv]},
+        {"qkv": [qkv, qkv[..., :32].half()], "normalised": [True, False], "axes": [2, 0]},
+        {"qkv": [qkv, qkv[:0, :, :32]], "normalised": [True, False], "axes": [2, 0]},
+        {"weights": weights[:1]},
+        {"weights": weights * 2},
+        {"weights": [weights[0][:7], weights[1]]},
+        {"weights": [weights[0], weights[1].double()]},
+        {"tables": tables[:1]},
+        {"tables": [x[:2] for x in tables]},
+        {"tables": [tables[0], tables[1].half()]},
+        {"tables": [tables[0], tables[1].expand(3, -1, -1)]},
+        {"normalised": [False]},
+        {"normalised": []},
+        {"axes": [3]},
+        {"axes": [0]},
+        {"num_heads": 3},
+        {"num_heads": 0},
+    ):
+        for call in (op, partial(backward, **gradients)):
+            with pytest.raises(RuntimeError, match="must"):
+                call(**inputs | change)
+    for change in (
+        {"dq": gradients["dq"][:, :, :2]},
+        {"dk": gradients["dk"][:, :1]},
+        {"dv": gradients["dv"].bfloat16()},
+        {"dv": gradients["dv"][..., :4]},
+        {"dk": gradients["dk"][0]},
+    ):
+        with pytest.raises(RuntimeError, match="gradients must"):
+            backward(**gradients | change, **inputs)
+
+
+@pytest.mark.parametrize("op", ["qk_norm_rope", "qk_norm_rope_cached"])
+def test_auto_chooses_compiled_code_for_what_it_computes_in(op: str) -> None:
+    resolve = partial(dispatch.resolve, op, "auto", CPU)
+    assert resolve(torch.bfloat16) == ("cpp" if STATUSES["cpp"].available else "reference")
+    assert resolve(torch.float64) == "reference"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axes", [1, 2])
 def test_at_the_models_shape(axes: int) -> None:
-    inputs = make_inputs((4096, 4096), num_heads=18, head_dim=64, axes=axes, batch=1, dtype=torch.bfloat16)
-    assert_matches(inputs)
+    inputs = make_inputs(DEVICE, (4096, 4096), num_heads=18, head_dim=64, axes=axes, batch=1, dtype=torch.bfloat16)
+    check("triton", inputs)
 
 
 def zeros(*shape: int, **options: Any) -> Tensor:
@@ -315,17 +454,18 @@ def zeros(*shape: int, **options: Any) -> Tensor:
         ({"cos": [zeros(3, 5, 16), zeros(3, 16)]}, r"cos\[0\] must have the shape \(2, 5, 16\)"),
         ({"sin": [zeros(5, 16), None]}, r"cos\[1\] and sin\[1\] must both be given"),
         ({"sin": [zeros(5, 16).half(), zeros(3, 16)]}, r"sin\[0\] must be torch.float32"),
-        ({"backend": "cpp"}, "backend='cpp' must be one of auto, triton, reference for qk_norm_rope"),
+        ({"backend": "sdpa"}, "backend='sdpa' must be one of auto, triton, cpp, reference for qk_norm_rope"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        qk_norm_rope(**make_inputs((5, 3), (3, 3), batch=2, head_dim=16) | change)
+        qk_norm_rope(**make_inputs(DEVICE, (5, 3), (3, 3), batch=2, head_dim=16) | change)
 
 
-def test_integers_are_refused() -> None:
-    inputs = make_inputs()
+@each_kernel
+def test_integers_are_refused(backend: str, device: torch.device) -> None:
+    inputs = make_inputs(device)
     inputs["qkv"] = [x.int() for x in inputs["qkv"]]
     with pytest.raises(ValueError, match=r"qkv\[0\] must be torch.float32 or"):
-        triton(**inputs)
+        qk_norm_rope(**inputs, backend=backend)

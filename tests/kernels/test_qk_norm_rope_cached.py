@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
-from madformer.kernels.qk_norm_rope import qk_norm_rope_cached, qk_norm_rope_ref
+from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached, qk_norm_rope_ref
 from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 STATUSES = {status.backend: status for status in dispatch.report()}
@@ -129,6 +128,20 @@ def test_without_queries(backend: str, device: torch.device) -> None:
     assert run(backend)(**inputs)[0] is None
     # What nobody normalises has no weight.
     check(backend, inputs | {"q_weight": torch.full((8,), float("nan"), device=device)})
+
+
+@each_kernel
+@each_dtype
+def test_equals_the_uncached_op(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Bit for bit: sampling attends to the very keys that training does."""
+    inputs = make_inputs(device, head_dim=64, dtype=dtype)
+    streams = {name: [inputs[name]] for name in ("q_weight", "k_weight", "cos", "sin")}
+    expected = qk_norm_rope([inputs["qkv_BLC"]], **streams, num_heads=2, axes=2, backend=backend)
+    q, *caches = run(backend)(**inputs)
+    assert q is not None
+    assert torch.equal(q, expected[0])
+    for cache, new in zip(caches, expected[1:], strict=True):
+        assert all(torch.equal(cache[row, :, at : at + 3], new[row]) for row, at in enumerate((4, 7)))
 
 
 INDICES: dict[str, tuple[torch.dtype, Sequence[int], Sequence[int] | None]] = {
@@ -342,12 +355,6 @@ def test_compiled_op_guards_its_memory_without_the_public_function(backend: str,
     ):
         with pytest.raises(RuntimeError, match="must"):
             torch.ops.madformer.qk_norm_rope_cached_cpp(**op_arguments(inputs | change))
-
-
-def test_auto_chooses_compiled_code_for_what_it_computes_in() -> None:
-    resolve = partial(dispatch.resolve, "qk_norm_rope_cached", "auto", CPU)
-    assert resolve(torch.bfloat16) == ("cpp" if STATUSES["cpp"].available else "reference")
-    assert resolve(torch.float64) == "reference"
 
 
 @pytest.mark.gpu
