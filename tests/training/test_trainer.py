@@ -328,3 +328,17 @@ def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: P
         firsts[split] = losses(tmp_path / f"elastic {seed}")
         assert firsts[split] == losses(tmp_path / f"fixed {seed}")
     assert len(firsts) > 1
+
+
+def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: TrainingConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        captioned, steps=1, sample_every=1, sample_images=4, sample_steps=2, sample_guidance=2.0
+    )  # fmt: skip
+    trainer = Trainer(config, tmp_path)
+    assert trainer._told() == {"prompt": ["picture 0", "picture 4", "picture 1", "picture 5"], "labels": [0, 0, 1, 1]}
+    trainer.run()
+    with Image.open(tmp_path / "samples" / "step-00000001.png") as grid:
+        assert grid.size == (32, 32)
+    pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(1, 2, prompt=["picture 3", "a cat"], labels=["b", 0], guidance_scale=2.0).images) == 2

@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from madformer.compat.export import save_released
     from madformer.pipeline import MADFormerPipeline, default_scheduler
+    from madformer.tokenizer import load_tokenizer
     from madformer.training.config import TrainingConfig
     from madformer.training.export import RAW, load_checkpoint
     from madformer.vae import load_vae
@@ -34,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "released":
         save_released(args.out, model, load_checkpoint(args.folder, step=args.step, weights=RAW))
     else:
-        vae = load_vae(TrainingConfig.of_run(args.folder).vae)
-        MADFormerPipeline(model, vae, default_scheduler(model.config.prediction_type)).save_pretrained(args.out)
+        config = TrainingConfig.of_run(args.folder)
+        tokenizer = None if model.config.text is None else load_tokenizer(config.tokenizer)
+        scheduler = default_scheduler(model.config.prediction_type)
+        MADFormerPipeline(model, load_vae(config.vae), scheduler, tokenizer).save_pretrained(args.out)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.out}: {parameters:.1f} M parameters")

@@ -66,7 +66,8 @@ class TrainingConfig:
             ``attention_backend`` is the same as ``backend``.
         num_threads: of torch on a CPU; 0 leaves torch's choice.
         keep_checkpoints: how many of the newest to keep.
-        sample_every: draw a grid of ``sample_images`` every so many steps; 0 for never.
+        sample_every: draw a grid of ``sample_images`` every so many steps; 0 for never. A model with text or classes is
+            asked for those of images in the data, under ``sample_guidance``.
         tensorboard: write event files, where the package is installed. wandb: name of a project to log to as well.
         profile_steps: write a trace of so many steps, from the fourth of a session on; 0 for none.
     """
@@ -125,6 +126,7 @@ class TrainingConfig:
     sample_every: int = 10_000
     sample_images: int = 16
     sample_steps: int = 25
+    sample_guidance: float = 1.0
     tensorboard: bool = True
     wandb: str = ""
     profile_steps: int = 0

@@ -43,15 +43,22 @@ class CachedLatents(TensorDataset):
     """Posterior mean and standard deviation of every image, each ``(N, C, H, W)``, in memory.
 
     Args:
-        labels: -1 where unknown; None for no labels at all. captions: None for none.
+        labels: -1 where unknown; None for no labels at all. captions: None for none. class_names: by label; empty if
+            unknown.
     """
 
     def __init__(
-        self, means: Tensor, deviations: Tensor, labels: Sequence[int] | None = None, captions: list[str] | None = None
+        self,
+        means: Tensor,
+        deviations: Tensor,
+        labels: Sequence[int] | None = None,
+        captions: list[str] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__(means, deviations)
         self.labels = labels if labels is not None else [NO_LABEL] * len(means)
         self.captions = captions if captions is not None else [""] * len(means)
+        self.class_names = list(class_names)
 
     def read(self, index: int) -> dict[str, Any]:
         """As :meth:`madformer.data.latents.LatentDataset.read`."""
@@ -68,7 +75,7 @@ def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int =
         labels += batch["label"].tolist()
         captions += batch["caption"]
     means, deviations = torch.cat(moments, dim=1)
-    return CachedLatents(means, deviations, labels, captions)
+    return CachedLatents(means, deviations, labels, captions, getattr(images, "class_names", ()))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,9 @@ class Trainer:
         self.vae = load_vae(config.vae, self.device)
         self.data = self._open_data()
         check_data(self.data, self.vae, config.model, config.flip)
-        self.tokenizer = self._open_tokenizer()
+        self.conditioning = Conditioning(
+            self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
+        )
         self.costs, self.weights = costs_of(config), loss_weights(config)
         self.model, self.wrapped = make_model(config, self.world, self.costs.unread)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -148,7 +150,7 @@ class Trainer:
             num_workers=config.num_workers,
             num_timesteps=self.noise_schedule.config.num_train_timesteps,
             flip=config.flip,
-            conditioning=Conditioning(self.tokenizer, config.caption, config.caption_dropout, config.label_dropout),
+            conditioning=self.conditioning,
             order=config.data_order,
         )
         reporter = self._reporter() if world.is_first else None
@@ -240,7 +242,8 @@ class Trainer:
         model.rope.to_empty(device=self.device)
         model.eval().requires_grad_(False).set_backend(self.config.backend)
         scheduler = default_scheduler(self.config.model.prediction_type)
-        return MADFormerPipeline(transformer=model, vae=self.vae, scheduler=scheduler)
+        names = self.data.class_names if len(self.data.class_names) == self.config.model.num_classes else None
+        return MADFormerPipeline(model, self.vae, scheduler, self.conditioning.tokenizer, names or None)
 
     def _draw(self, reporter: Reporter | None) -> None:
         pipeline = self.pipeline()
@@ -248,8 +251,24 @@ class Trainer:
             return
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.to(default_dtype(self.device))
-        images = pipeline(self.config.sample_images, self.config.sample_steps, seed=0).images
+        count, told = self.config.sample_images, self._told()
+        scale = self.config.sample_guidance if told else 1.0
+        images = pipeline(1 if told else count, self.config.sample_steps, seed=0, guidance_scale=scale, **told).images
         reporter.picture(self.step, image_grid(images))
+
+    def _told(self) -> dict[str, Any]:
+        """What samples are asked for: the captions and labels of images from all over the data."""
+        model, count = self.config.model, self.config.sample_images
+        if model.text is None and not model.num_classes:
+            return {}
+        read = getattr(self.data, "read", self.data.__getitem__)
+        samples = [read(index * len(self.data) // count) for index in range(count)]
+        told: dict[str, Any] = {}
+        if model.text is not None:
+            told["prompt"] = [self.conditioning.text_of(sample) for sample in samples]
+        if model.num_classes:
+            told["labels"] = [sample["label"] for sample in samples]
+        return told
 
     def _reporter(self) -> Reporter:
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
