@@ -1,0 +1,80 @@
+"""Every combination of the configuration's switches: it trains and samples, or says why it is none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from engine_cases import draw_noise, draw_prompt, make_model
+from madformer.config import MADFormerConfig, TextConfig, UNetConfig
+from madformer.engine.sampler import Sampler
+from madformer.training.losses import LossWeights, training_losses
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_blocks": 4, "block_size": 1,
+    "diffusion_layers": 1,
+}  # fmt: skip
+UNET = UNetConfig((8,), (1,), (False,), num_heads=1, norm_groups=2, time_embed_dim=4)
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "cross_block_attention": (True, False),
+    "shared_towers": (False, True),
+    "time_conditioning": ("unet", "adaln", "unet+adaln"),
+    "text": (None, TextConfig(vocab_size=5, length=3)),
+    "num_classes": (0, 2),
+    "elastic_diffusion_layers": ((), (1, 2)),
+    "mlp": ("swiglu", "gelu"),
+}
+CONTEXTS = ("clean+condition", "clean", "condition", "noise")
+
+
+def reason_against(fields: dict[str, Any]) -> str | None:
+    """A field that the refusal names; None for what is possible."""
+    adaln = "adaln" in fields["time_conditioning"]
+    clean, condition = "clean" in fields["context"], "condition" in fields["context"]
+    if fields["shared_towers"] and not clean:
+        return "shared_towers"
+    if fields["unet"] is None and fields["time_conditioning"] != "adaln":
+        return "unet=None"
+    if fields["num_classes"] and not adaln:
+        return "num_classes"
+    if fields["elastic_diffusion_layers"] and (not condition or not fields["cross_block_attention"] or adaln):
+        return "elastic_diffusion_layers"
+    return None
+
+
+@pytest.mark.parametrize("unet", [UNET, None], ids=["U-Net", "patches"])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_it_trains_and_samples_or_says_why_not(context: str, unet: UNetConfig | None) -> None:
+    tried = 0
+    for values in itertools.product(*SWITCHES.values()):
+        fields = {**BASE, "context": context, "unet": unet, **dict(zip(SWITCHES, values, strict=True))}
+        if (named := reason_against(fields)) is not None:
+            with pytest.raises(ValueError, match=named) as caught:
+                MADFormerConfig(**fields)
+            assert "\n" not in str(caught.value)
+            continue
+        tried += 1
+        train_and_sample(MADFormerConfig(**fields))
+    assert tried > 0
+
+
+def train_and_sample(config: MADFormerConfig) -> None:
+    model, noise, prompt = make_model(config), draw_noise(config), draw_prompt(config, guided=config.can_be_guided)
+    weights = LossWeights(hidden=0.1, clean=0.1, text=0.1 if config.text else 0.0)
+    timestep = torch.tensor([[0, 300, 600, 999]] * len(noise))
+    splits = config.elastic_diffusion_layers or (None,)
+    for split in splits:
+        told = (prompt.text, prompt.label, split)
+        losses = training_losses(model, noise, -noise, timestep, DDPMScheduler(), weights, *told)
+        losses.total.backward()
+        assert all(math.isfinite(value) for value in losses.parts().values()), config
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), config
+    for split in splits:
+        guidance = 2.0 if config.can_be_guided else 1.0
+        plan = Sampler(model.set_split(split or config.diffusion_layers), DDIMScheduler()).plan(2, 1, guidance=guidance)
+        assert plan.run(noise, prompt).shape == noise.shape  # and finite, or it had raised
