@@ -14,7 +14,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,7 @@ class Plan:
         # what a scheduler's own step needs of the host is not in a graph
         self.launcher = sampler.launcher or launcher_for(model.device) if self.table is not None else EagerLauncher()
         self.prepared_for: Any = None
+        self._drawn: list[int] = []
 
     @torch.inference_mode()
     def warmup(self) -> Plan:
@@ -236,6 +237,8 @@ class Plan:
         noise: Tensor | NoiseSource,
         prompt: Prompt | None = None,
         *,
+        given: Tensor | None = None,
+        blocks: Collection[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[Progress], None] | None = None,
         on_block: Callable[[int], None] | None = None,
@@ -247,6 +250,8 @@ class Plan:
         Args:
             noise: standard normal, ``(B, M, L, C)``; or called once for each block, in order.
             prompt: what the images are to be of, for a model with text or classes.
+            given: clean latents ``(B, M, L, C)`` of images to change. blocks: which blocks are drawn anew, from what is
+                given before them; the others stay as they are. All of them for None.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps.
             on_block: called with the number of blocks that are done. On a GPU the next one is under way by then.
@@ -258,36 +263,43 @@ class Plan:
 
         Raises:
             NonFiniteError: the network gave numbers that are not finite.
-            ValueError: ``noise``, ``out`` or the prompt is not what the plan was made for.
+            ValueError: ``noise``, ``given``, ``out`` or the prompt is not what the plan was made for; ``blocks`` that
+                there are not, or with nothing given; a model that cannot read what it did not draw.
         """
         prompt = prompt or Prompt()
         prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
-        self._check_shapes(noise, out)
+        self._check_shapes(noise=noise, given=given, out=out)
+        drawn = self._check_blocks(given, blocks)
         self.warmup()
         self.slots.condition_on(prompt, self.model)
         self.slots.assign(self.schedule, self.model)
         self.cache.reset()
         ends: list[torch.cuda.Event] = []
-        for block in range(self.config.num_blocks):
-            self._draw(noise, block)
+        self._drawn = []
+        for block in range(max(drawn) + 1):
+            if block in drawn:
+                self._draw(noise, block)
             (self.next_block if block else self.first_block)()
-            self._denoise(block, generator, callback)
-            if check and self.cache.on_host:
-                self.check(block)
+            if block in drawn:
+                self._drawn.append(block)
+                self._denoise(block, generator, callback)
+                if check and self.cache.on_host:
+                    self.check()
+            elif given is not None:
+                self.slots.latents_RLC.copy_(given[:, block])
             if on_block is not None:
                 self._report(block, ends, on_block)
         self.slots.finish_block(None)
         out = torch.empty_like(self.slots.canvas_RMLC) if out is None else out
         out.copy_(self.slots.canvas_RMLC)
+        if given is not None:
+            out[:, max(drawn) + 1 :] = given[:, max(drawn) + 1 :].to(out)
         if check:
             self.check()
         return out
 
-    def check(self, block: int | None = None) -> None:
+    def check(self) -> None:
         """Look for numbers that are not finite in the last run; waits for the device.
-
-        Args:
-            block: the last one that is done; None for all.
 
         Raises:
             NonFiniteError: there are.
@@ -295,16 +307,27 @@ class Plan:
         if self.table is None:
             return
         steps = len(self.timesteps)
-        expected = steps * (self.config.num_blocks if block is None else block + 1)
         for image, sound in enumerate(self.slots.sound_R.tolist()):
-            if sound < expected:
-                raise NonFiniteError(
-                    f"image {image} of the batch is not finite from block {sound // steps}, step {sound % steps} on"
-                )
+            if sound < steps * len(self._drawn):
+                block, step = self._drawn[sound // steps], sound % steps
+                raise NonFiniteError(f"image {image} of the batch is not finite from block {block}, step {step} on")
 
-    def _check_shapes(self, noise: Tensor | NoiseSource, out: Tensor | None) -> None:
+    def _check_blocks(self, given: Tensor | None, blocks: Collection[int] | None) -> Collection[int]:
+        """The blocks to draw."""
+        num_blocks = self.config.num_blocks
+        if blocks is None:
+            return range(num_blocks)
+        if not blocks or not all(0 <= block < num_blocks for block in blocks):
+            raise ValueError(f"blocks={list(blocks)} must be some of 0 to {num_blocks - 1}")
+        if given is None:
+            raise ValueError(f"blocks={list(blocks)}: what the others hold must be given")
+        if not self.config.has_clean_stream:
+            raise ValueError(f"context={self.config.context!r} reads blocks as it drew them, so none can be given")
+        return blocks
+
+    def _check_shapes(self, **tensors: Any) -> None:
         shape = self.slots.canvas_RMLC.shape
-        for name, tensor in (("noise", noise), ("out", out)):
+        for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.shape != shape:
                 raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -287,3 +287,43 @@ def test_a_compiled_unet_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert relative_error(actual, expected) < TOLERANCE
     assert len(graphs) == 2
     assert model.downsampler._compiled_call_impl is None
+
+
+# Changing images block by block
+
+
+@pytest.mark.parametrize("blocks", [range(2, 4), [1], [1, 3], [0], range(4)], ids=str)
+@pytest.mark.parametrize("name", ["both", "clean only", "block-local", "text", "ACDiT", "released quirks"])
+def test_blocks_are_drawn_anew_from_what_is_before_them(name: str, blocks: Collection[int]) -> None:
+    """From their own noise, what was drawn comes again; from other noise, they alone change."""
+    config = CASES[name]
+    model, noise, prompt = make_model(config), draw_noise(config), draw_prompt(config)
+    plan = Sampler(model, DPMSolverMultistepScheduler()).plan(BATCH, STEPS)
+    image = plan.run(noise, prompt)
+    again = plan.run(noise, prompt, given=image, blocks=blocks)
+    assert relative_error(again, image) < TOLERANCE
+    other = plan.run(draw_noise(config, seed=7), prompt, given=image, blocks=blocks)
+    for block in range(4):
+        assert torch.equal(other[:, block], image[:, block]) == (block not in blocks)
+    if 1 in blocks and 0 not in blocks:
+        # drawn after the same first block, and no more than that: as the image whose second block had this noise
+        mixed = noise.clone()
+        mixed[:, 1] = draw_noise(config, seed=7)[:, 1]
+        assert relative_error(other[:, 1], plan.run(mixed, prompt)[:, 1]) < TOLERANCE
+
+
+def test_blocks_that_cannot_be_drawn_anew() -> None:
+    noise = draw_noise(tiny())
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS)
+    for options, message in (
+        ({"blocks": [1]}, r"blocks=\[1\]: what the others hold must be given"),
+        ({"blocks": [], "given": noise}, r"blocks=\[\] must be some of 0 to 3"),
+        ({"blocks": [4], "given": noise}, r"blocks=\[4\] must be some of 0 to 3"),
+        ({"blocks": [1], "given": noise[:1]}, r"given must have the plan's shape \(2, 4, 16, 4\), got \(1, 4, 16, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.run(noise, **options)
+    config = CASES["condition only"]
+    plan = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, STEPS)
+    with pytest.raises(ValueError, match="context='condition' reads blocks as it drew them"):
+        plan.run(noise, given=noise, blocks=[1])
