@@ -342,3 +342,29 @@ def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: Trai
     pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
     assert len(pipeline(1, 2, prompt=["picture 3", "a cat"], labels=["b", 0], guidance_scale=2.0).images) == 2
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_run_samples_on_the_schedule_it_trains_on(
+    config: TrainingConfig, tmp_path: Path, prediction_type: Any, beta_schedule: Any, zero_terminal_snr: bool
+) -> None:
+    changes = {"beta_schedule": beta_schedule, "zero_terminal_snr": zero_terminal_snr, "min_snr_gamma": 5.0, "steps": 1}
+    model = tiny().replace(prediction_type=prediction_type)
+    if zero_terminal_snr and prediction_type == "epsilon":
+        with pytest.raises(ValueError, match="zero_terminal_snr=True needs another prediction_type"):
+            dataclasses.replace(config, model=model, **changes)
+        return
+    trainer = Trainer(dataclasses.replace(config, model=model, **changes), tmp_path)
+    trainer.run()
+    pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    trained, sampled = trainer.noise_schedule.alphas_cumprod, pipeline.scheduler.alphas_cumprod
+    assert torch.equal(trained[:-1], sampled[:-1])
+    assert (trained[-1] == 0) == zero_terminal_snr
+    assert sampled[-1].item() == pytest.approx(trained[-1].item(), abs=1e-7)  # diffusers' solver needs it above 0
+    if beta_schedule == "cosine" and not zero_terminal_snr:
+        halfway = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        assert trained[499].item() == pytest.approx(halfway, rel=1e-3)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(1, 2, output_type="latent").images.isfinite().all()

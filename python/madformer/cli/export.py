@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         config = TrainingConfig.of_run(args.folder)
         tokenizer = None if model.config.text is None else load_tokenizer(config.tokenizer)
-        scheduler = default_scheduler(model.config.prediction_type)
+        scheduler = default_scheduler(model.config.prediction_type, **config.noise_options())
         MADFormerPipeline(model, load_vae(config.vae), scheduler, tokenizer).save_pretrained(args.out)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.out}: {parameters:.1f} M parameters")

@@ -52,6 +52,8 @@ class TrainingConfig:
             condition's, the clean tower's and the next token's loss.
         min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for
             none.
+        beta_schedule: of the noise. zero_terminal_snr: rescaled so that nothing is left of the image at the last
+            timestep (arXiv:2305.08891).
         explosion: a step changes nothing whose gradient's norm is not finite, or more than so many times its running
             mean (0 for never). max_skipped_steps: after more than so many of them in a row the run stops.
         parallel: ``ddp`` keeps the whole model on every process; ``fsdp`` shards it over all, ``hsdp`` over groups of
@@ -106,6 +108,8 @@ class TrainingConfig:
     clean_loss_weight: float = 0.0
     text_loss_weight: float = 0.0
     min_snr_gamma: float = 0.0
+    beta_schedule: Literal["linear", "cosine"] = "linear"
+    zero_terminal_snr: bool = False
     explosion: float = 100.0
     max_skipped_steps: int = 10
 
@@ -155,8 +159,17 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within [0, 1]")
         if self.text_loss_weight and self.model.text is None:
             raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
+        if self.zero_terminal_snr and self.model.prediction_type == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr=True needs another prediction_type: 'epsilon' then says nothing at the end"
+            )
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
+
+    def noise_options(self) -> dict[str, Any]:
+        """What diffusers' schedulers are told of the noise, in training and in sampling alike."""
+        names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+        return {"beta_schedule": names[self.beta_schedule], "rescale_betas_zero_snr": self.zero_terminal_snr}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -90,7 +90,7 @@ class Trainer:
         self.averages = MovingAverages(self.model, config.ema_decays)
         self.guard = StepGuard(self.optimizer, self.device, config.explosion)
         self.state = RunState(self.model, self.averages, self.optimizer, self.guard)
-        self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type)
+        self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type, **config.noise_options())
         self._stop = False
         self._describe()
         if found:
@@ -241,7 +241,7 @@ class Trainer:
         model.load_state_dict(weights, assign=True)
         model.rope.to_empty(device=self.device)
         model.eval().requires_grad_(False).set_backend(self.config.backend)
-        scheduler = default_scheduler(self.config.model.prediction_type)
+        scheduler = default_scheduler(self.config.model.prediction_type, **self.config.noise_options())
         names = self.data.class_names if len(self.data.class_names) == self.config.model.num_classes else None
         return MADFormerPipeline(model, self.vae, scheduler, self.conditioning.tokenizer, names or None)
 
