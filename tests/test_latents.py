@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from killing import Kill, statuses
 from madformer.cli.main import main
 from madformer.config import tiny
 from madformer.data import open_dataset
@@ -27,6 +28,7 @@ from madformer.data.encoding import EncodingReport, write_latents
 from madformer.data.latents import LatentDataset, LatentDescription, holds_latents
 from madformer.data.shards import ShardDataset, index_path
 from madformer.vae import encode, load_vae
+from testing import small_vae
 
 NUM_IMAGES, BAD = 23, 9
 SIZE = 16
@@ -48,21 +50,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_vae(seed: int) -> AutoencoderKL:
-    """To 4 x 8 x 8 latents, with a posterior of which mean and deviation differ from place to place."""
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
-
-
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae")
-    make_vae(0).save_pretrained(folder)
+    small_vae().save_pretrained(folder)
     return folder
 
 
@@ -208,49 +199,17 @@ def write(source: Path, vae: AutoencoderKL, folder: Path, **options: Any) -> Enc
 
 # How it is written
 
-# Forks before torch has threads, so that one import serves all runs. A child kills itself around the call that it is
-# told, of those that make a file appear; or in the middle of a shard.
-KILLER = """
-import itertools, json, os, signal, sys
-import torch, diffusers, madformer.data.encoding, madformer.vae
-from madformer.cli.main import main
-
-def run(arguments, deadly, owner, name, after):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    torch.set_num_threads(1)
-    calls, module = itertools.count(1), {"os": os, "encoding": madformer.data.encoding}[owner]
-    function = getattr(module, name)
-    def call(*args, **kwargs):
-        number = next(calls)
-        if number == deadly and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            if number == deadly:
-                os.kill(os.getpid(), signal.SIGKILL)
-    setattr(module, name, call)
-    os._exit(main(arguments))
-
-arguments, kills = json.loads(sys.argv[1])
-print(json.dumps([run(arguments, *kill) for kill in [*kills, (None, "os", "replace", False)]]))
-"""
-
 
 def test_kill_at_any_moment(source: Path, vae_folder: Path, unbroken: Path, tmp_path: Path) -> None:
     """SIGKILL again and again, each run going on from the last one's end: no duplicate, no gap, the same bytes."""
     kills = [
-        (1, "os", "replace", False),  # the description
-        (4, "encoding", "encode", True),  # within the first shard
-        (1, "os", "replace", True),  # behind the first shard, before its index
-        (4, "os", "replace", False),
+        Kill(1, False, ["os.replace"]),  # the description
+        Kill(4, True, ["madformer.data.encoding.encode"]),  # within the first shard
+        Kill(1, True, ["os.replace"]),  # behind the first shard, before its index
+        Kill(4, False, ["os.replace"]),
     ]
-    plan = json.dumps([command(source, vae_folder, tmp_path), kills])
-    run = subprocess.run([sys.executable, "-c", KILLER, plan], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(kills) + [0], run.stderr
+    arguments = command(source, vae_folder, tmp_path)
+    assert statuses([(arguments, kill) for kill in (*kills, None)]) == [-signal.SIGKILL] * len(kills) + [0]
     assert contents(tmp_path) == contents(unbroken)
 
 
@@ -369,10 +328,10 @@ def test_another_source_or_vae(
     source: Path, vae_folder: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "source=" in error_line(capsys, command(source / "cat", vae_folder, unbroken))
-    make_vae(1).save_pretrained(tmp_path / "other")
+    small_vae(seed=1).save_pretrained(tmp_path / "other")
     assert "vae_fingerprint=" in error_line(capsys, command(source, tmp_path / "other", unbroken))
     # under another name it is the same
-    make_vae(0).save_pretrained(tmp_path / "same")
+    small_vae().save_pretrained(tmp_path / "same")
     assert main(command(source, tmp_path / "same", unbroken)) == 0
 
 
@@ -396,7 +355,7 @@ def test_a_second_process_of_the_same_rank(
 
 
 def test_latents_that_the_dtype_cannot_hold(source: Path, tmp_path: Path) -> None:
-    vae = make_vae(0).eval()
+    vae = small_vae()
     vae.register_to_config(scaling_factor=1e7)
     with pytest.raises(FloatingPointError, match=r"bird/00\.png: its latents are not finite in float16"):
         write(source, vae, tmp_path)
@@ -409,7 +368,7 @@ def test_geometry_and_vae_must_fit(unbroken: Path, vae_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"latents are 4 x 8 x 8, the model takes 4 x 16 x 16 \(latent_channels; num_"):
         latents.check(tiny().replace(num_blocks=16))
     with pytest.raises(ValueError, match=rf"was encoded by {vae_folder} \(\w+\), not by this VAE \(\w+\)"):
-        latents.check(tiny(), make_vae(1))
+        latents.check(tiny(), small_vae(seed=1))
 
 
 @pytest.mark.parametrize(

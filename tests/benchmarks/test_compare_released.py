@@ -79,6 +79,8 @@ def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "sampling_vs_released_bf16",
         "training_vs_released_fp32",
         "training_compat_vs_released_fp32",
+        "engine_overhead_fp32",
+        "engine_overhead_bf16",
         "max_relative_error",
     }
     assert record["metrics"]["max_relative_error"] < 1e-4

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 import precision as benchmark
@@ -18,7 +17,7 @@ from madformer.engine.precision import PRECISIONS
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_scheduler
 from record import RESULTS
-from testing import perturb
+from testing import perturb, small_vae
 
 OPTIONS = ["--num-images", "3", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
 
@@ -26,13 +25,7 @@ OPTIONS = ["--num-images", "3", "--batch-size", "2", "--steps", "2", "--device",
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline, and beside it the bare model."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
+    vae = small_vae()
     model = perturb(MADFormer(tiny()))
     assert isinstance(model, MADFormer)
     folder = tmp_path_factory.mktemp("model")

@@ -160,9 +160,7 @@ class TrainingConfig:
         if self.text_loss_weight and self.model.text is None:
             raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
         if self.zero_terminal_snr and self.model.prediction_type == "epsilon":
-            raise ValueError(
-                "zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end"
-            )
+            raise ValueError("zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
 
