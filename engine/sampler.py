@@ -288,7 +288,7 @@ class Plan:
             elif given is not None:
                 self.slots.latents_RLC.copy_(given[:, block])
             if on_block is not None:
-                self._report(block, ends, on_block)
+                self._report(block, ends, on_block, last=block == max(drawn))
         self.slots.finish_block(None)
         out = torch.empty_like(self.slots.canvas_RMLC) if out is None else out
         out.copy_(self.slots.canvas_RMLC)
@@ -341,7 +341,7 @@ class Plan:
     def _init_noise_sigma(self) -> float:
         return self.table.init_noise_sigma if self.table is not None else float(self.scheduler.init_noise_sigma)
 
-    def _report(self, block: int, ends: list[torch.cuda.Event], on_block: Callable[[int], None]) -> None:
+    def _report(self, block: int, ends: list[torch.cuda.Event], on_block: Callable[[int], None], *, last: bool) -> None:
         """Wait for the block before the one that was just launched, which keeps the GPU busy meanwhile."""
         if self.model.device.type != "cuda":
             on_block(block + 1)
@@ -351,7 +351,7 @@ class Plan:
         if block > 0:
             ends[-2].synchronize()
             on_block(block)
-        if block == self.config.num_blocks - 1:
+        if last:
             ends[-1].synchronize()
             on_block(block + 1)
 

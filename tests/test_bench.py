@@ -162,8 +162,9 @@ def test_rows_are_medians_whose_parts_add_up() -> None:
     assert row.fraction_of_roof == pytest.approx(row.operations_floor / 10)
 
 
-def test_a_row_is_measured_on_the_run_itself() -> None:
-    plan = make_sampler(tiny()).plan(2, 2).warmup()
+@pytest.mark.parametrize("name", ["both", "text and classes", "ACDiT"])
+def test_a_row_is_measured_on_the_run_itself(name: str) -> None:
+    plan = make_sampler(CASES[name]).plan(2, 2).warmup()
     launches = plan.first_block, plan.next_block, plan.loop
     row = sampling.measure(plan, ROOF, Work.of(plan.model), repeats=2)
     assert (plan.first_block, plan.next_block, plan.loop) == launches

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load as load_latents
 
-from madformer.bulk import OutputFolder, Settings, draw_missing
+from killing import Kill, statuses
+from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
-from madformer.config import UNetConfig, tiny
+from madformer.config import TextConfig, UNetConfig, tiny
 from madformer.data.shards import ShardDataset
 from madformer.engine.sampler import NonFiniteError, Plan
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_scheduler
-from testing import DEVICE, perturb
+from madformer.tokenizer import ByteTokenizer
+from testing import DEVICE, perturb, relative_error, small_vae
 
 NUM_IMAGES = 7
 # shards of 3 and batches of 2: batches that straddle shards, a last batch and a last shard that are not full
@@ -34,18 +36,42 @@ LATENTS = [*PNG, "--latents"]
 SHARDS = [*PNG, "--format", "wds", "--shard-size", "3"]
 FORMATS = {"png": PNG, "latents": LATENTS, "shards": SHARDS}
 
+TEXTS = ["red heart", "a cat", ""]
+CLASSES = ["Flags", "Food & Drink"]
+PROMPTED = [*(option for text in TEXTS for option in ("--prompt", text)), "--class", "Food & Drink", "--class", "0"]
+PROMPTED += ["--guidance", "2.5", "--negative-prompt", "blur", "--guidance-interval", "0,900"]
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+def make_pipeline(*extras: Any, **changes: Any) -> MADFormerPipeline:
     torch.manual_seed(0)
     # small, and quick to sample: what is tested is around it
     unet = UNetConfig((8,), layers_per_block=(1,), attention=(False,), norm_groups=4, time_embed_dim=16)
-    config = tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1, unet=unet)
+    config = tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1, unet=unet, **changes)
     transformer = perturb(MADFormer(config))
     assert isinstance(transformer, MADFormer)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipeline = MADFormerPipeline(transformer, small_vae(block_out_channels=(8,)), default_scheduler("epsilon"), *extras)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    MADFormerPipeline(transformer, vae, default_scheduler("epsilon")).save_pretrained(folder)
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompted() -> MADFormerPipeline:
+    """Of a model with text and classes."""
+    changes = {"text": TextConfig(257, 8), "time_conditioning": "unet+adaln", "num_classes": len(CLASSES)}
+    return make_pipeline(ByteTokenizer(), CLASSES, **changes)
+
+
+@pytest.fixture(scope="module")
+def prompted_model(prompted: MADFormerPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompted")
+    prompted.save_pretrained(folder)
     return folder
 
 
@@ -87,56 +113,23 @@ def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return lines[0]
 
 
-# Forks before torch has threads, so that one import serves all runs. A child counts the calls that make a file appear
-# or go, in whatever thread, and kills itself around the one that it is told.
-KILLER = """
-import itertools, json, os, signal, sys
-import torch, diffusers, madformer.bulk, madformer.engine.precision, madformer.pipeline
-from madformer.cli.main import main
-
-def run(arguments, deadly, after):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    torch.set_num_threads(1)
-    calls = itertools.count(1)
-    def counted(function):
-        def call(*args, **kwargs):
-            number = next(calls)
-            if number == deadly and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if number == deadly:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        return call
-    os.replace, os.unlink = counted(os.replace), counted(os.unlink)
-    os._exit(main(arguments))
-
-statuses = {
-    name: [run(arguments, number, after) for number, after in kills] + [run(arguments, None, False)]
-    for name, (arguments, kills) in json.loads(sys.argv[1]).items()
-}
-print(json.dumps(statuses))
-"""
-
-
 def test_kill_at_any_moment(model: Path, tmp_path: Path, unbroken: Callable[[str], dict[str, bytes]]) -> None:
     """SIGKILL again and again, before and after a file appears or goes, each run going on from the last one's end."""
-    # (which call, and whether behind it): 1 writes the manifest, 2 tidies up after it
+    # (which call that makes a file appear or go, and whether behind it): 1 writes the manifest, 2 tidies up after it
     kills = {
         "png": [(1, False), (1, True), (5, False), (4, True)],
         "latents": [(8, False), (5, True)],
         "shards": [(2, False), (8, False), (7, True), (9, False), (3, True)],
     }
-    plan = {name: (command(model, tmp_path / name, *FORMATS[name]), kills[name]) for name in FORMATS}
-    run = subprocess.run([sys.executable, "-c", KILLER, json.dumps(plan)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    for name, statuses in json.loads(run.stdout.splitlines()[-1]).items():
+    runs: list[tuple[list[str], Kill | None]] = []
+    for name, moments in kills.items():
+        arguments = command(model, tmp_path / name, *FORMATS[name])
+        runs += [(arguments, Kill(*moment, ["os.replace", "os.unlink"])) for moment in moments] + [(arguments, None)]
+    ends = iter(statuses(runs))
+    for name, moments in kills.items():
         # how many calls are left for the last kill depends on the order in which threads wrote
-        *killed, last_kill, end = statuses
-        assert (set(killed), end) == ({-signal.SIGKILL}, 0), (name, statuses, run.stderr)
+        *killed, last_kill, end = itertools.islice(ends, len(moments) + 1)
+        assert (set(killed), end) == ({-signal.SIGKILL}, 0), name
         assert last_kill in (-signal.SIGKILL, 0)
         assert contents(tmp_path / name) == unbroken(name)
 
@@ -283,6 +276,78 @@ def test_other_settings_are_refused(
             (folder / path.relative_to(model)).write_bytes(bytes(other) if path == weights else path.read_bytes())
     assert "is of a run with model=" in error_line(capsys, command(folder, out, *PNG))
     assert contents(out) == unbroken("png")
+
+
+@pytest.mark.parametrize("name", ["latents", "shards"])
+def test_a_run_with_prompts_goes_on(prompted_model: Path, tmp_path: Path, name: str) -> None:
+    """Stopped, extended and completed, by class names or numbers: the same bytes as unbroken."""
+    options = [*FORMATS[name], *PROMPTED]
+    assert main(command(prompted_model, tmp_path / "unbroken", *options)) == 0
+    assert main(command(prompted_model, tmp_path / "resumed", *options, num_images=3)) == 0
+    for file in (tmp_path / "resumed").glob("00000006.*"):
+        file.unlink()
+    by_number = [{"Food & Drink": "1"}.get(option, option) for option in options]
+    assert main(command(prompted_model, tmp_path / "resumed", *by_number)) == 0
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "unbroken")
+
+
+def test_images_take_prompts_and_classes_in_turn(
+    prompted: MADFormerPipeline, prompted_model: Path, tmp_path: Path
+) -> None:
+    assert main(command(prompted_model, tmp_path / "latents", *LATENTS, *PROMPTED)) == 0
+    options: dict[str, Any] = {"guidance_scale": 2.5, "negative_prompt": "blur", "guidance_interval": (0, 900)}
+    drawn = [
+        load_latents(file.read_bytes())["latents"] for file in sorted((tmp_path / "latents").glob("*.safetensors"))
+    ]
+    assert len(drawn) == NUM_IMAGES
+    for image, latents in enumerate(drawn):
+        told = {"prompt": TEXTS[image % 3], "labels": [1, 0][image % 2]}
+        expected = prompted(1, 2, **told, **options, seed=5 + image, output_type="latent").images
+        assert relative_error(latents, expected[0]) < 1e-5
+    assert main(command(prompted_model, tmp_path / "shards", *SHARDS, *PROMPTED)) == 0
+    dataset = ShardDataset(tmp_path / "shards")
+    for image in range(NUM_IMAGES):
+        origin = json.loads(dataset[image]["json"])
+        assert (origin["prompt"], origin["labels"]) == (TEXTS[image % 3], [1, 0][image % 2])
+
+
+def test_other_prompts_are_refused(prompted_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(prompted_model, tmp_path, *LATENTS, *PROMPTED)) == 0
+    before = contents(tmp_path)
+
+    def changed(old: str, new: str) -> list[str]:
+        assert old in PROMPTED
+        return [new if option == old else option for option in PROMPTED]
+
+    for options, expected in (
+        (changed("a cat", "a dog"), "prompts.texts.1='a cat', not 'a dog'"),
+        ([*PROMPTED, "--prompt", "more"], "prompts.texts.3='absent', not 'more'"),
+        (changed("blur", ""), "prompts.negative_text='blur', not ''"),
+        (changed("0", "1"), "prompts.labels.1=0, not 1"),
+        (changed("2.5", "3"), "prompts.guidance_scale=2.5, not 3.0"),
+        (changed("0,900", "0,800"), "prompts.guidance_interval.1=900.0, not 800.0"),
+    ):
+        assert expected in error_line(capsys, command(prompted_model, tmp_path, *LATENTS, *options))
+    assert contents(tmp_path) == before
+
+
+def test_another_tokenizer_is_another_run(prompted: MADFormerPipeline) -> None:
+    class Backwards(ByteTokenizer):
+        def encode(self, texts: Sequence[str], length: int) -> torch.Tensor:
+            return super().encode([text[::-1] for text in texts], length)
+
+    own = Prompts.of(prompted, ["abc"], [0])
+    assert own == Prompts.of(prompted, ["abc"], ["Flags"])
+    pipeline = MADFormerPipeline(prompted.transformer, None, prompted.scheduler, Backwards())
+    other = settings(prompts=Prompts.of(pipeline, ["abc"], [0]))
+    assert str(settings(prompts=own).difference(other.to_dict())).startswith("prompts.token_ids=")
+
+
+def test_a_manifest_from_before_there_were_prompts() -> None:
+    stored = settings().to_dict()
+    del stored["prompts"]
+    assert settings().difference(stored) is None
+    assert settings(prompts=Prompts(texts=("cat",))).difference(stored) == "prompts.texts.0='absent', not 'cat'"
 
 
 def test_overwrite(

@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 
 from madformer.cli import sample
 from madformer.cli.main import main
+from madformer.config import TextConfig, tiny
 from madformer.engine.precision import PRECISIONS, apply
 from madformer.kernels import launch
-from madformer.pipeline import MADFormerPipeline
-from testing import GOLDEN, golden_cases
+from madformer.model import MADFormer
+from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.tokenizer import ByteTokenizer
+from testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 
 FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"
 
@@ -38,11 +41,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder)
+    small_vae(block_out_channels=(8,)).save_pretrained(folder)
     return folder
 
 
@@ -53,6 +53,26 @@ def model(checkpoint: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory)
     arguments = ["--checkpoint", checkpoint, "--model-config", config, "--vae", vae, "--out", folder]
     assert main(["convert", *map(str, arguments)]) == 0
     return folder
+
+
+def save_random(folder: Path, *extras: object, **changes: object) -> Path:
+    """A pipeline with random weights, one block to draw."""
+    torch.manual_seed(0)
+    transformer = perturb(MADFormer(tiny().replace(num_blocks=1, **changes)))
+    vae = small_vae(block_out_channels=(8,))
+    MADFormerPipeline(transformer, vae, default_scheduler("epsilon"), *extras).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("text"), ByteTokenizer(), text=TextConfig(257, 8))
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, names = tmp_path_factory.mktemp("class"), ["Flags", "Food & Drink"]
+    return save_random(folder, None, names, num_classes=2, time_conditioning="unet+adaln")
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -115,8 +135,111 @@ def test_precision(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert Image.open(tmp_path / f"{seed:08d}.png").tobytes() == picture.tobytes()
 
 
+def test_prompts(text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Taken in turn; a row of the grid is a prompt's; from a file they are the same."""
+    (tmp_path / "prompts.txt").write_text("Käse\n\n  a cat \n", encoding="utf-8")
+    common = ["sample", "--model", text_model, "--steps", 2, "--num-images", 5, "--batch-size", 2, "--json"]
+    common += ["--guidance", 3, "--negative-prompt", "blur", "--precision", "exact", "--device", "cpu"]
+    capsys.readouterr()
+    grids, records = [], []
+    for name, options in (
+        ("arguments", ["--prompt", "Käse", "--prompt", "a cat", "--out", tmp_path / "images"]),
+        ("file", ["--prompts", tmp_path / "prompts.txt"]),
+    ):
+        grid = tmp_path / f"{name}.png"
+        assert main([str(argument) for argument in (*common, *options, "--grid", grid)]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+        grids.append(np.asarray(Image.open(grid)).astype(int))
+    assert records[0]["prompts"] == records[1]["prompts"] == ["Käse", "a cat"]
+    assert (records[0]["negative_prompt"], records[0]["guidance_scale"]) == ("blur", 3.0)
+    assert (records[0]["labels"], records[0]["guidance_interval"]) == ([], None)
+    assert np.array_equal(*grids)
+    pipeline = MADFormerPipeline.from_pretrained(text_model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    side = grids[0].shape[0] // 2
+    assert grids[0].shape == (2 * side, 3 * side, 3)
+    for image in range(5):
+        options = {"prompt": ["Käse", "a cat"][image % 2], "negative_prompt": "blur", "guidance_scale": 3.0}
+        expected = np.asarray(pipeline(1, 2, **options, seed=image).images[0]).astype(int)
+        row, column = image % 2, image // 2
+        shown = grids[0][row * side : (row + 1) * side, column * side : (column + 1) * side]
+        np.testing.assert_allclose(shown, expected, atol=1)
+        file = np.asarray(Image.open(tmp_path / "images" / f"{image:08d}.png"))
+        assert np.array_equal(file, shown)
+
+
+def test_classes(class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", 2, "--num-images", 2, "--out", tmp_path, "--latents", "--guidance", 2, "--json"]
+    options += ["--class", "Food & Drink", "--class", 0, "--precision", "exact", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([str(argument) for argument in ("sample", "--model", class_model, *options)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["labels"], record["prompts"], record["guidance_scale"]) == ([1, 0], [], 2.0)
+    pipeline = MADFormerPipeline.from_pretrained(class_model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(1, 2, labels=[1, 0], guidance_scale=2.0, seed=0, output_type="latent").images
+    for image in range(2):
+        assert torch.equal(load_file(tmp_path / f"{image:08d}.safetensors")["latents"], drawn[image])
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "message"),
+    [
+        ("text_model", [], "a prompt is missing: the model was made for text"),
+        ("text_model", ["--prompt", "a", "--prompts", "p.txt"], "two ways to say what to draw: give one"),
+        ("text_model", ["--prompts", "none.txt"], "none.txt"),
+        ("text_model", ["--prompts", os.devnull], f"--prompts {os.devnull} holds no prompt"),
+        ("text_model", ["--prompt", "a", "--negative-prompt", "b"], "--negative-prompt is for --guidance"),
+        ("text_model", ["--prompt", "a", "--guidance-interval", "0,500"], "--guidance-interval is for --guidance"),
+        ("text_model", ["--prompt", "a", "--guidance", "nan"], "guidance=nan must be finite"),
+        ("text_model", ["--prompt", "a", "--guidance", 2, "--guidance-interval", "9,5"], "the lower timestep, then"),
+        ("text_model", ["--prompt", "a", "--class", 1], "a class has no place: the model was made without classes"),
+        ("text_model", ["--prompt", "a", "--tokenizer", "no/such"], "no tokenizer at no/such"),
+        ("class_model", ["--guidance", 2], "a class is missing: the model was made for classes"),
+        ("class_model", ["--class", "Cars"], "no class 'Cars': there are 2, Flags, Food & Drink"),
+        ("class_model", ["--class", 0, "--class", 2], "no class '2'"),
+        ("model", ["--prompt", "a cat"], "a prompt has no place: the model was made without text"),
+        ("model", ["--guidance", 2], "guidance needs a model with text or classes"),
+    ],
+)
+def test_bad_prompts(
+    which: str, options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = ["--out", tmp_path / "out", "--steps", 2]
+    assert message in fails(capsys, "sample", "--model", request.getfixturevalue(which), *out, *options)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("text", ["", "5", "1,2,3", "a,b", "0,inf", "nan,1"])
+def test_bad_intervals(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--model", "m", "--guidance-interval", text])
+    assert "must be two numbers with a comma between them" in capsys.readouterr().err
+
+
 def test_precisions_are_the_engines() -> None:
     assert ("auto", *PRECISIONS) == sample.PRECISIONS
+
+
+def test_an_elastic_model_is_sampled_at_the_split_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    elastic = perturb(MADFormer(tiny().replace(elastic_diffusion_layers=(1, 2))))
+    assert isinstance(elastic, MADFormer)
+    elastic.save_pretrained(tmp_path / "model")
+    sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--latents", "--precision", "exact"]
+    for split in (1, 2):
+        arguments = [*sample, "--diffusion-layers", split, "--out", tmp_path / str(split)]
+        assert main([*map(str, arguments)]) == 0
+        (file,) = (tmp_path / str(split)).glob("*.safetensors")
+        (drawn,) = load_file(file).values()
+        pipeline = MADFormerPipeline(elastic.set_split(split), None, default_scheduler("epsilon"))
+        expected = pipeline(1, 2, seed=0, output_type="latent").images
+        assert relative_error(drawn.flatten(), expected.flatten()) < 1e-4
+    message = fails(capsys, *sample, "--diffusion-layers", 3, "--out", tmp_path / "3")
+    assert "diffusion_layers=3: this model was trained for 1, 2" in message
 
 
 def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

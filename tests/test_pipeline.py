@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from PIL import Image
 
-from madformer.config import tiny
+from madformer.config import MADFormerConfig, TextConfig, tiny
+from madformer.engine.prompts import Prompt
+from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
-from madformer.model.blocks import from_blocks
-from madformer.pipeline import MADFormerPipeline, default_scheduler
-from testing import perturb, relative_error
+from madformer.model.blocks import from_blocks, to_blocks
+from madformer.pipeline import MADFormerPipeline, default_scheduler, image_grid
+from madformer.streaming import reports
+from madformer.tokenizer import ByteTokenizer
+from testing import perturb, relative_error, small_vae
+
+TEXT = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
+CLASSES = tiny().replace(time_conditioning="unet+adaln", num_classes=3)
+NAMES = ["Flags", "Food & Drink", "Animals"]
 
 
-def make_vae() -> AutoencoderKL:
-    """Two levels: latents of half the resolution."""
+def make_pipeline(config: MADFormerConfig, **options: Any) -> MADFormerPipeline:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-    )
-    return vae.eval()
+    model = perturb(MADFormer(config))
+    assert isinstance(model, MADFormer)
+    made = MADFormerPipeline(model, small_vae(scaling_factor=0.5), default_scheduler("epsilon"), **options)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> MADFormerPipeline:
-    torch.manual_seed(0)
-    model = perturb(MADFormer(tiny()))
-    assert isinstance(model, MADFormer)
-    made = MADFormerPipeline(model, make_vae(), default_scheduler("epsilon"))
-    made.set_progress_bar_config(disable=True)
-    return made
+    return make_pipeline(tiny())
+
+
+@pytest.fixture(scope="module")
+def writing() -> MADFormerPipeline:
+    """Of a model with text."""
+    return make_pipeline(TEXT, tokenizer=ByteTokenizer())
+
+
+@pytest.fixture(scope="module")
+def sorting() -> MADFormerPipeline:
+    """Of a model with classes."""
+    return make_pipeline(CLASSES, class_names=NAMES)
+
+
+def by_the_engine(pipeline: MADFormerPipeline, seeds: list[int], prompt: Prompt, **options: Any) -> torch.Tensor:
+    """Three steps, with nothing of the pipeline but its model and scheduler."""
+    config = pipeline.transformer.config
+    shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    plan = Sampler(pipeline.transformer, pipeline.scheduler).plan(len(seeds), 3, **options)
+    return from_blocks(plan.run(noise, prompt))
 
 
 def latents(pipeline: MADFormerPipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -69,7 +95,7 @@ def test_generators(pipeline: MADFormerPipeline) -> None:
     assert relative_error(in_turn, together) < 1e-5
     with pytest.raises(ValueError, match="seed or generator, not both"):
         pipeline(1, 3, seed=0, generator=shared)
-    with pytest.raises(ValueError, match="generator has 1 entries for num_images=2"):
+    with pytest.raises(ValueError, match="generator has 1 entries for 2 images"):
         pipeline(2, 3, generator=[shared])
 
 
@@ -124,6 +150,16 @@ def test_the_scheduler_can_be_changed(pipeline: MADFormerPipeline) -> None:
     assert torch.equal(latents(pipeline, 1, 4, seed=0), before)
 
 
+def test_the_split_can_be_changed() -> None:
+    """Of an elastic model; the plan for the other split is not used again."""
+    elastic = make_pipeline(tiny().replace(elastic_diffusion_layers=(1, 2)))
+    before = latents(elastic, 1, 3, seed=0)
+    elastic.transformer.set_split(1)
+    changed = latents(elastic, 1, 3, seed=0)
+    assert torch.equal(changed, by_the_engine(elastic, [0], Prompt()))
+    assert relative_error(changed, before) > 1e-3
+
+
 def test_save_and_load(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     loaded = MADFormerPipeline.from_pretrained(tmp_path, dtype=torch.float32)
@@ -149,7 +185,7 @@ def test_a_bare_model_folder_gives_latents(pipeline: MADFormerPipeline, tmp_path
     assert relative_error(latents(loaded, 1, 3), latents(pipeline, 1, 3)) < 1e-5
     with pytest.raises(ValueError, match="needs an autoencoder"):
         loaded(1, 3)
-    make_vae().save_pretrained(tmp_path / "vae")
+    small_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     loaded = MADFormerPipeline.from_pretrained(tmp_path / "model", vae=tmp_path / "vae", dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     assert loaded(1, 3).images[0].size == (16, 16)
@@ -171,3 +207,257 @@ def test_bad_requests(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
     pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match="holds no readable AutoencoderKL"):
         MADFormerPipeline.from_pretrained(tmp_path)
+
+
+# Prompts and classes
+
+
+def test_texts_reach_the_engine(writing: MADFormerPipeline) -> None:
+    cat, longer, nothing, wrong = (
+        [99, 97, 116, 256, 256, 256], [97, 32, 114, 101, 100, 32], [256] * 6, [110, 111, 256, 256, 256, 256]
+    )  # fmt: skip
+    texts, drawn = torch.tensor([cat, longer]), ["cat", "a red heart"]
+    plain = latents(writing, 1, 3, prompt=drawn, seed=4)
+    assert torch.equal(plain, by_the_engine(writing, [4, 5], Prompt(texts)))
+    for negative, ids in ((None, [nothing, nothing]), ("no", [wrong, wrong]), (["", "no"], [nothing, wrong])):
+        guided = latents(writing, 1, 3, prompt=drawn, negative_prompt=negative, guidance_scale=2.5, seed=4)
+        prompt = Prompt(texts, torch.tensor(ids))
+        assert torch.equal(guided, by_the_engine(writing, [4, 5], prompt, guidance=2.5))
+        assert relative_error(guided, plain) > 1e-3
+    interval = latents(writing, 1, 3, prompt=drawn, guidance_scale=2.5, guidance_interval=(300, 700), seed=4)
+    options = {"guidance": 2.5, "guidance_interval": (300, 700)}
+    assert torch.equal(interval, by_the_engine(writing, [4, 5], Prompt(texts, torch.tensor([nothing] * 2)), **options))
+    assert relative_error(interval, plain) > 1e-4
+
+
+def test_classes_reach_the_engine(sorting: MADFormerPipeline) -> None:
+    drawn = latents(sorting, 1, 3, labels=["Food & Drink", 0, "2", -1], guidance_scale=2.0, seed=1)
+    expected = by_the_engine(sorting, [1, 2, 3, 4], Prompt(label=torch.tensor([1, 0, 2, -1])), guidance=2.0)
+    assert torch.equal(drawn, expected)
+    assert relative_error(latents(sorting, 1, 3, labels=1), latents(sorting, 1, 3, labels="Animals")) > 5e-5
+
+
+def test_one_entry_stands_for_all_images() -> None:
+    both = make_pipeline(CLASSES.replace(text=TEXT.text), tokenizer=ByteTokenizer())
+    drawn = latents(both, 1, 3, prompt="cat", labels=[0, 2], seed=0)
+    assert torch.equal(drawn, latents(both, 1, 3, prompt=["cat", "cat"], labels=[0, 2], seed=0))
+    assert torch.equal(latents(both, 2, 3, prompt="cat", labels=1), latents(both, 1, 3, prompt="cat", labels=[1, 1]))
+
+
+def test_guidance_of_one_is_none(writing: MADFormerPipeline) -> None:
+    plain = latents(writing, 1, 3, prompt="cat", seed=0)
+    assert torch.equal(latents(writing, 1, 3, prompt="cat", guidance_scale=1.0, seed=0), plain)
+    nowhere = {"guidance_scale": 4.0, "guidance_interval": (2000, 3000)}
+    assert relative_error(latents(writing, 1, 3, prompt="cat", seed=0, **nowhere), plain) < 1e-5
+    nearly = latents(writing, 1, 3, prompt="cat", guidance_scale=1 + 1e-6, negative_prompt="dog", seed=0)
+    assert relative_error(nearly, plain) < 1e-5
+
+
+def test_an_image_depends_on_its_own_prompt_alone(writing: MADFormerPipeline) -> None:
+    """``num_images`` of each prompt, one prompt's after the other's."""
+    together = latents(writing, 2, 3, prompt=["cat", "dog"], guidance_scale=3.0, seed=7)
+    assert len(together) == 4
+    for index, text in enumerate(["cat", "cat", "dog", "dog"]):
+        alone = latents(writing, 1, 3, prompt=text, guidance_scale=3.0, seed=7 + index)
+        assert relative_error(alone[0], together[index]) < 1e-5
+    other = latents(writing, 1, 3, prompt="dog", guidance_scale=3.0, seed=7)
+    assert relative_error(other[0], together[0]) > 1e-3
+
+
+def test_tokenizer_and_class_names_are_saved(
+    writing: MADFormerPipeline, sorting: MADFormerPipeline, tmp_path: Path
+) -> None:
+    for pipeline, options in ((writing, {"prompt": "cat"}), (sorting, {"labels": "Animals"})):
+        folder = tmp_path / str(options)
+        pipeline.save_pretrained(folder)
+        loaded = MADFormerPipeline.from_pretrained(folder, dtype=torch.float32)
+        loaded.set_progress_bar_config(disable=True)
+        assert (
+            relative_error(latents(loaded, 1, 3, seed=3, **options), latents(pipeline, 1, 3, seed=3, **options)) < 1e-5
+        )
+        assert loaded.config.class_names == pipeline.config.class_names
+
+
+def test_a_missing_tokenizer(writing: MADFormerPipeline, tmp_path: Path) -> None:
+    """Bytes need no files, only their name; for any other somebody has to say which."""
+    writing.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    assert isinstance(MADFormerPipeline.from_pretrained(tmp_path).tokenizer, ByteTokenizer)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for entry in ({"tokenizer": ["madformer", "PretrainedTokenizer"]}, {"tokenizer": [None, None]}, {}):
+        without = {name: value for name, value in index.items() if name != "tokenizer"}
+        (tmp_path / "model_index.json").write_text(json.dumps({**without, **entry}))
+        with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer/, and its model reads text"):
+            MADFormerPipeline.from_pretrained(tmp_path)
+        assert MADFormerPipeline.from_pretrained(tmp_path, tokenizer="bytes").tokenizer.vocab_size == 257
+    with pytest.raises(ValueError, match="transformer holds no tokenizer/"):
+        MADFormerPipeline.from_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is no index of a pipeline"):
+        MADFormerPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "message"),
+    [
+        ("pipeline", {"prompt": "cat"}, "a prompt has no place: the model was made without text"),
+        ("pipeline", {"labels": 1}, "a class has no place: the model was made without classes"),
+        ("pipeline", {"guidance_scale": 2.0}, "guidance needs a model with text or classes"),
+        ("writing", {}, "a prompt is missing: the model was made for text"),
+        ("writing", {"prompt": "cat", "labels": 1}, "a class has no place"),
+        ("writing", {"prompt": []}, "must be of one length, got [0]"),
+        ("writing", {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3, "guidance_scale": 2.0}, "got [2, 3]"),
+        ("writing", {"prompt": "cat", "negative_prompt": "dog"}, "guidance_scale=1 is none"),
+        ("writing", {"prompt": "cat", "guidance_scale": float("nan")}, "guidance=nan must be finite"),
+        (
+            "writing", {"prompt": "cat", "guidance_scale": 2.0, "guidance_interval": (5, 1)},
+            "guidance_interval=(5, 1) must be the lower timestep, then the higher",
+        ),
+        ("sorting", {}, "a class is missing: the model was made for classes"),
+        ("sorting", {"labels": 1, "negative_prompt": "", "guidance_scale": 2.0}, "a negative prompt has no place"),
+        ("sorting", {"labels": 3}, "no class 3: there are 3, Flags, Food & Drink, Animals"),
+        ("sorting", {"labels": [0, -2]}, "no class -2"),
+        ("sorting", {"labels": "Cars"}, "no class 'Cars': there are 3, Flags, Food & Drink, Animals"),
+    ],
+)  # fmt: skip
+def test_prompts_that_do_not_go_with_the_model(
+    which: str, options: dict[str, Any], message: str, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        request.getfixturevalue(which)(1, 3, **options)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_parts_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="class_names has 2 entries for num_classes=3"):
+        make_pipeline(CLASSES, class_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"has 257 tokens, and the model text\.vocab_size=11"):
+        make_pipeline(tiny().replace(text=TextConfig(11, 4)), tokenizer=ByteTokenizer())
+    with pytest.raises(ValueError, match="a prompt needs a tokenizer, and this pipeline has none"):
+        make_pipeline(TEXT)(1, 3, prompt="cat")
+    strict = make_pipeline(CLASSES.replace(null_class=False))
+    with pytest.raises(ValueError, match="no class -1: there are 3, from 0 to 2"):
+        strict(1, 3, labels=-1)
+    with pytest.raises(ValueError, match="guidance needs a model with text or classes"):
+        strict(1, 3, labels=1, guidance_scale=2.0)
+
+
+def test_grid_of_rows() -> None:
+    """Five pictures dealt to two rows: 0 2 4 and 1 3."""
+    pictures = [Image.new("RGB", (1, 1), (value, 0, 0)) for value in range(1, 6)]
+    assert np.asarray(image_grid(pictures, 2))[..., 0].tolist() == [[1, 3, 5], [2, 4, 255]]
+    assert np.asarray(image_grid(pictures))[..., 0].tolist() == [[1, 2, 3], [4, 5, 255]]
+
+
+# Streaming
+
+
+def test_blocks_as_they_are_done(writing: MADFormerPipeline) -> None:
+    options: dict[str, Any] = {"prompt": "cat", "guidance_scale": 2.0, "seed": 3}
+    blocks: list[tuple[int, torch.Tensor]] = []
+    whole = latents(writing, 2, 3, **options, on_block=lambda *done: blocks.append(done))
+    assert [block for block, _ in blocks] == [0, 1, 2, 3]
+    assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1)), whole)
+    outputs = [output.images for output in writing.stream(2, 3, output_type="latent", **options)]
+    assert len(outputs) == 4
+    assert torch.equal(outputs[-1], whole)
+    side = whole.shape[-1] // 2  # of a block: there are 2 x 2, in raster order
+    for done, output in enumerate(outputs, start=1):
+        for block in range(4):
+            where = (
+                ...,
+                slice(block // 2 * side, (block // 2 + 1) * side),
+                slice(block % 2 * side, (block % 2 + 1) * side),
+            )
+            assert torch.equal(output[where], whole[where] if block < done else torch.zeros_like(whole[where]))
+    *_, last = writing.stream(2, 3, **options)
+    assert [picture.tobytes() for picture in last.images] == [p.tobytes() for p in writing(2, 3, **options).images]
+
+
+def test_blocks_under_a_scheduler_of_any_kind(pipeline: MADFormerPipeline) -> None:
+    own = pipeline.scheduler
+    try:
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(own.config)
+        *_, last = pipeline.stream(1, 4, output_type="latent", seed=0)
+        assert torch.equal(last.images, latents(pipeline, 1, 4, seed=0))
+    finally:
+        pipeline.scheduler = own
+
+
+def test_errors_of_a_stream(pipeline: MADFormerPipeline) -> None:
+    for options, message in (({"num_images": 0}, "num_images=0"), ({"prompt": "cat"}, "a prompt has no place")):
+        with pytest.raises(ValueError, match=message):
+            next(pipeline.stream(**options))
+    with pytest.raises(ValueError, match="output_type='jpeg'"):
+        next(pipeline.stream(output_type="jpeg"))  # type: ignore[arg-type]
+
+
+def test_leaving_a_stream_ends_the_work() -> None:
+    ended: list[int] = []
+
+    def work(report: Callable[[int], None]) -> None:
+        deadline = time.monotonic() + 60
+        try:
+            for index in itertools.count():
+                assert time.monotonic() < deadline
+                report(index)
+        finally:
+            ended.append(index)
+
+    stream = reports(work)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    stream.close()  # type: ignore[attr-defined]
+    assert len(ended) == 1
+
+
+def test_an_error_comes_after_what_was_reported() -> None:
+    def work(report: Callable[[int], None]) -> None:
+        report(1)
+        raise OSError("No space left on device")
+
+    stream = reports(work)
+    assert next(stream) == 1
+    with pytest.raises(OSError, match="No space left"):
+        next(stream)
+
+
+# Going on from an image
+
+
+def test_blocks_of_an_image_are_drawn_anew(writing: MADFormerPipeline) -> None:
+    """With its own seed and prompt the image comes again; the kept blocks are the given ones."""
+    options: dict[str, Any] = {"prompt": "cat", "guidance_scale": 2.0}
+    whole = latents(writing, 1, 3, **options, seed=3)
+    assert torch.equal(latents(writing, 1, 3, **options, seed=3, image=whole[0], start_block=2), whole)
+    other = latents(writing, 2, 3, **options, seed=8, image=whole, start_block=2, num_blocks=1)
+    blocks, expected = to_blocks(other, 4), to_blocks(whole, 4).expand(2, -1, -1, -1)
+    assert torch.equal(blocks[:, [0, 1, 3]], expected[:, [0, 1, 3]])
+    assert all(relative_error(block, expected[0, 2]) > 0.1 for block in blocks[:, 2])
+    *_, last = writing.stream(2, 3, **options, seed=8, image=whole, start_block=2, num_blocks=1, output_type="latent")
+    assert torch.equal(last.images, other)
+
+
+def test_a_picture_is_encoded(pipeline: MADFormerPipeline) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    (drawn,) = latents(pipeline, 1, 3, seed=0, image=Image.fromarray(pixels), start_block=3)
+    values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+    with torch.no_grad():
+        expected = pipeline.vae.encode(values).latent_dist.mode()[0] * 0.5
+    torch.testing.assert_close(drawn[:, :4], expected[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn[:, 4:, :4], expected[:, 4:, :4], rtol=1e-4, atol=1e-5)
+    assert relative_error(drawn[:, 4:, 4:], expected[:, 4:, 4:]) > 0.1
+
+
+def test_bad_edits(pipeline: MADFormerPipeline) -> None:
+    for options, message in (
+        ({"start_block": 1}, "start_block=1, num_blocks=None needs an image for the other blocks"),
+        ({"num_blocks": 2}, "start_block=0, num_blocks=2 needs an image"),
+        ({"num_blocks": 0}, "num_blocks=0 must be some of the 4 blocks"),
+        ({"image": torch.zeros(4, 8, 8), "start_block": -1}, "start_block=-1, num_blocks=None must be some"),
+        ({"image": torch.zeros(4, 8, 8), "start_block": 4}, "must be some of the 4 blocks"),
+        ({"image": torch.zeros(4, 8, 8), "start_block": 2, "num_blocks": 3}, "must be some of the 4 blocks"),
+        ({"image": torch.zeros(4, 8, 4), "start_block": 1}, "image must have the shape (4, 8, 8), one or 1 of it"),
+        ({"image": Image.new("RGB", (16, 8)), "start_block": 1}, "the model's size of 16 x 16 pixels, got (16, 8)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            latents(pipeline, 1, 3, **options)

@@ -8,22 +8,27 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from madformer.engine.sampler import Plan, Progress, Sampler
+from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
-from madformer.model.blocks import from_blocks
+from madformer.model.blocks import from_blocks, to_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
-from madformer.vae import decode, load_vae, to_uint8
+from madformer.prompting import PromptReader
+from madformer.streaming import reports
+from madformer.tokenizer import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
+from madformer.vae import decode, downscale, encode, load_vae, to_uint8
 
 MODEL_INDEX = "model_index.json"
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -43,22 +48,27 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32
 
 
-def default_scheduler(prediction_type: str) -> diffusers.DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) from the last training timestep on, over the linear schedule that training uses.
+def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M) from the last training timestep on, over the schedule that training uses.
 
     Not ``DDIMScheduler()``: that clamps the predicted latents to [-1, 1], and latents have a standard deviation of 1,
     so colours fade.
+
+    Args:
+        noise: what diffusers' schedulers are told of it, see
+            :meth:`madformer.training.config.TrainingConfig.noise_options`; nothing for the linear schedule.
     """
-    return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing")
+    return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
 
 
-def image_grid(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size in a square, row by row."""
-    columns = math.ceil(math.sqrt(len(images)))
+def image_grid(images: list[Image.Image], rows: int | None = None) -> Image.Image:
+    """Pictures of one size in a square, row by row; or dealt to ``rows``, one after the other."""
+    columns = math.ceil(math.sqrt(len(images)) if rows is None else len(images) / rows)
+    places = [divmod(i, columns) if rows is None else (i % rows, i // rows) for i in range(len(images))]
     width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for index, image in enumerate(images):
-        grid.paste(image, (index % columns * width, index // columns * height))
+    grid = Image.new("RGB", (columns * width, (max(row for row, _ in places) + 1) * height), "white")
+    for (row, column), image in zip(places, images, strict=True):
+        grid.paste(image, (column * width, row * height))
     return grid
 
 
@@ -68,11 +78,30 @@ class MADFormerPipeline(DiffusionPipeline):
     Args:
         transformer: the model. vae: turns latents into pixels; None for latents only. scheduler: any diffusers
             scheduler.
+        tokenizer: reads the prompts of a model with text. class_names: by which classes may be asked for.
+
+    Raises:
+        ValueError: a tokenizer or class names that are not the model's.
     """
 
-    def __init__(self, transformer: MADFormer, vae: AutoencoderKL | None, scheduler: Any) -> None:
+    _optional_components: ClassVar[list[str]] = ["vae", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: MADFormer,
+        vae: AutoencoderKL | None,
+        scheduler: Any,
+        tokenizer: Tokenizer | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        config = transformer.config
+        if config.text is not None and tokenizer is not None:
+            check_tokenizer(tokenizer, config.text)
+        if class_names is not None and len(class_names) != config.num_classes:
+            raise ValueError(f"class_names has {len(class_names)} entries for num_classes={config.num_classes}")
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_to_config(class_names=None if class_names is None else list(class_names))
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @classmethod
@@ -81,6 +110,7 @@ class MADFormerPipeline(DiffusionPipeline):
         name: str | Path,
         *,
         vae: str | Path | AutoencoderKL | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -90,14 +120,16 @@ class MADFormerPipeline(DiffusionPipeline):
 
         Args:
             name: folder or hub id; a bare model folder (``config.json``) is accepted too.
-            vae: a folder or hub id to use in place of the one in the folder, which may have none.
+            vae: a folder or hub id to use in place of the one in the folder, which may have none. tokenizer: likewise,
+                as :func:`~madformer.tokenizer.load_tokenizer` takes it.
             dtype: of the network; None asks :func:`default_dtype`. vae_dtype: of the autoencoder; None for the same.
 
         Raises:
             FileNotFoundError, ValueError: in one line, what is missing, damaged or does not fit.
         """
         folder, dtype = resolve_folder(name, revision), dtype or default_dtype(device)
-        if not (folder / MODEL_INDEX).is_file():
+        index = _load_index(folder)
+        if not index:
             transformer = MADFormer.from_pretrained(folder, dtype=dtype, device=device)
             scheduler = default_scheduler(transformer.config.prediction_type)
         else:
@@ -106,10 +138,14 @@ class MADFormerPipeline(DiffusionPipeline):
         if vae is None and (folder / "vae").is_dir():
             vae = folder / "vae"
         autoencoder = load_vae(vae, device, vae_dtype or dtype) if isinstance(vae, (str, Path)) else vae
-        return cls(transformer, autoencoder, scheduler)
+        if tokenizer is None and transformer.config.text is not None:
+            tokenizer = _own_tokenizer(folder, index)
+        elif isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
+        return cls(transformer, autoencoder, scheduler, tokenizer, index.get("class_names"))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``transformer/``, ``vae/``, ``scheduler/`` and ``model_index.json``.
+        """Write ``transformer/``, ``vae/``, ``scheduler/``, ``tokenizer/`` and ``model_index.json``.
 
         Raises:
             OSError: the folder cannot be written.
@@ -120,15 +156,20 @@ class MADFormerPipeline(DiffusionPipeline):
             vae = self.vae if dtype is None else copy.deepcopy(self.vae).to(dtype)
             vae.save_pretrained(folder / "vae")
         self.scheduler.save_pretrained(folder / "scheduler")
-        index = {
+        index: dict[str, Any] = {
             "_class_name": type(self).__name__,
             "_diffusers_version": diffusers.__version__,
             "transformer": ["madformer", "MADFormer"],
             "vae": [None, None] if self.vae is None else ["diffusers", "AutoencoderKL"],
             "scheduler": ["diffusers", type(self.scheduler).__name__],
         }
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+            index["tokenizer"] = ["madformer", type(self.tokenizer).__name__]
+        if self.config.class_names is not None:
+            index["class_names"] = self.config.class_names
         with atomic_path(folder / MODEL_INDEX) as path:
-            path.write_text(json.dumps(index, indent=2) + "\n")
+            path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def __call__(
@@ -136,42 +177,63 @@ class MADFormerPipeline(DiffusionPipeline):
         num_images: int = 1,
         num_inference_steps: int = 25,
         *,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        labels: int | str | list[int | str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = Guidance.interval,
+        image: Image.Image | Tensor | None = None,
+        start_block: int = 0,
+        num_blocks: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
+        on_block: Callable[[int, Tensor], object] | None = None,
     ) -> MADFormerPipelineOutput:
         """Draw images.
 
-        An image depends on its own random numbers alone, never on the batch it is drawn in: bit for bit as far as
-        the matrix library's results do not depend on the batch size, else to rounding.
+        An image depends on its own random numbers and prompt alone, never on the batch it is drawn in: bit for bit as
+        far as the matrix library's results do not depend on the batch size, else to rounding.
 
         Args:
-            num_images: B.
+            num_images: of every prompt or class, one prompt's after the other's; B where there is none.
             num_inference_steps: denoising steps of every block.
+            prompt, negative_prompt, labels: see :meth:`~madformer.prompting.PromptReader.read`.
+            guidance_scale: of classifier-free guidance; 1 is none. guidance_interval: lowest and highest timestep at
+                which it applies.
+            image: keep its blocks but ``num_blocks`` from ``start_block`` on (None: all the rest), which are drawn anew
+                and go on from those before. A picture of the model's size, or latents (C, H, W), or (B, C, H, W) for
+                one of each image, as ``output_type="latent"`` gives them.
             seed: image ``i`` of the batch is the one that ``seed + i`` draws alone. 0 where neither is given.
             generator: one for each image, or one that all images draw from in turn.
             output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``
                 (B, C, H, W), unscaled.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
                 with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
+            on_block: called as ``on_block(block, latents)`` when a block is done, with its latents (B, L, C); on a GPU
+                when the next one is, too.
 
         Raises:
-            ValueError: a count or a step number that makes no sense.
+            ValueError: a count or a step number that makes no sense, or a prompt that does not go with the model.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
-        if output_type != "latent" and self.vae is None:
-            raise ValueError(f"output_type={output_type!r} needs an autoencoder, and this pipeline has none")
+        self._check_output_type(output_type)
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
-        generators = _generators(num_images, seed, generator)
-        plan = self.plan(num_images, num_inference_steps)
+        request, count = self.reader.read(
+            prompt, negative_prompt, labels, num_images=num_images, guided=guidance_scale != 1
+        )
+        generators = _generators(count, seed, generator)
+        drawn = self._drawn_blocks(image is not None, start_block, num_blocks)
+        given = None if image is None else self._blocks_of(image, count)
+        plan = self.plan(count, num_inference_steps, guidance_scale, guidance_interval)
         config, steps = self.transformer.config, len(plan.timesteps)
         shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
         noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+        # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
+        by_step = callback_on_step_end is not None or plan.cache.on_host
 
-        with self.progress_bar(total=config.num_blocks * steps) as bar:
+        with self.progress_bar(total=len(drawn) * steps) as bar:
 
             def on_step(progress: Progress) -> None:
                 bar.update()
@@ -180,28 +242,111 @@ class MADFormerPipeline(DiffusionPipeline):
                     step = progress.block * steps + progress.step
                     callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
 
-            # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
-            by_step = callback_on_step_end is not None or plan.cache.on_host
+            def on_done(blocks: int) -> None:
+                if not by_step and blocks - 1 in drawn:
+                    bar.update(steps)
+                if on_block is not None:
+                    # the block may not be in the canvas yet
+                    plan.slots.finish_block(None)
+                    on_block(blocks - 1, plan.slots.canvas_RMLC[:, blocks - 1].clone())
+
             latents = plan.run(
                 noise,
+                prompt=request,
+                given=given,
+                blocks=None if given is None else drawn,
                 generator=generators,
                 callback=on_step if by_step else None,
-                on_block=None if by_step else lambda _: bar.update(steps),
+                on_block=on_done,
             )
-        latents = from_blocks(latents)
-        images = latents if output_type == "latent" else self.decode(latents, output_type)
-        return MADFormerPipelineOutput(images)
+        return MADFormerPipelineOutput(self._finish(from_blocks(latents), output_type))
 
-    def plan(self, batch: int, num_inference_steps: int) -> Plan:
-        """The engine's plan for this batch size and step count; kept and reused."""
+    def stream(
+        self, num_images: int = 1, num_inference_steps: int = 25, *, output_type: OutputType = "pil", **options: Any
+    ) -> Iterator[MADFormerPipelineOutput]:
+        """Draw images, and give them after every block: those that are done, latents of 0 in place of those to come.
+
+        Takes what a call takes, less ``on_block``, and raises what it raises. The last output is the call's, bit for
+        bit. Whoever leaves the iterator early ends the sampling with the block at hand.
+        """
+        model = self.transformer
+
+        def draw(report: Callable[[Tensor], None]) -> None:
+            if model.device.type == "cuda":
+                torch.cuda.set_device(model.device)  # each thread has its own
+            blocks: list[Tensor] = []
+
+            def on_block(block: int, latents_BLC: Tensor) -> None:
+                blocks.append(latents_BLC)
+                to_come = [torch.zeros_like(latents_BLC)] * (model.config.num_blocks - len(blocks))
+                if to_come:
+                    report(from_blocks(torch.stack(blocks + to_come, dim=1)))
+
+            report(self(num_images, num_inference_steps, output_type="latent", on_block=on_block, **options).images)
+
+        self._check_output_type(output_type)
+        for latents in reports(draw):
+            yield MADFormerPipelineOutput(self._finish(latents, output_type))
+
+    @property
+    def reader(self) -> PromptReader:
+        """What makes the engine's prompts of texts and class names."""
+        return PromptReader(self.transformer.config, self.tokenizer, self.config.class_names or [])
+
+    def plan(
+        self,
+        batch: int,
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = Guidance.interval,
+    ) -> Plan:
+        """The engine's plan for these; kept and reused."""
         scheduler = self.scheduler.config
         model = self.transformer
+        what = (batch, num_inference_steps, guidance_scale, tuple(guidance_interval))
         how = (model.dtype, model.device, model.backend, model.attention_backend)
-        key = (batch, num_inference_steps, id(model), *how, str(scheduler))
+        key = (*what, id(model), model.config, *how, str(scheduler))
         if key not in self._plans:
+            plan = Sampler(model, self.scheduler).plan(
+                batch, num_inference_steps, guidance=guidance_scale, guidance_interval=guidance_interval
+            )
             # one plan at a time: each holds a cache of its own
-            self._plans = {key: Sampler(model, self.scheduler).plan(batch, num_inference_steps)}
+            self._plans = {key: plan}
         return self._plans[key]
+
+    def _blocks_of(self, image: Image.Image | Tensor, count: int) -> Tensor:
+        """Latents ``(B, M, L, C)`` of a picture, the mean of what the autoencoder takes them for, or as given."""
+        config = self.transformer.config
+        if isinstance(image, Image.Image):
+            if self.vae is None:
+                raise ValueError("a picture to go on from needs an autoencoder, and this pipeline has none")
+            side = config.latent_side * downscale(self.vae)
+            if image.size != (side, side):
+                raise ValueError(f"image must have the model's size of {side} x {side} pixels, got {image.size}")
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            image = encode(self.vae, pixels[None] / 127.5 - 1)[0]
+        shape = (config.latent_channels, config.latent_side, config.latent_side)
+        if image.shape not in (shape, (1, *shape), (count, *shape)):
+            raise ValueError(f"image must have the shape {shape}, one or {count} of it, got {tuple(image.shape)}")
+        return to_blocks(image.expand(count, *shape), config.num_blocks)
+
+    def _drawn_blocks(self, has_image: bool, start_block: int, num_blocks: int | None) -> range:
+        count = self.transformer.config.num_blocks
+        drawn = range(start_block, count if num_blocks is None else start_block + num_blocks)
+        if not drawn or drawn.start < 0 or drawn.stop > count:
+            raise ValueError(f"start_block={start_block}, num_blocks={num_blocks} must be some of the {count} blocks")
+        if len(drawn) < count and not has_image:
+            raise ValueError(f"start_block={start_block}, num_blocks={num_blocks} needs an image for the other blocks")
+        return drawn
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(f"output_type={output_type!r} needs an autoencoder, and this pipeline has none")
+
+    def _finish(self, latents_BCHW: Tensor, output_type: OutputType) -> Any:
+        return latents_BCHW if output_type == "latent" else self.decode(latents_BCHW, output_type)
 
     def decode(self, latents_BCHW: Tensor, output_type: OutputType = "pil") -> Any:
         """Scaled latents to pictures."""
@@ -220,8 +365,28 @@ def _generators(
         raise ValueError("give seed or generator, not both")
     generators = [generator] * count if isinstance(generator, torch.Generator) else generator
     if len(generators) != count:
-        raise ValueError(f"generator has {len(generators)} entries for num_images={count}")
+        raise ValueError(f"generator has {len(generators)} entries for {count} images")
     return generators
+
+
+def _load_index(folder: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    path = folder / MODEL_INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no index of a pipeline: {error}") from error
+
+
+def _own_tokenizer(folder: Path, index: dict[str, Any]) -> Tokenizer:
+    """The one in the folder; bytes need nothing there but their name."""
+    if (folder / "tokenizer").is_dir():
+        return load_tokenizer(folder / "tokenizer")
+    if ByteTokenizer.__name__ in (index.get("tokenizer") or []):
+        return ByteTokenizer()
+    raise ValueError(f"{folder} holds no tokenizer/, and its model reads text: name a tokenizer to use")
 
 
 def _load_scheduler(folder: Path) -> Any:

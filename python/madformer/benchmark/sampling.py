@@ -2,8 +2,8 @@
 
 How each figure is measured. All are medians over interleaved rounds, after one round to warm up.
 
-* ``seconds``: wall time of ``plan.run`` on noise that lies on the device, and of the autoencoder if there is one,
-  until the device is done. On a GPU the passes are graphs, captured before.
+* ``seconds``: wall time of ``plan.run`` on noise that lies on the device, with some prompt where the model needs
+  one, and of the autoencoder if there is one, until the device is done. On a GPU the passes are captured before.
 * ``ar``, ``denoise``: marks around every launch of that very run: those of ``first_block`` and ``next_block``, and of
   the step loops. Events in the stream on a GPU, the host's clock on a CPU, where a launch returns when it is done.
 * ``unet``: the U-Net halves alone, ``model.embed`` and ``model.decode``, launched as often in a row as a block has
@@ -42,6 +42,7 @@ from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Run, Spread, Stopwatch, copy_rate, matmul_rate, seconds
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
@@ -206,9 +207,10 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
     launches = plan.first_block, plan.next_block, plan.loop
     plan.first_block, plan.next_block = (watches["ar"].around(launch) for launch in launches[:2])
     plan.loop = watches["denoise"].around(launches[2])
+    prompt = any_prompt(plan)
 
     def draw(noise_BMLC: Tensor) -> None:
-        latents = from_blocks(plan.run(noise_BMLC))
+        latents = from_blocks(plan.run(noise_BMLC, prompt))
         if vae is not None:
             watches["vae"].around(lambda: decode(vae, latents))()
 
@@ -216,6 +218,13 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
         yield watches, draw
     finally:
         plan.first_block, plan.next_block, plan.loop = launches
+
+
+def any_prompt(plan: Plan) -> Prompt:
+    """What the model asks for: its first token again and again, its first class."""
+    config, batch = plan.config, plan.batch
+    text = torch.zeros(batch, config.text_length, dtype=torch.int64) if config.text is not None else None
+    return Prompt(text, label=torch.zeros(batch, dtype=torch.int64) if config.num_classes else None)
 
 
 def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from madformer.bulk.drawing import Drawing, draw_missing
 from madformer.bulk.folder import OutputFolder
+from madformer.bulk.prompts import Prompts
 from madformer.bulk.settings import Settings
 
-__all__ = ["Drawing", "OutputFolder", "Settings", "draw_missing"]
+__all__ = ["Drawing", "OutputFolder", "Prompts", "Settings", "draw_missing"]

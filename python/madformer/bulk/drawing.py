@@ -57,7 +57,9 @@ class Drawing:
         # a smaller batch is planned anew, and while CUDA captures a graph no other thread may call it
         if self._behind is not None and (self._behind.done() or len(span) < settings.batch_size):
             self.wait()
-        latents = self.pipeline(len(span), settings.steps, seed=settings.seed + span[0], output_type="latent").images
+        options = settings.prompts.options(span)
+        seed = settings.seed + span[0]
+        latents = self.pipeline(num_inference_steps=settings.steps, seed=seed, output_type="latent", **options).images
         images, ready = self._to_host(latents)
         self.wait()
         self._behind = self._writer.submit(self._write, batch, images, ready)

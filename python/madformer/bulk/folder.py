@@ -148,6 +148,7 @@ class OutputFolder:
             "scheduler": settings.scheduler["class"],
             "precision": settings.precision,
             "model": settings.model,
+            **settings.prompts.entry(image),
         }
         return {KEY: file.stem, self.extension: file.read_bytes(), "json": origin}
 

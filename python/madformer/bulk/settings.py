@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from madformer.bulk.prompts import Prompts
 from madformer.model.persistence import fingerprint
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Settings:
         scheduler: its class and configuration.
         model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
             latents.
+        prompts: what the images are of.
     """
 
     format: Format
@@ -44,6 +46,7 @@ class Settings:
     model: str
     vae: str | None
     vae_tile: int | None
+    prompts: Prompts = field(default_factory=Prompts)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "shard_size"):
@@ -66,6 +69,7 @@ class Settings:
         batch_size: int = 16,
         latents: bool = False,
         shard_size: int | None = None,
+        prompts: Prompts | None = None,
     ) -> Settings:
         """Those of a pipeline; with a ``shard_size`` it will write shards.
 
@@ -86,10 +90,12 @@ class Settings:
             model=fingerprint(pipeline.transformer, pipeline.transformer.config.to_dict()),
             vae=None if vae is None else fingerprint(vae, vae.config),
             vae_tile=None if vae is None else tile_of(vae),
+            prompts=prompts or Prompts(),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {**values, "prompts": self.prompts.to_dict()}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
         """The first field in which ``stored`` is not these settings, as ``name=its value, not ours``; or None."""
@@ -114,5 +120,7 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            value = {str(index): entry for index, entry in enumerate(value)}
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat

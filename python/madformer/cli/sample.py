@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from madformer.choices import device_of, precision_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from madformer.bulk import OutputFolder
+    from madformer.bulk import OutputFolder, Prompts
     from madformer.pipeline import MADFormerPipeline
 
 # What the released scripts decode with; the one download that sampling may make.
@@ -37,6 +38,8 @@ EXAMPLES = """examples:
   madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png
   madformer sample --model runs/emoji64/model --num-images 100 --seed 7 --out samples/
   madformer sample --model CONVERTED --vae VAE_FOLDER --scheduler dpmpp --steps 25 --out samples/
+  madformer sample --model TEXT_MODEL --prompt "red heart" --prompt "a cat" --guidance 3 --num-images 8 --grid grid.png
+  madformer sample --model CLASS_MODEL --class "Food & Drink" --guidance 2 --num-images 8 --out samples/
 
 many images (killed or stopped, the same command goes on; a larger --num-images adds to them):
   madformer sample --model CONVERTED --num-images 50000 --batch-size 32 --format wds --out samples/
@@ -59,12 +62,22 @@ def add_parser(commands: Any) -> None:
     add("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
     add("--seed", type=int, default=0, help="of the first image (default 0)")
     add("--batch-size", type=int, default=16, help="images at once (default 16)")
+    add("--diffusion-layers", type=int, metavar="D", help="split of an elastic model (default: its own)")
     add("--scheduler", choices=SCHEDULERS, help="replace the model's own")
     add("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles (default 1024; 0 never)")
     add("--precision", choices=PRECISIONS, default="auto", help="exact is fp32, default bf16; auto takes the faster")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--backend", choices=BACKENDS, default="auto", help="of the kernels; auto takes the best one here")
+    group = parser.add_argument_group("what to draw", "With several prompts or classes the images take them in turn.")
+    add = group.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="for a model with text; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt a line, in place of --prompt")
+    add("--class", action="append", dest="classes", metavar="NAME", help="name or number, for a model with classes")
+    add("--guidance", type=float, default=1.0, metavar="SCALE", help="classifier-free guidance (default 1: none)")
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
+    add("--guidance-interval", type=_interval, metavar="LOW,HIGH", help="timesteps with guidance (default: all)")
+    add("--tokenizer", help="bytes, a folder or a hub id, in place of the model's own")
     output = parser.add_argument_group("output")
     add = output.add_argument
     add("--out", type=Path, help="folder for the images, named by their seeds; goes on where it stopped")
@@ -76,6 +89,16 @@ def add_parser(commands: Any) -> None:
     add("--json", action="store_true", help="print one JSON object at the end and no progress bar")
     add("--ray", type=int, nargs="?", const=0, metavar="N", help="on N actors of Ray Data (default: one a GPU)")
     parser.set_defaults(run=run)
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers with a comma between them")
+    return low, high
 
 
 class _Terminated(KeyboardInterrupt):
@@ -102,14 +125,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from madformer.bulk import OutputFolder, Settings
+    from madformer.bulk import OutputFolder, Prompts, Settings
     from madformer.engine.schedule import tabulate
 
     device = device_of(args.device, elsewhere=args.ray is not None)
+    texts = _texts(args)
     if args.ray is not None:
         _make_absolute(args)
     pipeline = _load(args, "cpu" if args.ray is not None else device)
     tabulate(pipeline.scheduler, args.steps)  # to refuse a step count before anything is written
+    prompts = Prompts.of(
+        pipeline,
+        texts,
+        args.classes or (),
+        negative_text=args.negative_prompt,
+        guidance_scale=args.guidance,
+        guidance_interval=args.guidance_interval,
+    )
     precision = precision_of(args.precision, device)
     folder = None
     if args.out:
@@ -122,6 +154,7 @@ def _sample(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             latents=args.latents,
             shard_size=shard_size,
+            prompts=prompts,
         )
         folder = OutputFolder(args.out, settings, args.num_images)
     if args.ray is None:
@@ -131,7 +164,7 @@ def _sample(args: argparse.Namespace) -> None:
     if folder is not None:
         _fill(folder, pipeline, args, device)
     else:
-        _draw_grid(pipeline, args)
+        _draw_grid(pipeline, prompts, args)
 
 
 def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Namespace, device: str) -> None:
@@ -140,6 +173,7 @@ def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Name
     from madformer.bulk import ray_data
 
     rank, world_size = _process()
+    prompts = folder.settings.prompts
     with folder.opened(rank, world_size, overwrite=args.overwrite):
         had_all = len(folder.present()) == args.num_images
         started = time.perf_counter()
@@ -156,12 +190,12 @@ def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Name
     if args.grid:
         from PIL import Image
 
-        _save_grid([Image.open(folder.file(image)) for image in range(args.num_images)], args.grid)
+        _save_grid([Image.open(folder.file(image)) for image in range(args.num_images)], prompts, args.grid)
     if completed or (had_all and rank == 0):
-        _report(args, pipeline, folder.settings.precision, device, drawn, seconds)
+        _report(args, pipeline, prompts, folder.settings.precision, device, drawn, seconds)
 
 
-def _draw_grid(pipeline: MADFormerPipeline, args: argparse.Namespace) -> None:
+def _draw_grid(pipeline: MADFormerPipeline, prompts: Prompts, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     images: list[Image.Image] = []
@@ -169,13 +203,14 @@ def _draw_grid(pipeline: MADFormerPipeline, args: argparse.Namespace) -> None:
     shown = args.num_images > args.batch_size and not args.json
     with tqdm(total=args.num_images, desc="sampling", unit="image", disable=not shown) as bar:
         for first in range(0, args.num_images, args.batch_size):
-            count = min(args.batch_size, args.num_images - first)
-            images += pipeline(count, args.steps, seed=args.seed + first).images
-            bar.update(count)
+            batch = range(first, min(first + args.batch_size, args.num_images))
+            options = prompts.options(batch)
+            images += pipeline(num_inference_steps=args.steps, seed=args.seed + first, **options).images
+            bar.update(len(batch))
     seconds = time.perf_counter() - started
-    _save_grid(images, args.grid)
+    _save_grid(images, prompts, args.grid)
     device = str(pipeline.transformer.device)
-    _report(args, pipeline, precision_of(args.precision, device), device, args.num_images, seconds)
+    _report(args, pipeline, prompts, precision_of(args.precision, device), device, args.num_images, seconds)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -196,6 +231,9 @@ def _check(args: argparse.Namespace) -> None:
         "--overwrite is for --out": args.overwrite and not args.out,
         "--ray writes to a folder: give --out": args.ray is not None and not args.out,
         "--ray deals the work itself: run it without torchrun": args.ray is not None and several,
+        "--prompt and --prompts are two ways to say what to draw: give one": args.prompt and args.prompts,
+        "--negative-prompt is for --guidance": args.negative_prompt is not None and args.guidance == 1,
+        "--guidance-interval is for --guidance": args.guidance_interval and args.guidance == 1,
         "several processes share a folder: give --out": several and not args.out,
         "several processes have no pictures in common: leave out --grid": several and args.grid,
         "several processes would remove each other's images: leave out --overwrite": several and args.overwrite,
@@ -209,6 +247,16 @@ def _check(args: argparse.Namespace) -> None:
         check_writable(folder)
     if args.grid and args.grid.is_dir():
         raise ValueError(f"--grid {args.grid} is a folder; it names a file")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """The prompts; empty lines of a file are none."""
+    if not args.prompts:
+        return args.prompt or []
+    texts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"--prompts {args.prompts} holds no prompt")
+    return texts
 
 
 def _process() -> tuple[int, int]:
@@ -230,8 +278,15 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
         torch.cuda.set_device(torch.device(device).index or 0)
     vae_dtype = PRECISIONS[precision_of(args.precision, device)].dtype
     pipeline = MADFormerPipeline.from_pretrained(
-        args.model, vae=args.vae, dtype=torch.float32, vae_dtype=vae_dtype, device=device
+        args.model,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        dtype=torch.float32,
+        vae_dtype=vae_dtype,
+        device=device,
     )
+    if args.diffusion_layers is not None:
+        pipeline.transformer.set_split(args.diffusion_layers)
     if pipeline.vae is None and not args.latents:
         try:
             pipeline.vae = load_vae(RELEASED_VAE, device, vae_dtype)
@@ -253,7 +308,7 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
 def _make_absolute(args: argparse.Namespace) -> None:
     """Folders by their whole paths: an actor works in another one."""
     args.out = args.out.absolute()
-    for name in ("model", "vae"):
+    for name in ("model", "vae", "tokenizer"):
         value = getattr(args, name)
         if value is not None and Path(value).is_dir():
             setattr(args, name, str(Path(value).absolute()))
@@ -291,16 +346,24 @@ def _describe(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: 
     return f"{what} on {model.device}; layers: {layers}, denoise_step: {update}"
 
 
-def _save_grid(images: list[Image.Image], file: Path) -> None:
+def _save_grid(images: list[Image.Image], prompts: Prompts, file: Path) -> None:
+    """A square; where several prompts have several images, a row of each prompt's."""
     from madformer.model.persistence import atomic_path
     from madformer.pipeline import image_grid
 
+    rows = prompts.num_different if 1 < prompts.num_different < len(images) else None
     with atomic_path(file) as path:
-        image_grid(images).save(path, "PNG")
+        image_grid(images, rows).save(path, "PNG")
 
 
 def _report(
-    args: argparse.Namespace, pipeline: MADFormerPipeline, precision: str, device: str, drawn: int, seconds: float
+    args: argparse.Namespace,
+    pipeline: MADFormerPipeline,
+    prompts: Prompts,
+    precision: str,
+    device: str,
+    drawn: int,
+    seconds: float,
 ) -> None:
     """What is there, and what this process did for it."""
     written = [str(path) for path in (args.out, args.grid) if path]
@@ -312,6 +375,11 @@ def _report(
             "num_inference_steps": args.steps,
             "batch_size": args.batch_size,
             "seed": args.seed,
+            "prompts": prompts.texts,
+            "negative_prompt": prompts.negative_text,
+            "labels": prompts.labels,
+            "guidance_scale": prompts.guidance_scale,
+            "guidance_interval": prompts.guidance_interval,
             "scheduler": type(pipeline.scheduler).__name__,
             "precision": precision,
             "device": device,

@@ -1,0 +1,84 @@
+"""What the images of a run are of: a few prompts and classes, dealt to any number of images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from madformer.engine.slots import Guidance
+
+if TYPE_CHECKING:
+    from madformer.pipeline import MADFormerPipeline
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Image ``i`` takes entry ``i mod n`` of a list of ``n``.
+
+    Attributes:
+        texts: for a model with text. negative_text: what guidance leads away from; None for the empty text.
+        labels: for a model with classes.
+        guidance_scale: 1 is none. guidance_interval: lowest and highest timestep at which it applies; None for all.
+        token_ids: 16 hexadecimal digits of SHA-256 over what the tokenizer made of the texts.
+    """
+
+    texts: tuple[str, ...] = ()
+    negative_text: str | None = None
+    labels: tuple[int, ...] = ()
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    token_ids: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: MADFormerPipeline,
+        texts: Sequence[str] = (),
+        classes: Sequence[int | str] = (),
+        *,
+        negative_text: str | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Self:
+        """Those of a pipeline, which reads them once.
+
+        Raises:
+            ValueError: what :meth:`~madformer.prompting.PromptReader.read` refuses, or guidance that is not finite.
+        """
+        Guidance(guidance_scale, guidance_interval or Guidance.interval)  # to refuse what is none
+        some_class = classes[0] if classes else None
+        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guidance_scale != 1)
+        ids = [x.numpy().tobytes() for x in (encoded.text, encoded.negative_text) if x is not None]
+        return cls(
+            tuple(texts),
+            negative_text,
+            tuple(pipeline.reader.class_number(entry) for entry in classes),
+            guidance_scale,
+            guidance_interval,
+            hashlib.sha256(b"".join(ids)).hexdigest()[:16] if ids else None,
+        )
+
+    @property
+    def num_different(self) -> int:
+        """After how many images the same prompt and class come again."""
+        return math.lcm(len(self.texts) or 1, len(self.labels) or 1)
+
+    def entry(self, image: int) -> dict[str, Any]:
+        """Prompt and class of an image, by what the pipeline calls them; empty for a model without."""
+        lists = {"prompt": self.texts, "labels": self.labels}
+        return {name: entries[image % len(entries)] for name, entries in lists.items() if entries}
+
+    def options(self, images: Sequence[int]) -> dict[str, Any]:
+        """What the pipeline is called with for these images."""
+        entries = [self.entry(image) for image in images]
+        options: dict[str, Any] = {name: [entry[name] for entry in entries] for name in entries[0]}
+        options["num_images"] = 1 if options else len(images)
+        options |= {"negative_prompt": self.negative_text, "guidance_scale": self.guidance_scale}
+        return options | ({"guidance_interval": self.guidance_interval} if self.guidance_interval else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Empty for a model without."""
+        return {} if self == Prompts() else asdict(self)

@@ -1,0 +1,104 @@
+"""From texts and class names to what the engine conditions images on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from madformer.config import MADFormerConfig
+from madformer.engine.prompts import Prompt, check_guidable
+from madformer.tokenizer import Tokenizer
+
+FEW_NAMES = 20
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Reads prompts for models of a configuration.
+
+    Attributes:
+        tokenizer: for those with text. class_names: by which classes may be asked for; empty for numbers alone.
+    """
+
+    config: MADFormerConfig
+    tokenizer: Tokenizer | None = None
+    class_names: Sequence[str] = ()
+
+    def read(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        labels: int | str | list[int | str] | None = None,
+        *,
+        num_images: int = 1,
+        guided: bool = False,
+    ) -> tuple[Prompt, int]:
+        """What the engine is told, and of how many images: ``num_images`` for each entry of the lists.
+
+        Args:
+            prompt: what each image is to be of, for a model with text. negative_prompt: what guidance leads away from;
+                None for the empty text. labels: classes, by number or name, for a model with such; -1 for none of
+                them, where the model knows that. One value stands for all images.
+            guided: with guidance.
+
+        Raises:
+            ValueError: in one line, what is missing or has no place in this model, lists of different lengths, or a
+                class that there is not.
+        """
+        config = self.config
+        if guided:
+            check_guidable(config)
+        elif negative_prompt is not None:
+            raise ValueError("negative_prompt is what guidance leads away from, and guidance_scale=1 is none")
+        if config.text is not None and negative_prompt is None:
+            negative_prompt = ""
+        for what, given, kind, known in (
+            ("prompt", prompt, "text", config.text is not None),
+            ("negative prompt", negative_prompt, "text", config.text is not None),
+            ("class", labels, "classes", config.num_classes > 0),
+        ):
+            if known and given is None:
+                raise ValueError(f"a {what} is missing: the model was made for {kind}")
+            if given is not None and not known:
+                raise ValueError(f"a {what} has no place: the model was made without {kind}")
+        lengths = {len(given) for given in (prompt, negative_prompt, labels) if isinstance(given, (list, tuple))}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError(f"lists of prompts and classes must be of one length, got {sorted(lengths)}")
+        count = max(lengths, default=1)
+
+        def each(given: Any) -> list[Any]:
+            entries = given if isinstance(given, (list, tuple)) else [given] * count
+            return [entry for entry in entries for _ in range(num_images)]
+
+        text = negative_text = label = None
+        if config.text is not None:
+            if self.tokenizer is None:
+                raise ValueError("a prompt needs a tokenizer, and this pipeline has none")
+            text = self.tokenizer.encode(each(prompt), config.text.length)
+            if guided:
+                negative_text = self.tokenizer.encode(each(negative_prompt), config.text.length)
+        if config.num_classes:
+            label = torch.tensor([self.class_number(entry) for entry in each(labels)])
+        return Prompt(text, negative_text, label), count * num_images
+
+    def class_number(self, label: int | str) -> int:
+        """Of a class by its number or name; a name that is none may be a number.
+
+        Raises:
+            ValueError: there is none; the message lists the names where they are few.
+        """
+        names, count = self.class_names, self.config.num_classes
+        if label in names:
+            return names.index(label)
+        low = -1 if self.config.null_class else 0
+        try:
+            number = int(label)
+        except ValueError:
+            number = count
+        if low <= number < count:
+            return number
+        listed = ", ".join(names) if 0 < len(names) <= FEW_NAMES else f"from 0 to {count - 1}"
+        raise ValueError(f"no class {label!r}: there are {count}, {listed}")
