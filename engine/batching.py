@@ -122,7 +122,8 @@ class InFlightBatcher:
         Args:
             noise_MLC: standard normal, ``(M, L, C)``.
             num_inference_steps: denoising steps of every block.
-            prompt: of one image, for a model with text or classes. guidance: its scale, 1 for none.
+            prompt: of one image, for a model with text or classes; where the batcher is guided, with a negative text
+                whatever the scale. guidance: the scale, 1 for none.
             priority: lower goes first; requests of one priority go in the order in which they came.
 
         Returns:

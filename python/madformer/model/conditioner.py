@@ -41,11 +41,10 @@ class Conditioner(nn.Module):
         """``(N, C)`` in fp32: bf16 cannot tell 998 from 999."""
         exponents_F = torch.arange(FREQUENCY_CHANNELS // 2, device=timestep_N.device) / (FREQUENCY_CHANNELS // 2)
         angles_NF = timestep_N.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents_F)
+        waves = torch.cat((angles_NF.cos(), angles_NF.sin()), dim=-1)
+        first, second = ((linear.weight.float(), linear.bias.float()) for linear in (self.linear_1, self.linear_2))
         with torch.autocast(timestep_N.device.type, enabled=False):
-            x = torch.cat((angles_NF.cos(), angles_NF.sin()), dim=-1)
-            for linear in (self.linear_1, self.linear_2):
-                x = F.linear(F.silu(x) if linear is self.linear_2 else x, linear.weight.float(), linear.bias.float())
-            return x
+            return F.linear(F.silu(F.linear(waves, *first)), *second)
 
     def label(self, labels_B: Tensor) -> Tensor:
         """``(B, C)`` in fp32; a negative label is one left out."""
