@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from madformer.config import tiny
+from madformer.config import TextConfig, tiny
 from madformer.training import parallel
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
 from madformer.training.trainer import Trainer
 from training_run import ROUNDING, losses, run_apart
+
+TEXT_MODEL = tiny().replace(
+    text=TextConfig(vocab_size=257, length=6, pad_token_id=256), elastic_diffusion_layers=(1, 2)
+)
 
 
 @pytest.mark.parametrize(
@@ -26,20 +30,22 @@ from training_run import ROUNDING, losses, run_apart
         {"parallel": "ddp", "accumulation_steps": 2},
         {"parallel": "fsdp"},
         pytest.param({"parallel": "ddp", "clean_loss_weight": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "ddp", "model": TEXT_MODEL, "text_loss_weight": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "fsdp", "model": TEXT_MODEL}, marks=pytest.mark.slow),
         pytest.param({"parallel": "hsdp", "shard_group": 1}, marks=pytest.mark.slow),
         pytest.param({"parallel": "fsdp", "accumulation_steps": 2, "compile": True}, marks=pytest.mark.slow),
         pytest.param({"parallel": "fsdp", "activation_checkpointing": "selective"}, marks=pytest.mark.slow),
     ],
-    ids=lambda changes: " ".join(map(str, changes.values())),
+    ids=lambda changes: " ".join("text" if name == "model" else str(value) for name, value in changes.items()),
 )
 def test_two_processes_train_as_one(
     config: TrainingConfig, unbroken: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     """The loss curve of two processes, stopped after four steps, and that of one which goes on from there."""
     alone = unbroken
-    if "clean_loss_weight" in changes:
+    if objective := {name: value for name, value in changes.items() if name == "model" or "weight" in name}:
         alone = tmp_path / "alone"
-        Trainer(dataclasses.replace(config, clean_loss_weight=0.1), alone).run()
+        Trainer(dataclasses.replace(config, **objective), alone).run()
     run_apart(tmp_path / "run", dataclasses.replace(config, save_every=4, **changes), processes=2, stop=4)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=ROUNDING)
     rest = dataclasses.replace(config, **(changes | {"parallel": "none", "accumulation_steps": 1, "compile": False}))
