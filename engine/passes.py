@@ -161,10 +161,7 @@ class Passes:
         needs_output: bool = True,
     ) -> Tensor:
         """The text, or one block of one stream, through some layers, on the cached prefix of its row."""
-        if stream == "text":
-            rotation = self.model.rope.text_tables()
-        else:
-            rotation = take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
+        tables = {stream: self._rotation(stream, rows_N)}
         view = self.cache.view(rows_N, tokens_NSC.shape[1])
         streams: Streams = {stream: tokens_NSC}
         for index in layers:
@@ -172,8 +169,13 @@ class Passes:
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
             attention = self._attention(view, index, stream)
-            streams = layer(streams, self.model.rope, {stream: rotation}, attention, outputs, modulation_NC)
+            streams = layer(streams, self.model.rope, tables, attention, outputs, modulation_NC)
         return streams.get(stream, tokens_NSC)
+
+    def _rotation(self, stream: str, rows_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        if stream == "text":
+            return self.model.rope.text_tables()
+        return take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
 
     def _attention(self, view: CacheView, index: int, stream: str) -> Attention:
         if stream == "text":

@@ -5,8 +5,10 @@ The stand-in's own ``forward`` and ``sample`` raise, so whatever comes out of it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.models.resnet import ResnetBlock2D
@@ -17,7 +19,7 @@ from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import RMSNorm, SwiGLU
 from madformer.model.unet import ResnetBlock
-from testing import GoldenCase, golden_cases
+from testing import GoldenCase, golden_cases, relative_error
 
 CASES = golden_cases("ffhq")
 BASELINE = CASES[0]
@@ -93,3 +95,18 @@ def loss_of(model: nn.Module, case: GoldenCase = BASELINE, images: slice = slice
     hidden_weight = 0 if case.flags.get("clear_cond") else HIDDEN_WEIGHT
     image = F.mse_loss(prediction, to_maps(case.inputs()["noise"][images]))
     return image + hidden_weight * F.mse_loss(condition, to_maps(clean))
+
+
+def assert_golden_gradients(model: nn.Module, golden: Mapping[str, Tensor]) -> None:
+    """After ``backward``: the released code's parameters, norms and, where they were kept, gradients."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name for name in golden if name.startswith("gradnorm.")} == {f"gradnorm.{name}" for name in gradients}
+    for name, gradient in gradients.items():
+        assert gradient is not None, f"{name}: the released code gives unused parameters zero gradients"
+        norm = golden[f"gradnorm.{name}"].item()
+        if norm < GRADIENT_NOISE:
+            assert gradient.norm() < GRADIENT_NOISE, name
+            continue
+        assert gradient.norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
+        if f"grad.{name}" in golden:
+            assert relative_error(gradient, golden[f"grad.{name}"]) < GRADIENT_TOLERANCE, name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import GRADIENT_NOISE, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS
+from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -43,15 +43,7 @@ def test_forward_loss_and_gradients(patch_size: int) -> None:
     loss = F.mse_loss(prediction, golden["noise"].flatten(1, 2))
     assert loss.item() == pytest.approx(golden["loss"].item(), rel=OUTPUT_TOLERANCE)
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert {name for name in golden if name.startswith("gradnorm.")} == {f"gradnorm.{name}" for name in gradients}
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        norm = golden[f"gradnorm.{name}"].item()
-        if norm < GRADIENT_NOISE:
-            assert gradient.norm() < GRADIENT_NOISE, name
-        else:
-            assert gradient.norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
+    assert_golden_gradients(model, golden)
 
 
 @pytest.mark.parametrize("scale", SCALES)

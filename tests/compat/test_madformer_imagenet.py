@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import GRADIENT_NOISE, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS
+from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -53,17 +53,7 @@ def test_forward_losses_and_gradients(case: GoldenCase) -> None:
     for name, value in {"image_loss": image, "hidden_loss": hidden, "text_loss": text, "loss": loss}.items():
         assert value.item() == pytest.approx(golden[name].item(), rel=OUTPUT_TOLERANCE, abs=1e-9), name
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert {name for name in golden if name.startswith("gradnorm.")} == {f"gradnorm.{name}" for name in gradients}
-    for name, gradient in gradients.items():
-        assert gradient is not None, f"{name}: the released code gives unused parameters zero gradients"
-        norm = golden[f"gradnorm.{name}"].item()
-        if norm < GRADIENT_NOISE:
-            assert gradient.norm() < GRADIENT_NOISE, name
-            continue
-        assert gradient.norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
-        if f"grad.{name}" in golden:
-            assert relative_error(gradient, golden[f"grad.{name}"]) < GRADIENT_TOLERANCE, name
+    assert_golden_gradients(model, golden)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

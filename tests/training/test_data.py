@@ -409,9 +409,6 @@ class Spelling:
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
         return torch.tensor([[*map(ord, text[:length].ljust(length, "\0"))] for text in texts])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        raise NotImplementedError
-
 
 TOLD = CONFIG.replace(text=TextConfig(128, 9), num_classes=2, time_conditioning="unet+adaln")
 

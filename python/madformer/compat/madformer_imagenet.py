@@ -227,8 +227,7 @@ class ReleasedBlockLocalPasses(Passes):
             return super()._layers(stream, tokens_NSC, rows_N, layers, needs_output=needs_output)
         self.text_is_read = self.config.has_clean_stream
         streams: Streams = {"text": self.text_NPC, "noise": tokens_NSC}
-        rotation = take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
-        tables = {"text": self.model.rope.text_tables(), "noise": rotation}
+        tables = {name: self._rotation(name, rows_N) for name in streams}
         for index in layers:
             attend = self._attend_together(index, rows_N)
             streams = self.model.layers[index](streams, self.model.rope, tables, attend, ["text", "noise"])
