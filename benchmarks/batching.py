@@ -20,6 +20,7 @@ The last line on stdout is the metrics as JSON. Exit status 1: bad options, or i
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 import time
@@ -34,10 +35,12 @@ import torch
 from torch import Tensor
 
 from madformer.benchmark.environment import environment
+from madformer.benchmark.sampling import any_prompt
 from madformer.benchmark.timing import seconds, synchronize
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.precision import PRECISIONS, apply
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
@@ -89,14 +92,18 @@ def arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
 
 
 class Noise:
-    """Each request's own noise, made when it is asked for."""
+    """Each request's own noise, made when it is asked for, and a prompt where the model needs one."""
 
     def __init__(self, plan: Plan, seed: int = 0) -> None:
+        self.config = plan.config
         self.shape, self.device, self.seed = plan.slots.canvas_RMLC.shape[1:], plan.model.device, seed
 
     def __getitem__(self, request: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + request)
         return torch.randn(self.shape, generator=generator).to(self.device)
+
+    def prompt(self, *batch: int) -> Prompt:
+        return any_prompt(self.config, *batch)
 
 
 def serve_in_flight(batcher: InFlightBatcher, times: Sequence[float], steps: int, noise: Noise) -> Served:
@@ -115,7 +122,7 @@ def serve_in_flight(batcher: InFlightBatcher, times: Sequence[float], steps: int
             now = max(now, waiting[0][1])
         while waiting and waiting[0][1] <= now:
             request, _ = waiting.pop(0)
-            future = batcher.submit(noise[request], steps)
+            future = batcher.submit(noise[request], steps, noise.prompt())
             future.add_done_callback(lambda done, request=request: finish(request, done))  # type: ignore[misc]
         step_started = time.perf_counter()
         batcher.step()
@@ -137,7 +144,8 @@ def serve_batches(plan: Plan, times: Sequence[float], noise: Noise, *, wait_unti
             last += 1
         batch = torch.stack([noise[first + index] for index in range(size)])
         drawn: list[Tensor] = []
-        taken = seconds(lambda batch=batch, drawn=drawn: drawn.append(plan.run(batch)), plan.model.device)  # type: ignore[misc]
+        run = functools.partial(plan.run, batch, noise.prompt(size))
+        taken = seconds(lambda run=run, drawn=drawn: drawn.append(run()), plan.model.device)  # type: ignore[misc]
         now, busy = now + taken, busy + taken
         for request in range(first, last):
             latencies[request] = now - times[request]
@@ -163,16 +171,15 @@ def check(served: dict[str, Served], exact: Sequence[Tensor], dtype: torch.dtype
 def exact_images(model: MADFormer, scheduler: Any, steps: int, noise: Noise, count: int) -> list[Tensor]:
     """What a plan of the fp32 model draws of the first requests, one by one."""
     plan = Sampler(model, scheduler).plan(1, steps)
-    return [plan.run(noise[request][None])[0] for request in range(count)]
+    return [plan.run(noise[request][None], noise.prompt(1))[0] for request in range(count)]
 
 
 def capacity(plan: Plan, noise: Noise, repeats: int = 3) -> float:
     """Images a second of a plan that is always full: of the median run."""
     batch = torch.stack([noise[index] for index in range(plan.batch)])
-    plan.run(batch)
-    return (
-        plan.batch / sorted(seconds(lambda: plan.run(batch), plan.model.device) for _ in range(repeats))[repeats // 2]
-    )
+    run = functools.partial(plan.run, batch, noise.prompt(plan.batch))
+    run()
+    return plan.batch / sorted(seconds(run, plan.model.device) for _ in range(repeats))[repeats // 2]
 
 
 def compare(

@@ -44,12 +44,12 @@ from record import CannotCompare, finish, results_folder
 
 def make_latents(folder: Path, config: MADFormerConfig, count: int) -> LatentDataset:
     """``count`` samples of a model's geometry in ``folder / "latents"``."""
-    random = np.random.default_rng(0)
+    random, (_, *shape) = np.random.default_rng(0), config.latent_shape
     (folder / "images").mkdir()
     for index in range(count):
-        pixels = random.integers(0, 256, (config.latent_side, config.latent_side, 3), dtype=np.uint8)
+        pixels = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{index:06d}.png")
-    images = open_dataset(folder / "images", config.latent_side)
+    images = open_dataset(folder / "images", (shape[0], shape[1]))
     torch.manual_seed(0)
     # without attention, which would see a token for every pixel
     vae = AutoencoderKL(

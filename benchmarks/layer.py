@@ -33,7 +33,7 @@ class Layer(nn.Module):
         set_backend(self, backend)
 
     def forward(self, clean_BLC: Tensor, noise_BLC: Tensor) -> tuple[Tensor, Tensor]:
-        tables = self.rope.tables(0, self.rope.config.num_blocks)
+        tables = self.rope.tables()
         streams = {"clean": clean_BLC, "noise": noise_BLC}
         output = self.layer(streams, self.rope, dict.fromkeys(STREAMS, tables), self.attention, STREAMS)
         return output["clean"], output["noise"]

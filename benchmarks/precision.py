@@ -1,11 +1,12 @@
-"""What the precision modes cost in quality, and what they take: each against ``exact``, on the same seeds.
+"""What modes that are faster cost in quality, and what they take: each against ``exact``, on the same seeds.
 
-    python benchmarks/precision.py [--model FOLDER] [--num-images 64] [--steps 25] [--out RECORD.json]
+    python benchmarks/precision.py [--model FOLDER] [--prompts FILE] [--num-images 64] [--out RECORD.json]
 
-Every mode draws the same images through the pipeline, its autoencoder in the mode's dtype. Two figures of merit: PSNR
-of the decoded pictures (peak 1), which is what one sees, and of the latents (peak: the range of the exact ones), which
-the autoencoder does not smooth. Modes take turns, batch by batch, so that what slows the machine slows them alike. A
-mode that this device cannot run is in the record with the reason.
+The modes are the precisions, and ``exact`` with the diffusion layers in every second and every third step alone
+(``refresh_every``). Every mode draws the same images through the pipeline, its autoencoder in the mode's dtype. Two
+figures of merit: PSNR of the decoded pictures (peak 1), which is what one sees, and of the latents (peak: the range of
+the exact ones), which the autoencoder does not smooth. Modes take turns, batch by batch, so that what slows the machine
+slows them alike. A mode that this device cannot run is in the record with the reason.
 
 The last line on stdout is the metrics as JSON. Exit status 1: the model cannot be read, or a mode gives no numbers.
 """
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from madformer.bulk import Prompts
 from madformer.engine.precision import PRECISIONS, apply, refusal
 from madformer.model.persistence import atomic_path, check_writable
 from madformer.pipeline import MADFormerPipeline
@@ -33,6 +35,11 @@ from record import ROOT, environment, results_folder, write
 from timing import Spread, seconds
 
 EXACT = "exact"
+MODES: dict[str, tuple[str, int]] = {
+    **{precision: (precision, 1) for precision in PRECISIONS},
+    **{f"every_{steps}": (EXACT, steps) for steps in (2, 3)},
+}
+"""Precision and ``refresh_every`` of each."""
 
 
 class NoFiguresError(Exception):
@@ -60,27 +67,34 @@ def load(model: str, precision: str, device: torch.device) -> MADFormerPipeline:
 
 
 def draw(
-    pipelines: Mapping[str, MADFormerPipeline], num_images: int, steps: int, batch_size: int, seed: int
+    pipelines: Mapping[str, MADFormerPipeline],
+    prompts: Prompts,
+    num_images: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Drawn]:
-    """``num_images`` by every pipeline, image ``i`` from ``seed + i``; each has drawn a batch before it is timed."""
+    """``num_images`` in every mode, image ``i`` from ``seed + i``; each has drawn a batch before it is timed."""
     batches: dict[str, list[tuple[Tensor, Tensor, float]]] = {name: [] for name in pipelines}
 
-    def batch(pipeline: MADFormerPipeline, first: int) -> tuple[Tensor, Tensor, float]:
+    def batch(name: str, first: int) -> tuple[Tensor, Tensor, float]:
         drawn: list[Tensor] = []
+        pipeline = pipelines[name]
+        options = prompts.options(range(first, min(first + batch_size, num_images)))
+        options |= {"seed": seed + first, "refresh_every": MODES[name][1], "output_type": "latent"}
 
         def run() -> None:
-            count = min(batch_size, num_images - first)
-            latents = pipeline(count, steps, seed=seed + first, output_type="latent").images
+            latents = pipeline(num_inference_steps=steps, **options).images
             drawn.extend((latents, pipeline.decode(latents, "pt")))
 
         taken = seconds(run, pipeline.transformer.device)
         return drawn[0].cpu(), drawn[1].cpu(), taken
 
-    for pipeline in pipelines.values():
-        batch(pipeline, 0)
+    for name in pipelines:
+        batch(name, 0)
     for first in range(0, num_images, batch_size):
-        for name, pipeline in pipelines.items():
-            batches[name].append(batch(pipeline, first))
+        for name in pipelines:
+            batches[name].append(batch(name, first))
             print(f"{name}: {first + len(batches[name][-1][0])} of {num_images} images", file=sys.stderr)
     return {
         name: Drawn(torch.cat(latents), torch.cat(pictures), taken)
@@ -152,9 +166,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         NoFiguresError, ValueError, OSError: there is nothing to report, in one line.
     """
     device = torch.device(options.device)
-    refused = {mode: refusal(mode, device) for mode in PRECISIONS}
-    pipelines = {mode: load(options.model, mode, device) for mode, why in refused.items() if why is None}
-    drawn = draw(pipelines, options.num_images, options.steps, options.batch_size, options.seed)
+    refused = {mode: refusal(precision, device) for mode, (precision, _) in MODES.items()}
+    pipelines = {mode: load(options.model, MODES[mode][0], device) for mode, why in refused.items() if why is None}
+    texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
+    prompts = Prompts.of(pipelines[EXACT], texts, guidance_scale=options.guidance)
+    drawn = draw(pipelines, prompts, options.num_images, options.steps, options.batch_size, options.seed)
     if options.pictures:
         save_pictures(drawn, options.pictures)
     errors = {mode: compare(images, drawn[EXACT]) for mode, images in drawn.items() if mode != EXACT}
@@ -169,6 +185,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "batch_size": options.batch_size,
         "seed": options.seed,
+        "prompts": prompts.to_dict(),
         "scheduler": type(pipelines[EXACT].scheduler).__name__,
         "latent_peak": latent_peak(drawn[EXACT]),
         "errors": errors,
@@ -181,6 +198,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji64"), help="folder that save_pretrained wrote")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, for a model with text")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="SCALE", help="default 1: none")
     parser.add_argument("--num-images", type=int, default=64, help="how many (default 64)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
     parser.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")

@@ -25,6 +25,7 @@ from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.model.blocks import block_order
 
 
 class QueueFullError(RuntimeError):
@@ -210,7 +211,7 @@ class InFlightBatcher:
             self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
             sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
             if sound < steps * self.config.num_blocks:
-                where = f"from block {sound // steps}, step {sound % steps} on"
+                where = f"from block {block_order(self.config)[sound // steps]}, step {sound % steps} on"
                 job.future.set_exception(NonFiniteError(f"the image is not finite {where}"))
             else:
                 job.future.set_result(self.slots.canvas_RMLC[job.row].clone())

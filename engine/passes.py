@@ -35,15 +35,25 @@ class Passes:
     Args:
         clip: bound of the predicted clean sample, or None.
         backend: of the fused update; see :func:`madformer.kernels.denoise_step.denoise_step`.
+        refresh_every: how many steps a round of them has; see :meth:`denoise_round`.
     """
 
     def __init__(
-        self, model: MADFormer, cache: ConditioningCache, slots: Slots, clip: float | None, backend: str
+        self,
+        model: MADFormer,
+        cache: ConditioningCache,
+        slots: Slots,
+        clip: float | None,
+        backend: str,
+        refresh_every: int = 1,
     ) -> None:
         self.model, self.config = model, model.config
         self.cache, self.slots = cache, slots
         self.clip, self.update = clip, denoise_step_op(backend, model.device)
         self.branches = slots.branches
+        self.refresh_every = refresh_every
+        # what the diffusion layers added to the tokens of each row when they ran last
+        self.added_RLC = torch.zeros_like(cache.condition_RLC) if refresh_every > 1 else None
         # rotation of each row's block at hand: looked up once a block
         shape = (len(cache.lengths_R), self.config.block_size, model.rope.cos.shape[-1])
         self.cos_RSD, self.sin_RSD = (table.new_zeros(shape) for table in (model.rope.cos, model.rope.sin))
@@ -81,32 +91,56 @@ class Passes:
         if config.has_condition:
             self._predict_condition(rows_N, shifted_NSC)
 
-    def denoise(self, rows_B: Tensor | None) -> None:
-        """One step of every sample, each at its own block and step."""
+    def denoise_round(self, rows_B: Tensor | None) -> None:
+        """``refresh_every`` steps, of which the first alone runs the diffusion layers."""
+        for index in range(self.refresh_every):
+            self.denoise(rows_B, refresh=index == 0)
+
+    def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
+        """One step of every sample, each at its own block and step.
+
+        Args:
+            refresh: run the diffusion layers. Else what they added when they ran last is added again.
+        """
         *time, guidance_B1, coefficients = self.slots.schedule(rows_B)
         latents_BLC = take(self.slots.latents_RLC, rows_B)
         previous_BLC = take(self.slots.previous_RLC, rows_B)
-        outputs = self.predict(rows_B, latents_BLC, *time)
+        outputs = self.predict(rows_B, latents_BLC, *time, refresh=refresh)
         guided = (outputs[1], guidance_B1[:, 0]) if self.branches > 1 else ()
         self.update(latents_BLC, outputs[0], previous_BLC, coefficients, self.clip, *guided)
         self.slots.finish_step(rows_B, latents_BLC, previous_BLC)
 
     def predict(
-        self, rows_B: Tensor | None, latents_BLC: Tensor, down_BE: Tensor, up_BE: Tensor, time_BC: Tensor
+        self,
+        rows_B: Tensor | None,
+        latents_BLC: Tensor,
+        down_BE: Tensor,
+        up_BE: Tensor,
+        time_BC: Tensor,
+        *,
+        refresh: bool = True,
     ) -> tuple[Tensor, ...]:
         """The network's prediction ``(B, L, C)`` for noisy latents, and under guidance the unconditional one.
 
         Args:
             down_BE, up_BE, time_BC: what the U-Net's halves and AdaLN are told of the time.
+            refresh: as :meth:`denoise`.
         """
         config, model, rows_N = self.config, self.model, self._cache_rows(rows_B)
         tokens_BSC, skips = model.embed(latents_BLC[:, None].to(model.dtype), down_BE)
         tokens_NSC = self._for_branches(tokens_BSC)
         if config.has_condition:
             tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
-        layers = range(config.ar_layers, config.num_layers)
         modulation_NC = self._modulation(rows_N, time_BC)
-        tokens_NSC = self._layers("noise", tokens_NSC, rows_N, layers, modulation_NC)
+        if refresh:
+            layers = range(config.ar_layers, config.num_layers)
+            output_NSC = self._layers("noise", tokens_NSC, rows_N, layers, modulation_NC)
+            if self.added_RLC is not None:
+                put(self.added_RLC, rows_N, output_NSC - tokens_NSC)
+            tokens_NSC = output_NSC
+        else:
+            assert self.added_RLC is not None
+            tokens_NSC = tokens_NSC + take(self.added_RLC, rows_N)
         skips = tuple(self._for_branches(skip) for skip in skips)
         output_NLC = model.decode(tokens_NSC, self._for_branches(up_BE), skips, modulation_NC)[:, 0]
         return output_NLC.chunk(self.branches)
@@ -145,10 +179,10 @@ class Passes:
         put(self.cache.condition_RLC, rows_N, condition_NSC)
 
     def _look_up_rotation(self, rows_B: Tensor | None) -> None:
-        block_N, rows_N = self._for_branches(take(self.slots.block_R, rows_B)), self._cache_rows(rows_B)
+        place_N, rows_N = self._for_branches(self.slots.place(rows_B)), self._cache_rows(rows_B)
         for table, rotation_RSD in ((self.model.rope.cos, self.cos_RSD), (self.model.rope.sin, self.sin_RSD)):
             by_block = table.unflatten(0, (-1, self.config.block_size))
-            put(rotation_RSD, rows_N, by_block.index_select(0, block_N))
+            put(rotation_RSD, rows_N, by_block.index_select(0, place_N))
 
     def _layers(
         self,

@@ -10,11 +10,12 @@ Shape legend: B batch, M blocks, L latents of a block, C channels.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from madformer.engine.passes import Passes
 from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.model.blocks import block_order, check_order
 from madformer.model.madformer import MADFormer
 
 logger = logging.getLogger("madformer.engine")
@@ -43,7 +45,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``block`` and ``step`` count from 0.
+    """Where a run stands: the place of the ``block`` and the ``step`` count from 0.
 
     ``latents_BLC`` is the block after that step, in the memory that the next step overwrites.
     """
@@ -51,6 +53,39 @@ class Progress:
     block: int
     step: int
     latents_BLC: Tensor
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A copy of a block's latents, and on a GPU when they will be there."""
+
+    place: int
+    latents_BLC: Tensor
+    end: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, place: int, latents_BLC: Tensor) -> FinishedBlock:
+        end = torch.cuda.Event() if latents_BLC.is_cuda else None
+        copied = latents_BLC.clone()
+        if end is not None:
+            end.record()
+        return cls(place, copied, end)
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.end is not None and not self.end.query()
+
+    def report(self, on_block: Callable[[int, Tensor], None]) -> None:
+        """Wait for it, and hand it out on a stream that waits for nothing else."""
+        if self.end is None:
+            on_block(self.place, self.latents_BLC)
+            return
+        self.end.synchronize()
+        stream = torch.cuda.Stream(self.latents_BLC.device)
+        with torch.cuda.stream(stream):
+            on_block(self.place, self.latents_BLC)
+        # what it did there with the latents comes before what follows here
+        torch.cuda.current_stream(self.latents_BLC.device).wait_stream(stream)
 
 
 class Sampler:
@@ -105,6 +140,7 @@ class Sampler:
         *,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
+        refresh_every: int = 1,
         dtype: torch.dtype | None = None,
     ) -> Plan:
         """Allocate and tabulate for ``batch`` images of ``num_inference_steps`` steps a block.
@@ -112,6 +148,9 @@ class Sampler:
         Args:
             guidance: scale of classifier-free guidance; 1 is none. guidance_interval: first and last timestep at which
                 it applies (arXiv:2404.07724).
+            refresh_every: run the diffusion layers in every so many steps of a block. In the steps between, what they
+                added to the tokens is added again, and the U-Net alone sees the noise of the step (as DeepCache,
+                arXiv:2312.00858, has it for U-Nets). Faster, and not the same image.
             dtype: compute in a copy of the model in this dtype; None for the model as it is.
 
         Raises:
@@ -121,6 +160,8 @@ class Sampler:
         """
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every={refresh_every} must be at least 1")
         guided = Guidance(guidance, guidance_interval) if guidance != 1.0 else None
         if guided is not None:
             check_guidable(self.source.config)
@@ -133,7 +174,7 @@ class Sampler:
         table = tabulate(self.scheduler, num_inference_steps, self.source.device)
 
         def make(size: int) -> Plan:
-            plan = Plan(sampler, size, num_inference_steps, table, guided)
+            plan = Plan(sampler, size, num_inference_steps, table, guided, refresh_every)
             if self.source.device.type == "cuda":
                 plan.try_passes()
             return plan
@@ -164,11 +205,12 @@ class Plan:
         num_inference_steps: int,
         table: ScheduleTable | None,
         guidance: Guidance | None = None,
+        refresh_every: int = 1,
     ) -> None:
         model, scheduler = sampler.source, sampler.scheduler
         self.sampler, self.model = sampler, model
         self.config, self.batch = model.config, batch
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps, self.refresh_every = num_inference_steps, refresh_every
         self.table, self.scheduler = table, scheduler
         if table is None:
             scheduler.set_timesteps(num_inference_steps, device=model.device)
@@ -190,6 +232,7 @@ class Plan:
         self.launcher = sampler.launcher or launcher_for(model.device) if self.table is not None else EagerLauncher()
         self.prepared_for: Any = None
         self._drawn: list[int] = []
+        self._order = block_order(self.config)
 
     @torch.inference_mode()
     def warmup(self) -> Plan:
@@ -209,7 +252,12 @@ class Plan:
         self.first_block = prepare("first block", passes.first_block)
         self.denoise = prepare("denoising step", passes.denoise)
         self.next_block = prepare("next block", passes.next_block) if self.config.num_blocks > 1 else self.first_block
-        self.loop = self.launcher.loop(self.denoise, len(self.timesteps))
+        steps, every = len(self.timesteps), self.refresh_every
+        self.reuse, step_round = self.denoise, self.denoise
+        if every > 1:
+            self.reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
+            step_round = prepare("round of steps", passes.denoise_round)
+        self.loop = self.launcher.loop(step_round, steps // every)
         self.prepared_for = signature
         logger.info("plan for batch %d ready in %.2f s", self.batch, time.perf_counter() - started)
         return self
@@ -227,7 +275,8 @@ class Plan:
     def _make_passes(self) -> Passes:
         self.model = self.sampler.prepare_model()
         clip = self.table.clip if self.table is not None else None
-        self.passes = self.sampler.passes(self.model, self.cache, self.slots, clip, self.sampler.backend)
+        options = (self.sampler.backend, self.refresh_every)
+        self.passes = self.sampler.passes(self.model, self.cache, self.slots, clip, *options)
         self.slots.assign(self.schedule, self.model)
         return self.passes
 
@@ -239,22 +288,25 @@ class Plan:
         *,
         given: Tensor | None = None,
         blocks: Collection[int] | None = None,
+        order: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[Progress], None] | None = None,
-        on_block: Callable[[int], None] | None = None,
+        on_block: Callable[[int, Tensor], None] | None = None,
         out: Tensor | None = None,
         check: bool = True,
     ) -> Tensor:
         """Draw ``batch`` images.
 
         Args:
-            noise: standard normal, ``(B, M, L, C)``; or called once for each block, in order.
+            noise: standard normal, ``(B, M, L, C)`` by place; or called with each block's place, in order.
             prompt: what the images are to be of, for a model with text or classes.
-            given: clean latents ``(B, M, L, C)`` of images to change. blocks: which blocks are drawn anew, from what is
-                given before them; the others stay as they are. All of them for None.
+            given: clean latents ``(B, M, L, C)`` of images to change. blocks: places of those that are drawn anew, from
+                what is before them; the others stay as they are. All of them for None.
+            order: places in the order to draw them in, for a model that was trained in every order; None for its own.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps.
-            on_block: called with the number of blocks that are done. On a GPU the next one is under way by then.
+            on_block: called with the place of a block that is done and its latents ``(B, L, C)``. On a GPU the next one
+                is under way by then, and the call is made on a stream of its own, which need not wait for that.
             out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
             check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
@@ -264,36 +316,49 @@ class Plan:
         Raises:
             NonFiniteError: the network gave numbers that are not finite.
             ValueError: ``noise``, ``given``, ``out`` or the prompt is not what the plan was made for; ``blocks`` that
-                there are not, or with nothing given; a model that cannot read what it did not draw.
+                there are not, or with nothing given; an order that the model does not know; a model that cannot read
+                what it did not draw.
         """
         prompt = prompt or Prompt()
         prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
         self._check_shapes(noise=noise, given=given, out=out)
         drawn = self._check_blocks(given, blocks)
+        if order is not None:
+            check_order(order, self.config)
+        places = list(order or block_order(self.config))
+        last = max(map(places.index, drawn))
         self.warmup()
         self.slots.condition_on(prompt, self.model)
         self.slots.assign(self.schedule, self.model)
+        if places != self._order:
+            # only then: the copy waits for the device
+            self.slots.order_RM.copy_(torch.tensor(places))
+            self._order = places
         self.cache.reset()
-        ends: list[torch.cuda.Event] = []
+        finished: list[FinishedBlock] = []
         self._drawn = []
-        for block in range(max(drawn) + 1):
-            if block in drawn:
-                self._draw(noise, block)
-            (self.next_block if block else self.first_block)()
-            if block in drawn:
-                self._drawn.append(block)
-                self._denoise(block, generator, callback)
+        for number, place in enumerate(places[: last + 1]):
+            if place in drawn:
+                self._draw(noise, place)
+            (self.next_block if number else self.first_block)()
+            if place in drawn:
+                self._drawn.append(place)
+                self._denoise(place, generator, callback)
                 if check and self.cache.on_host:
                     self.check()
             elif given is not None:
-                self.slots.latents_RLC.copy_(given[:, block])
+                self.slots.latents_RLC.copy_(given[:, place])
             if on_block is not None:
-                self._report(block, ends, on_block, last=block == max(drawn))
+                finished.append(FinishedBlock.of(place, self.slots.latents_RLC))
+                # a GPU is waited for with one block under way at least, so that it stays busy
+                while finished and (len(finished) > 1 or number == last or not finished[0].is_under_way):
+                    finished.pop(0).report(on_block)
         self.slots.finish_block(None)
         out = torch.empty_like(self.slots.canvas_RMLC) if out is None else out
         out.copy_(self.slots.canvas_RMLC)
         if given is not None:
-            out[:, max(drawn) + 1 :] = given[:, max(drawn) + 1 :].to(out)
+            untouched = places[last + 1 :]
+            out[:, untouched] = given[:, untouched].to(out)
         if check:
             self.check()
         return out
@@ -331,45 +396,36 @@ class Plan:
             if isinstance(tensor, Tensor) and tensor.shape != shape:
                 raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
-    def _draw(self, noise: Tensor | NoiseSource, block: int) -> None:
+    def _draw(self, noise: Tensor | NoiseSource, place: int) -> None:
         """Put a block's noise where its pass finds it."""
-        drawn = noise[:, block] if isinstance(noise, Tensor) else noise(block)
-        target = self.slots.canvas_RMLC[:, block]
+        drawn = noise[:, place] if isinstance(noise, Tensor) else noise(place)
+        target = self.slots.canvas_RMLC[:, place]
         target.copy_(drawn, non_blocking=True)
         target *= self._init_noise_sigma()
 
     def _init_noise_sigma(self) -> float:
         return self.table.init_noise_sigma if self.table is not None else float(self.scheduler.init_noise_sigma)
 
-    def _report(self, block: int, ends: list[torch.cuda.Event], on_block: Callable[[int], None], *, last: bool) -> None:
-        """Wait for the block before the one that was just launched, which keeps the GPU busy meanwhile."""
-        if self.model.device.type != "cuda":
-            on_block(block + 1)
-            return
-        ends.append(torch.cuda.Event())
-        ends[-1].record()
-        if block > 0:
-            ends[-2].synchronize()
-            on_block(block)
-        if last:
-            ends[-1].synchronize()
-            on_block(block + 1)
-
     def _denoise(
         self,
-        block: int,
+        place: int,
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[[Progress], None] | None,
     ) -> None:
         """The step loop of one block."""
+        steps, done = len(self.timesteps), 0
         if self.table is not None and callback is None:
             self.loop()
-            return
-        step = self._scheduler_step(generator) if self.table is None else lambda _: self.denoise()
-        for index in range(len(self.timesteps)):
+            # steps that make no whole round
+            done = steps - steps % self.refresh_every
+        step = self._scheduler_step(generator) if self.table is None else self._step
+        for index in range(done, steps):
             step(index)
             if callback is not None:
-                callback(Progress(block, index, self.slots.latents_RLC))
+                callback(Progress(place, index, self.slots.latents_RLC))
+
+    def _step(self, index: int) -> None:
+        (self.reuse if index % self.refresh_every else self.denoise)()
 
     def _scheduler_step(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
         """A denoising step that the scheduler's own ``step`` ends."""
@@ -384,7 +440,8 @@ class Plan:
             latents = self.slots.latents_RLC.clone()
             *time, guidance_B1, _ = self.slots.schedule(None)
             scaled = self.scheduler.scale_model_input(latents, timestep)
-            output, *unconditional = (x.float() for x in self.passes.predict(None, scaled, *time))
+            outputs = self.passes.predict(None, scaled, *time, refresh=index % self.refresh_every == 0)
+            output, *unconditional = (x.float() for x in outputs)
             for other in unconditional:
                 output = other + guidance_B1[:, None] * (output - other)
             stepped = self.scheduler.step(output, timestep, latents, **keywords).prev_sample

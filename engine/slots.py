@@ -18,6 +18,7 @@ from madformer.engine.prompts import Prompt
 from madformer.engine.rows import put, take
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS
 from madformer.model import MADFormer
+from madformer.model.blocks import block_order
 
 # Leaves a sample as it is: what a slot does that waits while others step.
 STAND_STILL = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
@@ -96,10 +97,11 @@ class Slots:
         guided: each has an unconditional twin in the cache.
 
     Attributes:
-        canvas_RMLC: each image: noise in the blocks to come, clean latents in those that are done.
+        canvas_RMLC: each image, by place: noise in the blocks to come, clean latents in those that are done.
+        order_RM: places in the order that each image's blocks are made in.
         latents_RLC, previous_RLC: the block at hand and the clean block predicted at the last step.
-        block_R: the block at hand. at_R: the row of the schedule at hand, counted through all slots' schedules; at
-            ``end_R`` the block is done.
+        block_R: how many blocks are done. at_R: the row of the schedule at hand, counted through all slots'
+            schedules; at ``end_R`` the block at hand is done.
         sound_R: steps of this image so far after which every latent was finite. Numbers that are not finite stay so,
             hence it counts up to the first fault.
         text_NP: token ids of the text before each image. class_NC: what AdaLN is told of its class.
@@ -124,6 +126,7 @@ class Slots:
         self.text_NP = torch.zeros(self.branches * rows, config.text_length, dtype=torch.int64, device=device)
         classes = config.hidden_size if config.num_classes else 0
         self.class_NC = torch.zeros(self.branches * rows, classes, device=device)
+        self.order_RM = torch.tensor(block_order(config), device=device).repeat(rows, 1)
         row_R = torch.arange(rows, device=device)
         # where each row's blocks and steps begin in canvas and schedule with their rows laid end to end
         self.first_block_R, self.start_R = row_R * config.num_blocks, row_R * num_rows_of(max_steps)
@@ -162,11 +165,18 @@ class Slots:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
+    def place(self, rows_B: Tensor | None) -> Tensor:
+        """Of the block at hand, ``(B,)``."""
+        return self.order_RM.flatten().index_select(0, take(self.first_block_R + self.block_R, rows_B))
+
+    def _in_canvas(self, rows_B: Tensor | None) -> Tensor:
+        """The block at hand, among the blocks of all images."""
+        return take(self.first_block_R, rows_B) + self.place(rows_B)
+
     def start_block(self, rows_B: Tensor | None) -> None:
         """Take the noise of the block at hand from the canvas."""
         blocks = self.canvas_RMLC.flatten(0, 1)
-        at_B = take(self.first_block_R + self.block_R, rows_B)
-        put(self.latents_RLC, rows_B, blocks.index_select(0, at_B))
+        put(self.latents_RLC, rows_B, blocks.index_select(0, self._in_canvas(rows_B)))
         put(self.at_R, rows_B, take(self.start_R, rows_B))
 
     def start_next_block(self, rows_B: Tensor | None) -> None:
@@ -178,8 +188,7 @@ class Slots:
     def finish_block(self, rows_B: Tensor | None) -> Tensor:
         """Put the block at hand into the canvas; returns its latents ``(B, L, C)``."""
         latents_BLC = take(self.latents_RLC, rows_B)
-        at_B = take(self.first_block_R + self.block_R, rows_B)
-        self.canvas_RMLC.flatten(0, 1).index_copy_(0, at_B, latents_BLC)
+        self.canvas_RMLC.flatten(0, 1).index_copy_(0, self._in_canvas(rows_B), latents_BLC)
         return latents_BLC
 
     def schedule(self, rows_B: Tensor | None) -> list[Tensor]:

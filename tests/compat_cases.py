@@ -1,6 +1,6 @@
-"""A stand-in for the released FFHQ class, and a training step on the golden inputs.
+"""Stand-ins for the released FFHQ and ImageNet classes, and a training step on the golden inputs.
 
-The stand-in's own ``forward`` and ``sample`` raise, so whatever comes out of it was computed by ours.
+A stand-in's own ``forward`` and ``sample`` raise, so whatever comes out of it was computed by ours.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.accelerate import SIZES, SWITCHES
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.blocks import to_maps
@@ -21,9 +23,9 @@ from madformer.model.layer import RMSNorm, SwiGLU
 from madformer.model.unet import ResnetBlock
 from testing import GoldenCase, golden_cases, relative_error
 
-CASES = golden_cases("ffhq")
-BASELINE = CASES[0]
-HIDDEN_WEIGHT = 0.1
+CASES, TEXT_CASES = golden_cases("ffhq"), golden_cases("imagenet")
+BASELINE, TEXT_BASELINE = CASES[0], TEXT_CASES[0]
+HIDDEN_WEIGHT, TEXT_WEIGHT = 0.1, 0.5
 # of the golden README
 OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-3, 1e-2
 GRADIENT_NOISE = 1e-6
@@ -34,7 +36,9 @@ SCHEDULERS = {
 
 
 def make_compat(case: GoldenCase = BASELINE) -> CompatMADFormer:
-    model = CompatMADFormer(model_config_path=case.model_config, **case.geometry, **case.flags)
+    family = {"ffhq": madformer_ffhq, "imagenet": madformer_imagenet}[case.folder.name]
+    sizes = {"latent_size": 4, "in_channels": 4, **case.geometry}
+    model = family.MADFormer(model_config_path=case.model_config, **sizes, **case.flags)
     model.load_state_dict(case.weights())
     return model
 
@@ -66,13 +70,17 @@ def foreign(part: nn.Module) -> nn.Module:
 
 
 class Released(nn.Module):
-    """Attributes, names and shapes of the released class, with the weights of one of ours."""
+    """Attributes, names and shapes of a released class, with the weights of one of ours."""
 
     def __init__(self, model: CompatMADFormer) -> None:
         super().__init__()
         for name in (*SIZES, *SWITCHES):
             setattr(self, name, getattr(model, name))
         self.boi_block = model.boi_block
+        if (text := model.config.text) is not None:
+            self.max_len, self.text_rope = text.length, model.text_rope
+            self.text_rope.base = text.rope_theta
+            self.embed_tokens, self.lm_head = model.embed_tokens, model.lm_head
         for name in ("downsampler", "upsampler", "blocks"):
             setattr(self, name, foreign(getattr(model, name)))
 
@@ -82,19 +90,61 @@ class Released(nn.Module):
     sample = forward
 
 
-def arguments(case: GoldenCase = BASELINE, images: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``forward``: clean and noisy latents, and timesteps."""
+def arguments(case: GoldenCase = BASELINE, images: slice = slice(None)) -> tuple[Tensor, ...]:
+    """Of ``forward``: the text, if there is one, clean and noisy latents, and timesteps."""
     inputs = case.inputs()
-    return inputs["clean"][images], inputs["noised"][images], inputs["t"][images]
+    return tuple(inputs[name][images] for name in ("input_ids", "clean", "noised", "t") if name in inputs)
+
+
+def losses_of(case: GoldenCase, outputs: tuple[Tensor, ...], images: slice = slice(None)) -> dict[str, Tensor]:
+    """Those of the released training loop, by their golden names."""
+    inputs = {name: tensor[images] for name, tensor in case.inputs().items()}
+    prediction, condition, _, *logits = outputs
+    losses = {"image_loss": F.mse_loss(prediction, to_maps(inputs["noise"]))}
+    has_condition = not case.flags.get("clear_cond", False)
+    losses["hidden_loss"] = F.mse_loss(condition, to_maps(inputs["clean"])) * has_condition
+    losses["loss"] = losses["image_loss"] + HIDDEN_WEIGHT * losses["hidden_loss"]
+    if logits:
+        following = inputs["input_ids"][:, 1:].flatten()
+        losses["text_loss"] = F.cross_entropy(logits[0][:, :-1].flatten(0, 1), following)
+        losses["loss"] = losses["loss"] + TEXT_WEIGHT * losses["text_loss"]
+    return losses
 
 
 def loss_of(model: nn.Module, case: GoldenCase = BASELINE, images: slice = slice(None)) -> Tensor:
-    """The loss of the released training loop."""
-    clean, noised, t = arguments(case, images)
-    prediction, condition, _ = model(clean, noised, t)
-    hidden_weight = 0 if case.flags.get("clear_cond") else HIDDEN_WEIGHT
-    image = F.mse_loss(prediction, to_maps(case.inputs()["noise"][images]))
-    return image + hidden_weight * F.mse_loss(condition, to_maps(clean))
+    return losses_of(case, model(*arguments(case, images)), images)["loss"]
+
+
+def golden_samples(case: GoldenCase) -> dict[str, Tensor]:
+    """``cache_clean`` crashes in the released code: it has to equal the case without a cache."""
+    tensors = case.tensors()
+    return tensors if "sample.ddim" in tensors else BASELINE.tensors()
+
+
+def assert_golden_training(model: nn.Module, case: GoldenCase) -> None:
+    """Outputs, losses and gradients are those of the released code."""
+    golden, outputs = case.tensors(), model(*arguments(case))
+    named = dict(zip(("prediction", "condition", "clean_tower", "logits"), outputs, strict=False))
+    assert {name for name, output in named.items() if output is not None} == named.keys() & golden.keys()
+    for name in named.keys() & golden.keys():
+        assert relative_error(named[name], golden[name]) < OUTPUT_TOLERANCE, name
+    losses = losses_of(case, outputs)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(golden[name].item(), rel=OUTPUT_TOLERANCE, abs=1e-9), name
+    losses["loss"].backward()
+    assert_golden_gradients(model, golden)
+
+
+def assert_golden_samples(model: nn.Module, case: GoldenCase, scheduler: str) -> None:
+    """Drawn twice: nothing of an image is left for the next one."""
+    expected, inputs = golden_samples(case)[f"sample.{scheduler}"], case.inputs()
+    text = [inputs["input_ids"]] if "input_ids" in inputs else []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(case.sampler_seed)
+        latents = model.eval().sample(
+            *text, SCHEDULERS[scheduler](), case.steps, tuple(expected.shape), generator=generator, dtype=torch.float
+        )
+        assert relative_error(latents, expected) < SAMPLE_TOLERANCE
 
 
 def assert_golden_gradients(model: nn.Module, golden: Mapping[str, Tensor]) -> None:

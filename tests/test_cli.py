@@ -224,6 +224,25 @@ def test_precisions_are_the_engines() -> None:
     assert ("auto", *PRECISIONS) == sample.PRECISIONS
 
 
+def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = perturb(MADFormer(tiny()))
+    MADFormerPipeline(model, small_vae(), default_scheduler("epsilon")).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
+    sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--precision", "exact", "--width", 24]
+    assert main([*map(str, sample), "--out", str(tmp_path / "wide")]) == 0
+    pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    expected = np.asarray(pipeline(1, 2, width=24).images[0]).astype(int)
+    assert expected.shape == (16, 24, 3)
+    drawn = np.asarray(Image.open(tmp_path / "wide" / "00000000.png")).astype(int)
+    np.testing.assert_allclose(drawn, expected, atol=1)
+    message = fails(capsys, *sample, "--refresh-every", 2, "--out", tmp_path / "wide")
+    assert "refresh_every='absent', not 2" in message
+    message = fails(capsys, *sample[:-1], 32, "--out", tmp_path / "wide")
+    assert "model=" in message  # what is in the folder is of another size
+    assert "height=20 must be a multiple" in fails(capsys, *sample, "--height", 20, "--out", tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
+
+
 def test_an_elastic_model_is_sampled_at_the_split_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     elastic = perturb(MADFormer(tiny().replace(elastic_diffusion_layers=(1, 2))))
@@ -309,6 +328,8 @@ def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "unknown preset 'emoji65'; there are" in fails(capsys, "train", "emoji65", "--out", tmp_path)
     message = fails(capsys, "train", "emoji64", "--out", tmp_path, "--model.num-blocks", 7)
     assert "num_blocks=7 must be a square number" in message
+    message = fails(capsys, "train", "emoji64", "--out", tmp_path, "--model.block-grid", "2,3")
+    assert "block_grid=(2, 3) must be rows and columns of num_blocks=4" in message
     assert "steps=0" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--steps", 0)
     assert "ema_decays=(1.0,)" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--ema-decays", 1)
     assert "give a preset (ffhq1024, imagenet256, emoji64), or --released-config" in fails(capsys, "train")

@@ -63,13 +63,28 @@ def test_it_trains_and_samples_or_says_why_not(context: str, unet: UNetConfig | 
     assert tried > 0
 
 
+@pytest.mark.parametrize("block_order", ["raster", "spiral", "random"])
+def test_every_geometry_trains_and_samples_or_says_why_not(block_order: str) -> None:
+    geometry = {"num_blocks": 4, "block_size": 2, "block_shape": (1, 2), "block_order": block_order}
+    others = (CONTEXTS, ((), (1, 4)), (True, False), (UNET, None), (None, SWITCHES["text"][1]))
+    for context, grid, square_blocks, unet, text in itertools.product(*others):
+        fields = {**BASE, **geometry, "context": context, "block_grid": grid, "unet": unet, "text": text}
+        fields |= {"square_blocks": square_blocks, "time_conditioning": "unet" if unet else "adaln"}
+        if square_blocks:
+            train_and_sample(MADFormerConfig(**fields))
+        else:
+            with pytest.raises(ValueError, match="square_blocks=False is for squares in raster order"):
+                MADFormerConfig(**fields)
+
+
 def train_and_sample(config: MADFormerConfig) -> None:
     model, noise, prompt = make_model(config), draw_noise(config), draw_prompt(config, guided=config.can_be_guided)
+    order = torch.tensor([[2, 0, 3, 1]] * len(noise)) if config.block_order == "random" else None
     weights = LossWeights(hidden=0.1, clean=0.1, text=0.1 if config.text else 0.0)
     timestep = torch.tensor([[0, 300, 600, 999]] * len(noise))
     splits = config.elastic_diffusion_layers or (None,)
     for split in splits:
-        told = (prompt.text, prompt.label, split)
+        told = (prompt.text, prompt.label, split, order)
         losses = training_losses(model, noise, -noise, timestep, DDPMScheduler(), weights, *told)
         losses.total.backward()
         assert all(math.isfinite(value) for value in losses.parts().values()), config

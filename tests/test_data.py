@@ -311,7 +311,7 @@ class TestEmoji:
 class TestDecoding:
     def test_own_size_is_untouched(self) -> None:
         pixels = np.random.default_rng(1).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        image = decode_image(encode(pixels), 12)
+        image = decode_image(encode(pixels), (12, 12))
         assert image.dtype == torch.float32
         expected = torch.from_numpy(pixels).permute(2, 0, 1).double() / 127.5 - 1
         torch.testing.assert_close(image.double(), expected, rtol=0, atol=1e-6)
@@ -320,12 +320,21 @@ class TestDecoding:
     def test_crop_is_central(self, transposed: bool) -> None:
         pixels = np.zeros((10, 30, 3), np.uint8)
         pixels[:, 10:20] = 255
-        image = decode_image(encode(pixels.transpose(1, 0, 2) if transposed else pixels), 10)
+        image = decode_image(encode(pixels.transpose(1, 0, 2) if transposed else pixels), (10, 10))
         assert (image == 1).all()
+
+    def test_crop_covers_a_shape_that_is_no_square(self) -> None:
+        """12 x 8 pixels for 4 x 6: the largest box of that shape is 12 wide; rows 0 to 7 are all of it."""
+        pixels = np.random.default_rng(5).integers(0, 256, (20, 12, 3), dtype=np.uint8)
+        image = decode_image(encode(pixels), (4, 6))
+        box = Image.fromarray(pixels[6:14]).resize((6, 4), Image.Resampling.BOX)
+        expected = torch.from_numpy(np.array(box)).permute(2, 0, 1) / 127.5 - 1
+        assert image.shape == (3, 4, 6)
+        assert (image - expected).abs().mean() < 0.2
 
     def test_resize_keeps_the_mean(self) -> None:
         pixels = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        image = decode_image(encode(pixels), 16)
+        image = decode_image(encode(pixels), (16, 16))
         expected = torch.from_numpy(pixels).double().mean((0, 1)) / 127.5 - 1
         torch.testing.assert_close(image.double().mean((1, 2)), expected, rtol=0, atol=0.02)
 
@@ -336,14 +345,14 @@ class TestDecoding:
         picture = Image.fromarray(pixels)
         buffer = io.BytesIO()
         (picture.quantize() if palette else picture).save(buffer, "PNG")
-        image = decode_image(buffer.getvalue(), 8)
+        image = decode_image(buffer.getvalue(), (8, 8))
         assert (image[:, :, :4] == 1).all()
         assert (image[:, :, 4:] == -1).all()
 
     def test_grey_of_8_and_16_bits(self) -> None:
         eight = np.full((4, 4), 100, np.uint8)
         torch.testing.assert_close(
-            decode_image(encode(eight), 4), decode_image(encode(eight.astype(np.uint16) * 257), 4)
+            decode_image(encode(eight), (4, 4)), decode_image(encode(eight.astype(np.uint16) * 257), (4, 4))
         )
 
     def test_orientation_is_applied(self) -> None:
@@ -351,7 +360,7 @@ class TestDecoding:
         pixels[:4] = 255
         exif = Image.Exif()
         exif[0x0112] = 3  # upside down
-        image = decode_image(encode(pixels, "PNG", exif=exif), 8)
+        image = decode_image(encode(pixels, "PNG", exif=exif), (8, 8))
         assert (image[:, :4] == -1).all()
         assert (image[:, 4:] == 1).all()
 

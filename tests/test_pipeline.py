@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -64,7 +65,7 @@ def by_the_engine(pipeline: MADFormerPipeline, seeds: list[int], prompt: Prompt,
     shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     plan = Sampler(pipeline.transformer, pipeline.scheduler).plan(len(seeds), 3, **options)
-    return from_blocks(plan.run(noise, prompt))
+    return from_blocks(plan.run(noise, prompt), config)
 
 
 def latents(pipeline: MADFormerPipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -130,7 +131,7 @@ def test_callback_and_progress_bar(pipeline: MADFormerPipeline, capsys: pytest.C
         pipeline.set_progress_bar_config(disable=True)
     timesteps = [999, 666, 332]
     assert calls == [(4 * 0 + 3 * block + step, timesteps[step], block) for block in range(4) for step in range(3)]
-    assert torch.equal(from_blocks(torch.stack(blocks, dim=1)), result)
+    assert torch.equal(from_blocks(torch.stack(blocks, dim=1), tiny()), result)
     assert "12/12" in capsys.readouterr().err
 
 
@@ -342,6 +343,21 @@ def test_parts_that_do_not_go_together() -> None:
         strict(1, 3, labels=1, guidance_scale=2.0)
 
 
+def test_a_model_of_both_takes_one_alone() -> None:
+    both = make_pipeline(
+        TEXT.replace(time_conditioning="unet+adaln", num_classes=3), tokenizer=ByteTokenizer(), class_names=NAMES
+    )
+    said, sorted_ = latents(both, 1, 3, prompt="cat"), latents(both, 1, 3, labels="Flags")
+    assert torch.equal(said, latents(both, 1, 3, prompt="cat", labels=-1))
+    assert torch.equal(sorted_, latents(both, 1, 3, prompt="", labels=0))
+    assert relative_error(said, sorted_) > 1e-3
+    with pytest.raises(ValueError, match="a prompt is missing"):
+        latents(both, 1, 3)
+    strict = make_pipeline(both.transformer.config.replace(null_class=False), tokenizer=ByteTokenizer())
+    with pytest.raises(ValueError, match="a class is missing"):
+        latents(strict, 1, 3, prompt="cat")
+
+
 def test_grid_of_rows() -> None:
     """Five pictures dealt to two rows: 0 2 4 and 1 3."""
     pictures = [Image.new("RGB", (1, 1), (value, 0, 0)) for value in range(1, 6)]
@@ -357,7 +373,7 @@ def test_blocks_as_they_are_done(writing: MADFormerPipeline) -> None:
     blocks: list[tuple[int, torch.Tensor]] = []
     whole = latents(writing, 2, 3, **options, on_block=lambda *done: blocks.append(done))
     assert [block for block, _ in blocks] == [0, 1, 2, 3]
-    assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1)), whole)
+    assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1), tiny()), whole)
     outputs = [output.images for output in writing.stream(2, 3, output_type="latent", **options)]
     assert len(outputs) == 4
     assert torch.equal(outputs[-1], whole)
@@ -428,18 +444,18 @@ def test_blocks_of_an_image_are_drawn_anew(writing: MADFormerPipeline) -> None:
     """With its own seed and prompt the image comes again; the kept blocks are the given ones."""
     options: dict[str, Any] = {"prompt": "cat", "guidance_scale": 2.0}
     whole = latents(writing, 1, 3, **options, seed=3)
-    assert torch.equal(latents(writing, 1, 3, **options, seed=3, image=whole[0], start_block=2), whole)
-    other = latents(writing, 2, 3, **options, seed=8, image=whole, start_block=2, num_blocks=1)
-    blocks, expected = to_blocks(other, 4), to_blocks(whole, 4).expand(2, -1, -1, -1)
+    assert torch.equal(latents(writing, 1, 3, **options, seed=3, image=whole[0], blocks=[2, 3]), whole)
+    other = latents(writing, 2, 3, **options, seed=8, image=whole, blocks=[2])
+    blocks, expected = to_blocks(other, tiny()), to_blocks(whole, tiny()).expand(2, -1, -1, -1)
     assert torch.equal(blocks[:, [0, 1, 3]], expected[:, [0, 1, 3]])
     assert all(relative_error(block, expected[0, 2]) > 0.1 for block in blocks[:, 2])
-    *_, last = writing.stream(2, 3, **options, seed=8, image=whole, start_block=2, num_blocks=1, output_type="latent")
+    *_, last = writing.stream(2, 3, **options, seed=8, image=whole, blocks=[2], output_type="latent")
     assert torch.equal(last.images, other)
 
 
 def test_a_picture_is_encoded(pipeline: MADFormerPipeline) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    (drawn,) = latents(pipeline, 1, 3, seed=0, image=Image.fromarray(pixels), start_block=3)
+    (drawn,) = latents(pipeline, 1, 3, seed=0, image=Image.fromarray(pixels), blocks=[3])
     values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 * 2 - 1
     with torch.no_grad():
         expected = pipeline.vae.encode(values).latent_dist.mode()[0] * 0.5
@@ -448,16 +464,49 @@ def test_a_picture_is_encoded(pipeline: MADFormerPipeline) -> None:
     assert relative_error(drawn[:, 4:, 4:], expected[:, 4:, 4:]) > 0.1
 
 
+def test_images_of_another_size(writing: MADFormerPipeline) -> None:
+    """As the engine draws them with the model set to that size; the pipeline's own keeps its own."""
+    options: dict[str, Any] = {"prompt": "cat", "seed": 3}
+    own = latents(writing, 1, 3, **options)
+    wide = latents(writing, 1, 3, **options, width=24)
+    assert wide.shape == (1, 4, 8, 12)
+    *_, last = writing.stream(1, 3, **options, width=24, output_type="latent")
+    assert torch.equal(last.images, wide)
+    assert writing(1, 3, **options, height=8).images[0].size == (16, 8)
+    assert torch.equal(latents(writing, 1, 3, **options, height=16), own)
+    model = copy.deepcopy(writing.transformer).set_grid(2, 3)
+    resized = MADFormerPipeline(model, writing.vae, writing.scheduler, writing.tokenizer)
+    assert torch.equal(latents(resized, 1, 3, **options), wide)
+    redrawn = latents(writing, 1, 3, **options, width=24, image=wide, blocks=[5])
+    assert relative_error(redrawn, wide) < 1e-5
+    with pytest.raises(ValueError, match="height=20 must be a multiple of a block's 8 pixels"):
+        latents(writing, 1, 3, **options, height=20)
+    with pytest.raises(ValueError, match="an image of 0 x 2 blocks is not possible"):
+        latents(writing, 1, 3, **options, height=0)
+
+
+def test_a_block_is_drawn_anew_from_all_others() -> None:
+    """Of a model for every order: what lies behind the block counts, too."""
+    free = make_pipeline(tiny().replace(block_order="random"))
+    image = latents(free, 1, 3, seed=0)
+    drawn = latents(free, 1, 3, seed=1, image=image, blocks=[1])
+    behind = to_blocks(image, tiny())
+    behind[:, 3] += 1
+    other = latents(free, 1, 3, seed=1, image=from_blocks(behind, tiny()), blocks=[1])
+    before, after = (to_blocks(x, tiny())[:, 1] for x in (drawn, other))
+    assert relative_error(after, before) > 1e-3
+    assert torch.equal(to_blocks(drawn, tiny())[:, [0, 2, 3]], to_blocks(image, tiny())[:, [0, 2, 3]])
+
+
 def test_bad_edits(pipeline: MADFormerPipeline) -> None:
     for options, message in (
-        ({"start_block": 1}, "start_block=1, num_blocks=None needs an image for the other blocks"),
-        ({"num_blocks": 2}, "start_block=0, num_blocks=2 needs an image"),
-        ({"num_blocks": 0}, "num_blocks=0 must be some of the 4 blocks"),
-        ({"image": torch.zeros(4, 8, 8), "start_block": -1}, "start_block=-1, num_blocks=None must be some"),
-        ({"image": torch.zeros(4, 8, 8), "start_block": 4}, "must be some of the 4 blocks"),
-        ({"image": torch.zeros(4, 8, 8), "start_block": 2, "num_blocks": 3}, "must be some of the 4 blocks"),
-        ({"image": torch.zeros(4, 8, 4), "start_block": 1}, "image must have the shape (4, 8, 8), one or 1 of it"),
-        ({"image": Image.new("RGB", (16, 8)), "start_block": 1}, "the model's size of 16 x 16 pixels, got (16, 8)"),
+        ({"blocks": [1]}, "image and blocks go together"),
+        ({"image": torch.zeros(4, 8, 8)}, "image and blocks go together"),
+        ({"image": torch.zeros(4, 8, 8), "blocks": []}, "blocks=[] must be some of 0 to 3"),
+        ({"image": torch.zeros(4, 8, 8), "blocks": [-1]}, "blocks=[-1] must be some of 0 to 3"),
+        ({"image": torch.zeros(4, 8, 8), "blocks": range(2, 5)}, "blocks=[2, 3, 4] must be some of 0 to 3"),
+        ({"image": torch.zeros(4, 8, 4), "blocks": [1]}, "image must have the shape (4, 8, 8), one or 1 of it"),
+        ({"image": Image.new("RGB", (16, 8)), "blocks": [1]}, "16 x 16 pixels, width by height, got 16 x 8"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             latents(pipeline, 1, 3, **options)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+BlockOrder = Literal["raster", "spiral", "random"]
 TimeConditioning = Literal["unet", "adaln", "unet+adaln"]
 
 
@@ -114,6 +115,13 @@ class MADFormerConfig:
     # what diffusion_layers may be set to afterwards: training drew each batch's number from these
     elastic_diffusion_layers: tuple[int, ...] = ()
 
+    # rows and columns of a block in tokens and of the image in blocks, empty for squares; and the order of the blocks
+    block_shape: tuple[int, ...] = ()
+    block_grid: tuple[int, ...] = ()
+    block_order: BlockOrder = "raster"
+    # base of the image's rotation: 0 for the released code's, which grows with the image
+    rope_base: int = 0
+
     # latents, and what makes tokens of them: a U-Net around the Transformer, or, for None, linear layers on patches
     latent_channels: int = 4
     unet: UNetConfig | None = field(default_factory=UNetConfig)
@@ -146,7 +154,7 @@ class MADFormerConfig:
                 f"{name}={value!r} must be one of {', '.join(map(repr, choices))}",
             )
             if hint is int:
-                low = 0 if name == "num_classes" else 1
+                low = 0 if name in ("num_classes", "rope_base") else 1
                 _require(isinstance(value, int) and value >= low, f"{name}={value!r} must be a whole number from {low}")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         self._check_transformer()
@@ -170,14 +178,19 @@ class MADFormerConfig:
         )
 
     def _check_blocks(self) -> None:
-        _require(
-            math.isqrt(self.block_size) ** 2 == self.block_size,
-            f"block_size={self.block_size} must be a square number: a block is a square of tokens",
-        )
-        _require(
-            math.isqrt(self.num_blocks) ** 2 == self.num_blocks,
-            f"num_blocks={self.num_blocks} must be a square number: the blocks tile a square image",
-        )
+        for name, total in (("block_shape", "block_size"), ("block_grid", "num_blocks")):
+            shape, count = getattr(self, name), getattr(self, total)
+            if not shape:
+                fits = math.isqrt(count) ** 2 == count
+                _require(fits, f"{total}={count} must be a square number where {name} names no rows and columns")
+                continue
+            fits = len(shape) == 2 and all(side >= 1 for side in shape) and math.prod(shape) == count
+            _require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
+        for name in ("block_shape", "block_grid", "block_order"):
+            _require(
+                self.square_blocks or getattr(self, name) in ((), "raster"),
+                f"{name}={getattr(self, name)!r} is not possible: square_blocks=False is for squares in raster order",
+            )
         _require(
             not self.shared_towers or self.has_clean_stream,
             f"shared_towers=True needs a clean stream to share with; context={self.context!r} has none",
@@ -246,19 +259,46 @@ class MADFormerConfig:
         return self.block_size * self.downscale**2
 
     @property
-    def block_side(self) -> int:
-        """Latents along one side of a block."""
-        return math.isqrt(self.latents_per_block)
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks in the image."""
+        return _rows_and_columns(self.block_grid, self.num_blocks)
 
     @property
-    def token_grid(self) -> int:
-        """Tokens along one side of the image."""
-        return math.isqrt(self.block_size * self.num_blocks)
+    def block_tokens(self) -> tuple[int, int]:
+        """Rows and columns of tokens in a block."""
+        return _rows_and_columns(self.block_shape, self.block_size)
 
     @property
-    def latent_side(self) -> int:
-        """Latents along one side of the image."""
-        return self.token_grid * self.downscale
+    def block_latents(self) -> tuple[int, int]:
+        """Rows and columns of latents in a block."""
+        rows, columns = self.block_tokens
+        return rows * self.downscale, columns * self.downscale
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in the image."""
+        return self.grid[0] * self.block_tokens[0], self.grid[1] * self.block_tokens[1]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the image's latents."""
+        rows, columns = self.token_grid
+        return self.latent_channels, rows * self.downscale, columns * self.downscale
+
+    def at_grid(self, rows: int, columns: int) -> MADFormerConfig:
+        """The same model for an image of more or fewer blocks: positions beyond those of training are extrapolated.
+
+        Raises:
+            ValueError: a model that knows no other size, in one line why.
+        """
+        if (rows, columns) == self.grid:
+            return self
+        refusal = f"an image of {rows} x {columns} blocks is not possible"
+        _require(rows >= 1 and columns >= 1, f"{refusal}: it has none")
+        _require(self.square_blocks, f"{refusal}: square_blocks=False numbers tokens over the image that it trained on")
+        _require(self.num_blocks > 1, f"{refusal}: the model was trained on a single block, and goes on from none")
+        base = rope_base(self)
+        return self.replace(num_blocks=rows * columns, block_grid=(rows, columns), rope_base=base)
 
     @property
     def text_length(self) -> int:
@@ -288,8 +328,7 @@ class MADFormerConfig:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         unet: Any = values.pop("unet", {})
         text = values.pop("text", None)
-        if "elastic_diffusion_layers" in values:
-            values["elastic_diffusion_layers"] = tuple(values["elastic_diffusion_layers"])
+        values.update({key: tuple(value) for key, value in values.items() if isinstance(value, list)})
         _known_keys(cls, values, "")
         _known_keys(UNetConfig, unet or {}, "unet.")
         _known_keys(TextConfig, text or {}, "text.")
@@ -321,6 +360,16 @@ class MADFormerConfig:
         return dataclasses.replace(self, **changes)
 
 
+def rope_base(config: MADFormerConfig) -> int:
+    """Base of the image's rotation: as configured, or in proportion to the longer side in tokens, as released."""
+    return config.rope_base or (int(8 * max(config.token_grid) / math.pi) // 100 + 1) * 100
+
+
+def _rows_and_columns(shape: tuple[int, ...], count: int) -> tuple[int, int]:
+    rows, columns = shape or (math.isqrt(count),) * 2
+    return rows, columns
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -343,7 +392,10 @@ def imagenet256() -> MADFormerConfig:
 
 
 def emoji64() -> MADFormerConfig:
-    """Emoji of 64 x 64 pixels (16 x 16 latents): small enough to train on a laptop's processor."""
+    """Emoji of 64 x 64 pixels (16 x 16 latents) from captions in bytes and Unicode's nine groups.
+
+    Small enough to train on a laptop's processor.
+    """
     return MADFormerConfig(
         hidden_size=192,
         num_layers=6,
@@ -353,6 +405,9 @@ def emoji64() -> MADFormerConfig:
         block_size=16,
         diffusion_layers=3,
         unet=UNetConfig(block_out_channels=(48, 96), layers_per_block=(1, 1)),
+        text=TextConfig(vocab_size=257, length=48, pad_token_id=256),
+        num_classes=9,
+        time_conditioning="unet+adaln",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -20,10 +20,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from madformer.config import MADFormerConfig
+from madformer.engine.packing import shared_copy
 from madformer.engine.sampler import Plan, Progress, Sampler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
-from madformer.model.blocks import from_blocks, to_blocks
+from madformer.model.blocks import from_blocks, order_around, to_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
@@ -182,9 +184,11 @@ class MADFormerPipeline(DiffusionPipeline):
         labels: int | str | list[int | str] | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = Guidance.interval,
+        refresh_every: int = 1,
+        height: int | None = None,
+        width: int | None = None,
         image: Image.Image | Tensor | None = None,
-        start_block: int = 0,
-        num_blocks: int | None = None,
+        blocks: Collection[int] | None = None,
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: OutputType = "pil",
@@ -202,20 +206,24 @@ class MADFormerPipeline(DiffusionPipeline):
             prompt, negative_prompt, labels: see :meth:`~madformer.prompting.PromptReader.read`.
             guidance_scale: of classifier-free guidance; 1 is none. guidance_interval: lowest and highest timestep at
                 which it applies.
-            image: keep its blocks but ``num_blocks`` from ``start_block`` on (None: all the rest), which are drawn anew
-                and go on from those before. A picture of the model's size, or latents (C, H, W), or (B, C, H, W) for
-                one of each image, as ``output_type="latent"`` gives them.
+            refresh_every: run the diffusion layers in every so many steps of a block, and reuse what they found in
+                between: faster, and not the same images; see :meth:`madformer.engine.sampler.Sampler.plan`.
+            height, width: in pixels, other than those that the model was trained on: positions beyond are extrapolated.
+            image: keep it but for ``blocks``, by their places row by row, which are drawn anew: from those before them,
+                or from all others by a model of random block order. A picture of the size that is drawn, or latents
+                (C, H, W), or (B, C, H, W) for one of each image, as ``output_type="latent"`` gives them.
             seed: image ``i`` of the batch is the one that ``seed + i`` draws alone. 0 where neither is given.
             generator: one for each image, or one that all images draw from in turn.
             output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``
                 (B, C, H, W), unscaled.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
                 with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
-            on_block: called as ``on_block(block, latents)`` when a block is done, with its latents (B, L, C); on a GPU
-                when the next one is, too.
+            on_block: called as ``on_block(block, latents)`` when a block is done, with its place and its latents
+                (B, L, C); on a GPU the next one is under way by then.
 
         Raises:
-            ValueError: a count or a step number that makes no sense, or a prompt that does not go with the model.
+            ValueError: a count, a step number or a size that makes no sense, or a prompt that does not go with the
+                model.
         """
         self._check_output_type(output_type)
         if num_images < 1:
@@ -224,42 +232,48 @@ class MADFormerPipeline(DiffusionPipeline):
             prompt, negative_prompt, labels, num_images=num_images, guided=guidance_scale != 1
         )
         generators = _generators(count, seed, generator)
-        drawn = self._drawn_blocks(image is not None, start_block, num_blocks)
-        given = None if image is None else self._blocks_of(image, count)
-        plan = self.plan(count, num_inference_steps, guidance_scale, guidance_interval)
-        config, steps = self.transformer.config, len(plan.timesteps)
+        model = self._model_of_size(height, width)
+        config = model.config
+        if (image is None) != (blocks is None):
+            raise ValueError("image and blocks go together: what to keep, and which of its blocks to draw anew")
+        given = None if image is None else self._blocks_of(image, count, config)
+        order = order_around(blocks or (), config)
+        plan = self.plan(
+            count, num_inference_steps, guidance_scale, guidance_interval, refresh_every=refresh_every, model=model
+        )
+        steps = len(plan.timesteps)
         shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
         noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
         # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
         by_step = callback_on_step_end is not None or plan.cache.on_host
 
+        drawn = order if blocks is None else blocks
         with self.progress_bar(total=len(drawn) * steps) as bar:
 
             def on_step(progress: Progress) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
                     tensors = {"latents": progress.latents_BLC, "block": progress.block}
-                    step = progress.block * steps + progress.step
+                    step = order.index(progress.block) * steps + progress.step
                     callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
 
-            def on_done(blocks: int) -> None:
-                if not by_step and blocks - 1 in drawn:
+            def on_done(place: int, latents_BLC: Tensor) -> None:
+                if not by_step and place in drawn:
                     bar.update(steps)
                 if on_block is not None:
-                    # the block may not be in the canvas yet
-                    plan.slots.finish_block(None)
-                    on_block(blocks - 1, plan.slots.canvas_RMLC[:, blocks - 1].clone())
+                    on_block(place, latents_BLC)
 
             latents = plan.run(
                 noise,
                 prompt=request,
                 given=given,
-                blocks=None if given is None else drawn,
+                blocks=blocks,
+                order=order,
                 generator=generators,
                 callback=on_step if by_step else None,
                 on_block=on_done,
             )
-        return MADFormerPipelineOutput(self._finish(from_blocks(latents), output_type))
+        return MADFormerPipelineOutput(self._finish(from_blocks(latents, config), output_type))
 
     def stream(
         self, num_images: int = 1, num_inference_steps: int = 25, *, output_type: OutputType = "pil", **options: Any
@@ -270,23 +284,32 @@ class MADFormerPipeline(DiffusionPipeline):
         bit. Whoever leaves the iterator early ends the sampling with the block at hand.
         """
         model = self.transformer
+        on_gpu = model.device.type == "cuda"
 
         def draw(report: Callable[[Tensor], None]) -> None:
-            if model.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.set_device(model.device)  # each thread has its own
-            blocks: list[Tensor] = []
+            done: dict[int, Tensor] = {}
+            config = self._model_of_size(options.get("height"), options.get("width")).config
 
             def on_block(block: int, latents_BLC: Tensor) -> None:
-                blocks.append(latents_BLC)
-                to_come = [torch.zeros_like(latents_BLC)] * (model.config.num_blocks - len(blocks))
-                if to_come:
-                    report(from_blocks(torch.stack(blocks + to_come, dim=1)))
+                done[block] = latents_BLC
+                if len(done) < config.num_blocks:
+                    shown = [done.get(place, torch.zeros_like(latents_BLC)) for place in range(config.num_blocks)]
+                    latents_BCHW = from_blocks(torch.stack(shown, dim=1), config)
+                    if on_gpu:
+                        torch.cuda.current_stream(model.device).synchronize()
+                    report(latents_BCHW)
 
             report(self(num_images, num_inference_steps, output_type="latent", on_block=on_block, **options).images)
 
         self._check_output_type(output_type)
+        # on a GPU beside the blocks that follow, not after them
+        stream = torch.cuda.Stream(model.device) if on_gpu else None
         for latents in reports(draw):
-            yield MADFormerPipelineOutput(self._finish(latents, output_type))
+            with torch.cuda.stream(stream):
+                images = self._finish(latents, output_type)
+            yield MADFormerPipelineOutput(images)
 
     @property
     def reader(self) -> PromptReader:
@@ -299,45 +322,74 @@ class MADFormerPipeline(DiffusionPipeline):
         num_inference_steps: int,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = Guidance.interval,
+        *,
+        refresh_every: int = 1,
+        model: MADFormer | None = None,
     ) -> Plan:
-        """The engine's plan for these; kept and reused."""
+        """The engine's plan for these; kept and reused.
+
+        Args:
+            model: in place of the transformer, over the same weights.
+        """
         scheduler = self.scheduler.config
-        model = self.transformer
-        what = (batch, num_inference_steps, guidance_scale, tuple(guidance_interval))
+        model = model or self.transformer
+        what = (batch, num_inference_steps, guidance_scale, tuple(guidance_interval), refresh_every)
         how = (model.dtype, model.device, model.backend, model.attention_backend)
-        key = (*what, id(model), model.config, *how, str(scheduler))
+        key = (*what, id(self.transformer), model.config, *how, str(scheduler))
         if key not in self._plans:
             plan = Sampler(model, self.scheduler).plan(
-                batch, num_inference_steps, guidance=guidance_scale, guidance_interval=guidance_interval
+                batch,
+                num_inference_steps,
+                guidance=guidance_scale,
+                guidance_interval=guidance_interval,
+                refresh_every=refresh_every,
             )
             # one plan at a time: each holds a cache of its own
             self._plans = {key: plan}
         return self._plans[key]
 
-    def _blocks_of(self, image: Image.Image | Tensor, count: int) -> Tensor:
+    def _model_of_size(self, height: int | None, width: int | None) -> MADFormer:
+        """The transformer, or one over its weights that draws images of another size."""
+        grid = self.grid_of(height, width)
+        if grid == self.transformer.config.grid:
+            return self.transformer
+        return shared_copy(self.transformer).set_grid(*grid)
+
+    def grid_of(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of blocks in an image of so many pixels; the model's own for None.
+
+        Raises:
+            ValueError: a size that is not made of whole blocks.
+        """
+        config, grid = self.transformer.config, []
+        if height is None and width is None:
+            return config.grid
+        if self.vae is None:
+            raise ValueError(f"height={height}, width={width} are pixels, which need an autoencoder")
+        for name, pixels, latents, blocks in zip(
+            ("height", "width"), (height, width), config.block_latents, config.grid, strict=True
+        ):
+            side = latents * downscale(self.vae)
+            if pixels is not None and pixels % side:
+                raise ValueError(f"{name}={pixels} must be a multiple of a block's {side} pixels")
+            grid.append(blocks if pixels is None else pixels // side)
+        return grid[0], grid[1]
+
+    def _blocks_of(self, image: Image.Image | Tensor, count: int, config: MADFormerConfig) -> Tensor:
         """Latents ``(B, M, L, C)`` of a picture, the mean of what the autoencoder takes them for, or as given."""
-        config = self.transformer.config
         if isinstance(image, Image.Image):
             if self.vae is None:
                 raise ValueError("a picture to go on from needs an autoencoder, and this pipeline has none")
-            side = config.latent_side * downscale(self.vae)
-            if image.size != (side, side):
-                raise ValueError(f"image must have the model's size of {side} x {side} pixels, got {image.size}")
+            height, width = (side * downscale(self.vae) for side in config.latent_shape[1:])
+            if image.size != (width, height):
+                given = f"{image.width} x {image.height}"
+                raise ValueError(f"image must be of {width} x {height} pixels, width by height, got {given}")
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
             image = encode(self.vae, pixels[None] / 127.5 - 1)[0]
-        shape = (config.latent_channels, config.latent_side, config.latent_side)
+        shape = config.latent_shape
         if image.shape not in (shape, (1, *shape), (count, *shape)):
             raise ValueError(f"image must have the shape {shape}, one or {count} of it, got {tuple(image.shape)}")
-        return to_blocks(image.expand(count, *shape), config.num_blocks)
-
-    def _drawn_blocks(self, has_image: bool, start_block: int, num_blocks: int | None) -> range:
-        count = self.transformer.config.num_blocks
-        drawn = range(start_block, count if num_blocks is None else start_block + num_blocks)
-        if not drawn or drawn.start < 0 or drawn.stop > count:
-            raise ValueError(f"start_block={start_block}, num_blocks={num_blocks} must be some of the {count} blocks")
-        if len(drawn) < count and not has_image:
-            raise ValueError(f"start_block={start_block}, num_blocks={num_blocks} needs an image for the other blocks")
-        return drawn
+        return to_blocks(image.expand(count, *shape), config)
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -41,7 +41,8 @@ class PromptReader:
         Args:
             prompt: what each image is to be of, for a model with text. negative_prompt: what guidance leads away from;
                 None for the empty text. labels: classes, by number or name, for a model with such; -1 for none of
-                them, where the model knows that. One value stands for all images.
+                them, where the model knows that. One value stands for all images. A model of both takes one alone: the
+                other is the empty text, or no class.
             guided: with guidance.
 
         Raises:
@@ -55,6 +56,10 @@ class PromptReader:
             raise ValueError("negative_prompt is what guidance leads away from, and guidance_scale=1 is none")
         if config.text is not None and negative_prompt is None:
             negative_prompt = ""
+        if config.text is not None and labels is not None and prompt is None:
+            prompt = ""
+        if config.num_classes and config.null_class and prompt is not None and labels is None:
+            labels = -1
         for what, given, kind, known in (
             ("prompt", prompt, "text", config.text is not None),
             ("negative prompt", negative_prompt, "text", config.text is not None),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import batching
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan
 
 SECONDS_A_BATCH = 4.0
@@ -41,9 +42,12 @@ class Noises:
     def __getitem__(self, request: int) -> Tensor:
         return torch.tensor([float(request)])
 
+    def prompt(self, *batch: int) -> Prompt:
+        return Prompt()
+
 
 def make_plan(clock: Clock, size: int) -> Plan:
-    def run(batch: Tensor) -> Tensor:
+    def run(batch: Tensor, prompt: Prompt) -> Tensor:
         assert len(batch) == size
         clock.now += SECONDS_A_BATCH
         return batch
@@ -65,7 +69,7 @@ class FakeBatcher:
     num_waiting = property(lambda self: len(self.waiting))
     num_running = property(lambda self: len(self.running))
 
-    def submit(self, noise: Tensor, steps: int) -> Future[Tensor]:
+    def submit(self, noise: Tensor, steps: int, prompt: Prompt) -> Future[Tensor]:
         future: Future[Tensor] = Future()
         self.waiting.append((future, noise))
         return future

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import precision as benchmark
+from madformer.bulk import Prompts
 from madformer.config import tiny
 from madformer.engine.precision import PRECISIONS
 from madformer.model import MADFormer
@@ -74,27 +75,34 @@ def test_record(
     assert json.loads(lines[-1]) == record["metrics"]
     assert lines[-2] == "fp8      not run: no such GPU"
     assert record["not_run"] == {"fp8": "no such GPU"}
+    drawn_in = ["exact", "default", "every_2", "every_3"]
     assert record["metrics"].keys() == {
-        *(f"default_{name}" for name in record["errors"]["default"]),
-        "exact_seconds_per_image",
-        "default_seconds_per_image",
+        *(f"{mode}_{name}" for mode in drawn_in[1:] for name in record["errors"][mode]),
+        *(f"{mode}_seconds_per_image" for mode in drawn_in),
     }
     # Two images in the one batch that is whole: the last one is not timed.
-    assert [len(spread["samples"]) for spread in record["seconds"].values()] == [1, 1]
+    assert [len(spread["samples"]) for spread in record["seconds"].values()] == [1] * 4
     assert record["metrics"]["exact_seconds_per_image"] == record["seconds"]["exact"]["median"] / 2
     assert record["metrics"]["default_picture_psnr_db"] > 20
-    assert Image.open(pictures).size == (3 * 16, 2 * 16)
+    assert Image.open(pictures).size == (3 * 16, 4 * 16)
 
 
 def test_every_mode_draws_what_the_pipeline_draws(folder: Path) -> None:
     """In batches as at once, and fp8 is another model than default."""
-    pipelines = {mode: benchmark.load(str(folder), mode, torch.device("cpu")) for mode in PRECISIONS}
-    images = benchmark.draw(pipelines, 3, 2, 2, seed=5)
+    device = torch.device("cpu")
+    pipelines = {mode: benchmark.load(str(folder), name, device) for mode, (name, _) in benchmark.MODES.items()}
+    images = benchmark.draw(pipelines, Prompts(), 3, 2, 2, seed=5)
     alone = pipelines["exact"](1, 2, seed=7, output_type="latent").images
     torch.testing.assert_close(images["exact"].latents[2:], alone, rtol=1e-4, atol=1e-4)
     errors = {mode: benchmark.compare(images[mode], images["exact"]) for mode in ("default", "fp8")}
     assert errors["fp8"]["latent_psnr_db"] < errors["default"]["latent_psnr_db"] < math.inf
-    assert [pipeline.vae.dtype for pipeline in pipelines.values()] == [mode.dtype for mode in PRECISIONS.values()]
+    for mode, (name, _) in benchmark.MODES.items():
+        assert pipelines[mode].vae.dtype == PRECISIONS[name].dtype
+    # two steps: with the layers in every second one, the last runs without them
+    reusing = pipelines["exact"](1, 2, seed=7, refresh_every=2, output_type="latent").images
+    torch.testing.assert_close(images["every_2"].latents[2:], reusing, rtol=1e-4, atol=1e-4)
+    assert torch.equal(images["every_2"].latents, images["every_3"].latents)
+    assert not torch.allclose(reusing, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_native_model(tmp_path: Path, scale: float) -> None:
     compat, golden = make_model(), CASE.tensors()
     compat.to_native().save_pretrained(tmp_path)
     native = NativeMADFormer.from_pretrained(tmp_path)
-    assert (native.config.latent_channels, native.config.latent_side) == (4, 16)
+    assert native.config.latent_shape == (4, 16, 16)
     clean, noised, t, label = arguments()
     with torch.no_grad():
         output = native(compat.to_latents(clean), compat.to_latents(noised), t, labels_B=label)

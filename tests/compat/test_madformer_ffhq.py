@@ -14,14 +14,15 @@ from compat_cases import (
     BASELINE,
     CASES,
     GRADIENT_NOISE,
-    HIDDEN_WEIGHT,
     OUTPUT_TOLERANCE,
     SAMPLE_TOLERANCE,
     SCHEDULERS,
-    assert_golden_gradients,
+    assert_golden_samples,
+    assert_golden_training,
+    golden_samples,
+    make_compat,
 )
 from diffusers import DDIMScheduler
-from torch import Tensor
 
 from madformer.compat.madformer_ffhq import MADFormer
 from madformer.engine.sampler import Sampler
@@ -30,56 +31,21 @@ from madformer.model.blocks import to_maps
 from testing import GoldenCase, relative_error
 
 
-def make_model(case: GoldenCase) -> MADFormer:
-    model = MADFormer(latent_size=4, in_channels=4, model_config_path=case.model_config, **case.geometry, **case.flags)
-    model.load_state_dict(case.weights())
-    return model
-
-
-def losses(prediction: Tensor, condition: Tensor, inputs: dict[str, Tensor], case: GoldenCase) -> dict[str, Tensor]:
-    image = F.mse_loss(prediction, to_maps(inputs["noise"]))
-    hidden = F.mse_loss(condition, to_maps(inputs["clean"])) * (not case.flags.get("clear_cond", False))
-    return {"image_loss": image, "hidden_loss": hidden, "loss": image + HIDDEN_WEIGHT * hidden}
-
-
-def golden_samples(case: GoldenCase) -> dict[str, Tensor]:
-    """``cache_clean`` crashes in the released code: it has to equal the case without a cache."""
-    tensors = case.tensors()
-    return tensors if "sample.ddim" in tensors else BASELINE.tensors()
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward_losses_and_gradients(case: GoldenCase) -> None:
-    model, inputs, golden = make_model(case), case.inputs(), case.tensors()
-    prediction, condition, clean = model(inputs["clean"], inputs["noised"], inputs["t"])
-    assert relative_error(prediction, golden["prediction"]) < OUTPUT_TOLERANCE
-    assert relative_error(condition, golden["condition"]) < OUTPUT_TOLERANCE
-    assert (clean is None) == ("clean_tower" not in golden)
-    if clean is not None:
-        assert relative_error(clean, golden["clean_tower"]) < OUTPUT_TOLERANCE
-
-    computed = losses(prediction, condition, inputs, case)
-    for name, value in computed.items():
-        assert value.item() == pytest.approx(golden[name].item(), rel=OUTPUT_TOLERANCE, abs=1e-9), name
-    computed["loss"].backward()
-    assert_golden_gradients(model, golden)
+    assert_golden_training(make_compat(case), case)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_samples(case: GoldenCase, scheduler: str) -> None:
-    model, expected = make_model(case).eval(), golden_samples(case)[f"sample.{scheduler}"]
-    generator = torch.Generator().manual_seed(case.sampler_seed)
-    latents = model.sample(
-        SCHEDULERS[scheduler](), case.steps, tuple(expected.shape), generator=generator, dtype=torch.float
-    )
-    assert relative_error(latents, expected) < SAMPLE_TOLERANCE
+    assert_golden_samples(make_compat(case), case, scheduler)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> None:
     """Saved, loaded and run by the native classes alone."""
-    make_model(case).to_native().save_pretrained(tmp_path)
+    make_compat(case).to_native().save_pretrained(tmp_path)
     native, inputs, golden = NativeMADFormer.from_pretrained(tmp_path), case.inputs(), case.tensors()
     with torch.no_grad():
         output = native(inputs["clean"], inputs["noised"], inputs["t"], return_clean="clean_tower" in golden)
@@ -99,7 +65,7 @@ def test_exact_savings_change_nothing() -> None:
     """Without the clean tower's output the last clean block is left out: same prediction, same gradients."""
     inputs, gradients, predictions = BASELINE.inputs(), [], []
     for return_clean in (True, False):
-        native = make_model(BASELINE).to_native()
+        native = make_compat(BASELINE).to_native()
         output = native(inputs["clean"], inputs["noised"], inputs["t"], return_clean=return_clean)
         (F.mse_loss(output.prediction, inputs["noise"]) + F.mse_loss(output.condition, inputs["clean"])).backward()
         predictions.append(output.prediction.detach())
@@ -112,14 +78,14 @@ def test_exact_savings_change_nothing() -> None:
 
 
 def test_names_and_shapes_are_the_released_ones() -> None:
-    weights, model = BASELINE.weights(), make_model(BASELINE)
+    weights, model = BASELINE.weights(), make_compat(BASELINE)
     assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
     assert {name for name, _ in model.named_parameters()} == weights.keys()
 
 
 def test_copies_and_casts_keep_the_native_model_in_step() -> None:
     """The native model hangs on the same modules: a copy must not share them, a cast must reach them."""
-    model, inputs = make_model(BASELINE), BASELINE.inputs()
+    model, inputs = make_compat(BASELINE), BASELINE.inputs()
     arguments = inputs["clean"], inputs["noised"], inputs["t"]
     before = model(*arguments)[0]
     duplicate = copy.deepcopy(model)
@@ -141,7 +107,7 @@ def test_impossible_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         MADFormer(model_config_path={"hidden_act": "gelu"})
     with pytest.raises(ValueError, match=r"target_shape=\(2, 4, 16, 4\) must be \(N, 4, 64, 4\)"):
-        make_model(BASELINE).sample(DDIMScheduler(), 2, (2, 4, 16, 4))
+        make_compat(BASELINE).sample(DDIMScheduler(), 2, (2, 4, 16, 4))
 
 
 # Released checkpoints
@@ -172,7 +138,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model_config", [BASELINE.model_config, None], ids=["model_config", "inferred"])
 def test_from_released(checkpoint: Path, model_config: Path | None) -> None:
-    model, expected = MADFormer.from_released(checkpoint, model_config=model_config), make_model(BASELINE)
+    model, expected = MADFormer.from_released(checkpoint, model_config=model_config), make_compat(BASELINE)
     assert model.config == expected.config
     inputs = BASELINE.inputs()
     arguments = inputs["clean"], inputs["noised"], inputs["t"]

@@ -7,73 +7,44 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients
+from compat_cases import (
+    OUTPUT_TOLERANCE,
+    SAMPLE_TOLERANCE,
+    SCHEDULERS,
+    arguments,
+    assert_golden_samples,
+    assert_golden_training,
+    make_compat,
+)
+from compat_cases import TEXT_BASELINE as BASELINE
+from compat_cases import TEXT_CASES as CASES
 from diffusers import DDIMScheduler
-from torch import Tensor
 
 from madformer.compat.madformer_imagenet import MADFormer
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
-from testing import GoldenCase, golden_cases, relative_error
+from testing import GoldenCase, relative_error
 
-HIDDEN_WEIGHT, TEXT_WEIGHT = 0.1, 0.5
-CASES = golden_cases("imagenet")
-BASELINE = CASES[0]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def make_model(case: GoldenCase = BASELINE) -> MADFormer:
-    model = MADFormer(latent_size=4, in_channels=4, model_config_path=case.model_config, **case.geometry, **case.flags)
-    model.load_state_dict(case.weights())
-    return model
-
-
-def arguments(case: GoldenCase = BASELINE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = case.inputs()
-    return inputs["input_ids"], inputs["clean"], inputs["noised"], inputs["t"]
 
 
 @each_case
 def test_forward_losses_and_gradients(case: GoldenCase) -> None:
-    model, inputs, golden = make_model(case), case.inputs(), case.tensors()
-    prediction, condition, clean, logits = model(*arguments(case))
-    assert (clean is None) == ("clean_tower" not in golden)
-    named = {"prediction": prediction, "condition": condition, "clean_tower": clean, "logits": logits}
-    for name, output in named.items():
-        if output is not None:
-            assert relative_error(output, golden[name]) < OUTPUT_TOLERANCE, name
-
-    image = F.mse_loss(prediction, to_maps(inputs["noise"]))
-    hidden = F.mse_loss(condition, to_maps(inputs["clean"])) * (not case.flags.get("clear_cond", False))
-    text = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
-    loss = image + HIDDEN_WEIGHT * hidden + TEXT_WEIGHT * text
-    for name, value in {"image_loss": image, "hidden_loss": hidden, "text_loss": text, "loss": loss}.items():
-        assert value.item() == pytest.approx(golden[name].item(), rel=OUTPUT_TOLERANCE, abs=1e-9), name
-    loss.backward()
-    assert_golden_gradients(model, golden)
+    assert_golden_training(make_compat(case), case)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @each_case
 def test_samples(case: GoldenCase, scheduler: str) -> None:
-    model, expected = make_model(case).eval(), case.tensors()[f"sample.{scheduler}"]
-    generator = torch.Generator().manual_seed(case.sampler_seed)
-    shape = tuple(expected.shape)
-    for _ in range(2):  # nothing of an image is left for the next one
-        latents = model.sample(
-            case.inputs()["input_ids"], SCHEDULERS[scheduler](), case.steps, shape, generator, torch.float
-        )
-        assert relative_error(latents, expected) < SAMPLE_TOLERANCE
-        generator.manual_seed(case.sampler_seed)
+    assert_golden_samples(make_compat(case), case, scheduler)
 
 
 @each_case
 def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> None:
     """Saved, loaded and run by the native classes alone; what the sampler does block-locally is compat's alone."""
-    make_model(case).to_native().save_pretrained(tmp_path)
+    make_compat(case).to_native().save_pretrained(tmp_path)
     native, golden = NativeMADFormer.from_pretrained(tmp_path), case.tensors()
     text, *latents = arguments(case)
     with torch.no_grad():
@@ -89,7 +60,7 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
 
 
 def test_names_and_shapes_are_the_released_ones() -> None:
-    weights, model = BASELINE.weights(), make_model()
+    weights, model = BASELINE.weights(), make_compat(BASELINE)
     assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
     parameters = {name for name, _ in model.named_parameters()}
     assert parameters == {name for name in weights if not name.endswith("inv_freq")}
@@ -97,7 +68,7 @@ def test_names_and_shapes_are_the_released_ones() -> None:
 
 @pytest.mark.parametrize("case", [BASELINE, next(c for c in CASES if c.name == "clear_cond")], ids=lambda c: c.name)
 def test_copies_and_casts_keep_the_native_models_in_step(case: GoldenCase) -> None:
-    model = make_model(case)
+    model = make_compat(case)
     before = model(*arguments(case))
     duplicate = copy.deepcopy(model)
     with torch.no_grad():
@@ -116,15 +87,15 @@ def test_copies_and_casts_keep_the_native_models_in_step(case: GoldenCase) -> No
 
 def test_a_loss_without_the_text_gives_zero_gradients() -> None:
     """The text's last layer makes nothing but logits, and the released code has its gradients at zero, not None."""
-    model = make_model()
-    model(*arguments())[0].square().mean().backward()
+    model = make_compat(BASELINE)
+    model(*arguments(BASELINE))[0].square().mean().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {"lm_head.weight"}
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    model = make_model()
-    ids, *latents = arguments()
+    model = make_compat(BASELINE)
+    ids, *latents = arguments(BASELINE)
     with pytest.raises(ValueError, match="this model takes texts of 2 tokens, got 1"):
         model(ids[:, 1:], *latents)
     with pytest.raises(ValueError, match=r"text must be ids of the shape \(3, 2\), got the shape \(3, 1\)"):

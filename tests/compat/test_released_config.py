@@ -8,13 +8,19 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from compat_cases import BASELINE as FFHQ_CASE
+from compat_cases import HIDDEN_WEIGHT, OUTPUT_TOLERANCE, TEXT_WEIGHT, make_compat
+from compat_cases import TEXT_BASELINE as IMAGENET_CASE
+from diffusers import DDPMScheduler
 
-from madformer.compat.madformer_ffhq import MADFormer
 from madformer.compat.released_config import read_released_config
+from madformer.config import MADFormerConfig, TextConfig, ffhq1024, imagenet256
 from madformer.training.config import TrainingConfig
+from madformer.training.costs import loss_weights
+from madformer.training.losses import training_losses
+from testing import GoldenCase
 
-# The released baseline, as its own shell syntax allows to write it.
+# The released baselines, as their own shell syntax allows to write it.
 BASELINE = """
 # Model settings
 DATASET="ffhq"
@@ -32,6 +38,29 @@ AR_LEN=16
 CLEAR_CLEAN=false
 RESULTS_DIR="results"
 """
+IMAGENET = """
+DATASET="imagenet"
+DATASET_PATH="./datasets/imagenet"
+MODEL_CONFIG_PATH="Your/Path/To/Model/Config.json"
+EPOCHS=50
+GLOBAL_BATCH_SIZE=256
+PER_GPU_BATCH_SIZE=4
+IMAGE_SIZE=256
+BLOCK_SIZE=64
+PRE_DOWNSAMPLE_BLOCK_SIZE=256
+SPATIAL_LEN=256
+AR_LEN=4
+USE_ROPE=true
+IMAGE_LOSS_LAMBDA=1.0
+TEXT_LOSS_LAMBDA=0.0
+RESULTS_DIR="results"
+"""
+QUIRKS = {"rope_pairing": "released", "clean_timestep": "noisy", "hidden_loss_skips": "same_block"}
+MODELS: dict[str, MADFormerConfig] = {
+    "ffhq": ffhq1024().replace(hidden_loss_input="condition+noisy", **QUIRKS),
+    # its script leaves the constructor's number of heads as it is, and the preset has 18
+    "imagenet": imagenet256().replace(num_heads=16, **QUIRKS),
+}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -42,24 +71,52 @@ def write(folder: Path, text: str) -> Path:
 
 def test_baseline_is_the_papers_model_with_the_released_quirks(tmp_path: Path) -> None:
     config = read_released_config(write(tmp_path, BASELINE), world_size=8)
-    with torch.device("meta"):
-        released = MADFormer(
-            block_size=256,
-            ar_len=16,
-            spatial_len=4096,
-            model_config_path={"intermediate_size": 4096, "rms_norm_eps": 1e-5},
-        )
-    assert config.model == released.config
+    assert config.model == MODELS["ffhq"]
     assert config.training == {
         "data": "./datasets/ffhq 1024", "image_size": 1024, "num_workers": 4, "steps": 200 * (70_000 // 64),
         "batch_size": 64, "accumulation_steps": 8, "learning_rate": 3e-4, "weight_decay": 0.05, "beta1": 0.9,
         "beta2": 0.95, "schedule": "wsd", "warmup": 0.01, "decay_start": 0.85, "decay_exponent": 6.0,
         "min_learning_rate": 0.0, "max_grad_norm": 1.0, "ema_decays": (0.9999,), "image_loss_weight": 1.0,
-        "hidden_loss_weight": 0.1, "clean_loss_weight": 0.0, "precision": "bf16", "seed": 0, "log_every": 10,
-        "save_every": 10_000,
+        "text_loss_weight": 0.0, "hidden_loss_weight": 0.1, "clean_loss_weight": 0.0, "precision": "bf16", "seed": 0,
+        "log_every": 10, "save_every": 10_000,
     }  # fmt: skip
     assert config.ignored.keys() == {"USE_ROPE", "RESULTS_DIR"}
     assert TrainingConfig(model=config.model, **config.training).steps == 218_600
+
+
+def test_imagenet_is_told_the_class_in_words(tmp_path: Path) -> None:
+    config = read_released_config(write(tmp_path, IMAGENET), world_size=16)
+    assert config.model == MODELS["imagenet"]
+    ffhq = read_released_config(write(tmp_path, "DATASET=ffhq")).training
+    assert {name: value for name, value in config.training.items() if ffhq.get(name) != value} == {
+        "data": "hf:./datasets/imagenet", "image_size": 256, "steps": 50 * (1_281_167 // 256), "batch_size": 256,
+        "accumulation_steps": 4, "tokenizer": "NousResearch/Llama-3.2-1B", "caption": "label", "caption_dropout": 0.0,
+    }  # fmt: skip
+    assert config.training.keys() - ffhq.keys() == {"tokenizer", "caption", "caption_dropout"}
+    assert config.ignored.keys() == {"USE_ROPE", "RESULTS_DIR"}
+    assert TrainingConfig(model=config.model, **config.training).steps == 250_200
+    # what its script defaults to is what its file says
+    assert read_released_config(write(tmp_path, "DATASET=imagenet"), world_size=16).training == config.training
+
+
+@pytest.mark.parametrize("case", [FFHQ_CASE, IMAGENET_CASE], ids=lambda case: case.folder.name)
+def test_the_trainer_minimises_the_released_loss(case: GoldenCase, tmp_path: Path) -> None:
+    """Its own objective, with the weights that were read, on the golden model."""
+    text = f"DATASET={case.folder.name}\nLAMBDA_HIDDEN_LOSS={HIDDEN_WEIGHT}\n"
+    if case is IMAGENET_CASE:
+        text += f"TEXT_LOSS_LAMBDA={TEXT_WEIGHT}\n"
+    config = read_released_config(write(tmp_path, text))
+    model, inputs, golden = make_compat(case).to_native(), case.inputs(), case.tensors()
+    losses = training_losses(
+        model,
+        inputs["clean"],
+        inputs["noise"],
+        inputs["t"],
+        DDPMScheduler(),
+        loss_weights(TrainingConfig(model=config.model, **config.training)),
+        inputs.get("input_ids"),
+    )
+    assert losses.total.item() == pytest.approx(golden["loss"].item(), rel=OUTPUT_TOLERANCE)
 
 
 def test_ablation_on_a_smaller_image(tmp_path: Path) -> None:
@@ -98,6 +155,9 @@ def test_ablation_on_a_smaller_image(tmp_path: Path) -> None:
 def test_model_config_argument_comes_first(tmp_path: Path) -> None:
     path = write(tmp_path, "MODEL_CONFIG_PATH=nowhere.json")
     assert read_released_config(path, model_config={"intermediate_size": 96}).model.intermediate_size == 96
+    write(tmp_path, "DATASET=imagenet\nMODEL_CONFIG_PATH=nowhere.json")
+    vocabulary = {"vocab_size": 300, "pad_token_id": 256, "max_position_embeddings": 5, "rope_theta": 500.0}
+    assert read_released_config(path, model_config=vocabulary).model.text == TextConfig(300, 5, 256, 500.0)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +174,9 @@ def test_model_config_argument_comes_first(tmp_path: Path) -> None:
         ("PATCH_SIZE=2", r"PATCH_SIZE=2 must be 1"),
         ("MIXED_PRECISION=fp16", r"MIXED_PRECISION='fp16' must be one of bf16, none$"),
         ("LR_SCHEDULER=linear", r"LR_SCHEDULER='linear' must be wsd, cosine or constant$"),
-        ("DATASET=cifar", r"DATASET='cifar'"),
+        ("DATASET=cifar", r"DATASET='cifar' must be one of ffhq, imagenet$"),
+        ("TEXT_LOSS_LAMBDA=1", r"unknown TEXT_LOSS_LAMBDA \(the nearest known name is CLEAR_TOWER_LOSS_LAMBDA\)$"),
+        ("DATASET=imagenet\nDIFF_DEPTH=29", r"diffusion_layers=29 must be from 1 to num_layers=28$"),
         ("PER_GPU_BATCH_SIZE=48", r"GLOBAL_BATCH_SIZE=64 must be a multiple of PER_GPU_BATCH_SIZE=48 on 1 processes$"),
         ("EPOCHS=0", r"EPOCHS=0 of 70000 images are no step"),
         ("MODEL_CONFIG_PATH=mine.json", r"MODEL_CONFIG_PATH=mine.json names no file, from here or from .*"),
@@ -132,12 +194,14 @@ def test_no_file_is_named(tmp_path: Path) -> None:
         read_released_config(tmp_path / "nowhere.conf")
 
 
-@pytest.mark.skipif("MADFORMER_RELEASED" not in os.environ, reason="MADFORMER_RELEASED does not name a clone")
-def test_released_file(tmp_path: Path) -> None:
-    folder = Path(os.environ["MADFORMER_RELEASED"]) / "src" / "configs"
+@pytest.mark.parametrize(
+    ("clone", "text"), [("MADFORMER_RELEASED", BASELINE), ("MADFORMER_RELEASED_IMAGENET", IMAGENET)]
+)
+def test_released_file(clone: str, text: str, tmp_path: Path) -> None:
+    if clone not in os.environ:
+        pytest.skip(f"{clone} does not name a clone")
+    folder = Path(os.environ[clone]) / "src" / "configs"
     conf, model_config = folder / "train" / "baseline.conf", folder / "model" / "madformer.json"
-    expected = read_released_config(write(tmp_path, BASELINE))
+    expected = read_released_config(write(tmp_path, text.replace("ffhq 1024", "ffhq-1024")))
     for config in (read_released_config(conf), read_released_config(conf, model_config=model_config)):
-        assert config.model == expected.model
-        assert config.training == {**expected.training, "data": "./datasets/ffhq-1024"}
-        assert config.ignored.keys() == {"USE_ROPE", "RESULTS_DIR"}
+        assert config == expected

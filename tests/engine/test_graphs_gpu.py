@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from engine_cases import BATCH, CASES, draw_noise, make_model
@@ -76,9 +76,21 @@ def test_a_run_neither_waits_nor_allocates(kind: str, no_waiting: None) -> None:
 
 def test_on_block_tells_what_is_done() -> None:
     plan = make_plan("both", None)
-    seen: list[int] = []
-    plan.run(draw_noise(tiny()).to(DEVICE), on_block=seen.append)
-    assert seen == [1, 2, 3, 4]
+    seen: list[tuple[int, Tensor]] = []
+    drawn = plan.run(draw_noise(tiny()).to(DEVICE), on_block=lambda *done: seen.append(done))
+    assert [place for place, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(torch.stack([latents for _, latents in seen], dim=1), drawn)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+@pytest.mark.parametrize("kind", ["replay", "one launch"])
+def test_layers_in_every_second_step(kind: str, steps: int) -> None:
+    noise = draw_noise(tiny()).to(DEVICE)
+    drawn = []
+    for how in (launcher(kind), EagerLauncher()):
+        sampler = Sampler(make_model(tiny()).to(DEVICE), DDIMScheduler(), launcher=how)
+        drawn.append(sampler.plan(len(noise), steps, refresh_every=2).run(noise))
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("name", ["both", "condition only", "block-local"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -23,7 +24,7 @@ from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, ma
 from madformer.config import tiny
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
-from madformer.model import MADFormer
+from madformer.model.madformer import MADFormer, MADFormerOutput
 from testing import relative_error
 
 TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def sample_uncached(
-    model: MADFormer,
+    model: Callable[..., MADFormerOutput],
     scheduler: Any,
     steps: int,
     noise: Tensor,
@@ -68,10 +69,23 @@ def test_cached_equals_uncached(name: str) -> None:
     model, noise = make_model(config), draw_noise(config)
     scheduler = DDIMScheduler(prediction_type=config.prediction_type)
     prompt = draw_prompt(config)
-    expected = sample_uncached(model, scheduler, STEPS, noise, prompt)
+    order = [3, 4, 5, 2, 1, 0] if name == "spiral" else range(config.num_blocks)
+    expected = sample_uncached(model, scheduler, STEPS, noise[:, order], prompt)
     latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise, prompt)
-    for block in range(config.num_blocks):
-        assert relative_error(latents[:, block], expected[:, block]) < TOLERANCE, f"block {block}"
+    for number, place in enumerate(order):
+        assert relative_error(latents[:, place], expected[:, number]) < TOLERANCE, f"block {number}"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_blocks_in_an_order_of_ones_choice(batch: int) -> None:
+    """Of a model for every order; without its text, as the uncached loop has it with the tables of that order."""
+    config, order = CASES["any order"], [2, 0, 3, 1]
+    model, noise = make_model(config), draw_noise(config, batch)
+    latents = Sampler(model, DDIMScheduler()).plan(batch, STEPS).run(noise, order=order)
+    told = functools.partial(model, order_BM=torch.tensor([order] * batch))
+    expected = sample_uncached(told, DDIMScheduler(), STEPS, noise[:, order])
+    assert relative_error(latents[:, order], expected) < TOLERANCE
+    assert relative_error(latents, Sampler(model, DDIMScheduler()).plan(batch, STEPS).run(noise)) > 0.01
 
 
 @pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
@@ -235,8 +249,8 @@ def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeyp
     plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).warmup()
     calls, predict = iter(range(1000)), plan.passes.predict
 
-    def faulty(*arguments: Any) -> tuple[Tensor, ...]:
-        outputs = predict(*arguments)
+    def faulty(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        outputs = predict(*arguments, **options)
         if next(calls) == block * STEPS + step:
             outputs[0][1, 0, 0] = float("inf")
         return outputs
@@ -289,6 +303,60 @@ def test_a_compiled_unet_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert model.downsampler._compiled_call_impl is None
 
 
+# Layers that do not run at every step
+
+
+@torch.no_grad()
+def sample_refreshing(model: MADFormer, scheduler: Any, steps: int, noise: Tensor, every: int) -> Tensor:
+    """By the training pass, with the last layer's output put together from what the layers added when they ran last."""
+    added: dict[str, Tensor] = {}
+    index = 0
+
+    def transform(streams: Any, noisy: Tensor, *arguments: Any) -> Any:
+        streams, condition = type(model).transform(model, streams, noisy, *arguments)
+        entered = noisy if condition is None else condition + noisy
+        if index % every == 0:
+            added["noise"] = streams["noise"] - entered
+        return streams | {"noise": entered + added["noise"]}, condition
+
+    def told(*arguments: Any) -> MADFormerOutput:
+        nonlocal index
+        output = model(*arguments)
+        index += 1
+        return output
+
+    model.transform = transform  # type: ignore[method-assign]
+    try:
+        return sample_uncached(told, scheduler, steps, noise)
+    finally:
+        del model.transform
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(("steps", "every"), [(4, 2), (6, 3)])
+@pytest.mark.parametrize("name", ["both", "clean only", "one block"])
+def test_layers_run_in_every_so_many_steps(name: str, steps: int, every: int, scheduler: Callable[[], Any]) -> None:
+    model, noise = make_model(CASES[name]), draw_noise(CASES[name])
+    drawn = Sampler(model, scheduler()).plan(BATCH, steps, refresh_every=every).run(noise)
+    assert relative_error(drawn, sample_refreshing(model, scheduler(), steps, noise, every)) < TOLERANCE
+    assert relative_error(drawn, Sampler(model, scheduler()).plan(BATCH, steps).run(noise)) > TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_steps_that_make_no_whole_round(steps: int) -> None:
+    """The first of a block runs the layers; told or not, each is one step."""
+    model, noise = make_model(tiny()), draw_noise(tiny())
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, steps, refresh_every=3)
+    calls: list[int] = []
+    drawn = plan.run(noise)
+    assert torch.equal(plan.run(noise, callback=lambda progress: calls.append(progress.step)), drawn)
+    assert calls == [*range(steps)] * 4
+    if steps == 1:
+        assert torch.equal(drawn, Sampler(model, DDIMScheduler()).plan(BATCH, 1).run(noise))
+    with pytest.raises(ValueError, match="refresh_every=0 must be at least 1"):
+        Sampler(model, DDIMScheduler()).plan(BATCH, 2, refresh_every=0)
+
+
 # Changing images block by block
 
 
@@ -312,6 +380,22 @@ def test_blocks_are_drawn_anew_from_what_is_before_them(name: str, blocks: Colle
         assert relative_error(other[:, 1], plan.run(mixed, prompt)[:, 1]) < TOLERANCE
 
 
+def test_a_block_is_drawn_anew_from_all_others() -> None:
+    """By a model for every order: what it is depends on blocks before and behind it, and they stay."""
+    config = CASES["any order"]
+    model, noise, image = make_model(config), draw_noise(config), draw_noise(config, seed=7)
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
+    order = [0, 2, 3, 1]
+    drawn = plan.run(noise, given=image, blocks=[1], order=order)
+    assert torch.equal(drawn[:, [0, 2, 3]], image[:, [0, 2, 3]])
+    for place in (0, 2, 3):
+        other = image.clone()
+        other[:, place] += 1
+        assert relative_error(plan.run(noise, given=other, blocks=[1], order=order)[:, 1], drawn[:, 1]) > 1e-3
+        unread = plan.run(noise, given=other, blocks=[1])[:, 1]
+        assert torch.equal(unread, plan.run(noise, given=image, blocks=[1])[:, 1]) == (place > 1)
+
+
 def test_blocks_that_cannot_be_drawn_anew() -> None:
     noise = draw_noise(tiny())
     plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS)
@@ -319,6 +403,8 @@ def test_blocks_that_cannot_be_drawn_anew() -> None:
         ({"blocks": [1]}, r"blocks=\[1\]: what the others hold must be given"),
         ({"blocks": [], "given": noise}, r"blocks=\[\] must be some of 0 to 3"),
         ({"blocks": [4], "given": noise}, r"blocks=\[4\] must be some of 0 to 3"),
+        ({"order": [0, 1, 2]}, r"order=\[0, 1, 2\] must name every block from 0 to 3 once"),
+        ({"order": [1, 0, 2, 3]}, r"order=\[1, 0, 2, 3\] is none for this model, .* block_order='raster' alone"),
         ({"blocks": [1], "given": noise[:1]}, r"given must have the plan's shape \(2, 4, 16, 4\), got \(1, 4, 16, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from madformer.config import PRESETS, MADFormerConfig, TextConfig, UNetConfig, preset
+
+GEOMETRY: dict[str, Any] = {
+    "num_blocks": 6, "block_shape": (1, 4), "block_grid": (2, 3), "block_order": "random", "rope_base": 300
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -29,7 +34,7 @@ def test_every_field_survives_the_round_trip() -> None:
         num_classes=3, null_class=False, time_conditioning="unet+adaln",
     )  # fmt: skip
     default = MADFormerConfig()
-    elsewhere = {"elastic_diffusion_layers"}  # not with these
+    elsewhere = {"elastic_diffusion_layers", *GEOMETRY}  # not with these
     assert all(getattr(config, name) != getattr(default, name) for name in vars(default).keys() - elsewhere)
     assert MADFormerConfig.from_json(config.to_json()) == config
 
@@ -37,8 +42,8 @@ def test_every_field_survives_the_round_trip() -> None:
 def test_geometry_of_the_papers_models() -> None:
     """28 layers, half of them diffusion; 128 x 128 latents in 16 blocks, 32 x 32 latents in 4."""
     ffhq, imagenet = preset("ffhq1024"), preset("imagenet256")
-    assert (ffhq.ar_layers, ffhq.head_dim, ffhq.latent_side, ffhq.block_side) == (14, 64, 128, 32)
-    assert (imagenet.latent_side, imagenet.block_side, imagenet.latents_per_block) == (32, 16, 256)
+    assert (ffhq.ar_layers, ffhq.head_dim, ffhq.latent_shape, ffhq.block_latents) == (14, 64, (4, 128, 128), (32, 32))
+    assert (imagenet.latent_shape, imagenet.block_latents, imagenet.latents_per_block) == ((4, 32, 32), (16, 16), 256)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,13 @@ def test_geometry_of_the_papers_models() -> None:
         ({"num_classes": -1}, ["num_classes=-1"]),
         ({"num_classes": 10}, ["num_classes=10", "AdaLN", "time_conditioning='unet'"]),
         ({"unet": None}, ["time_conditioning='unet'", "unet=None"]),
+        ({"block_shape": (8, 16)}, ["block_shape=(8, 16)", "block_size=256"]),
+        ({"block_shape": (256,)}, ["block_shape=(256,)", "rows and columns"]),
+        ({"block_grid": (-4, -4)}, ["block_grid=(-4, -4)", "num_blocks=16"]),
+        ({"block_order": "hilbert"}, ["block_order='hilbert'", "'spiral'"]),
+        ({"block_order": "spiral", "square_blocks": False}, ["block_order='spiral'", "square_blocks=False"]),
+        ({"block_grid": (2, 8), "square_blocks": False}, ["block_grid=(2, 8)", "square_blocks=False"]),
+        ({"rope_base": -1}, ["rope_base=-1"]),
     ],
 )
 def test_impossible_geometry_names_its_fields(changes: dict[str, object], named: list[str]) -> None:
@@ -102,8 +114,8 @@ def test_impossible_text_names_its_fields(changes: dict[str, object], named: str
         TextConfig(**{"vocab_size": 9, "length": 2, **changes})  # type: ignore[arg-type]
 
 
-def test_an_elastic_model_survives_the_round_trip() -> None:
-    config = preset("tiny").replace(elastic_diffusion_layers=(1, 2, 3))
+def test_geometry_and_splits_survive_the_round_trip() -> None:
+    config = preset("tiny").replace(elastic_diffusion_layers=(1, 2, 3), **GEOMETRY)
     assert MADFormerConfig.from_json(config.to_json()) == config
 
 

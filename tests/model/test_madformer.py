@@ -228,11 +228,12 @@ def test_parameter_counts_of_the_paper() -> None:
 
 
 def test_blocks_are_squares_in_raster_order() -> None:
+    config = tiny().replace(num_blocks=9, block_size=1)
     image = torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6)
-    blocks = to_blocks(image, 9)
+    blocks = to_blocks(image, config)
     assert blocks.shape == (2, 9, 4, 3)
     assert torch.equal(blocks[1, 5, :, 2], image[1, 2, 2:4, 4:6].flatten())
-    assert torch.equal(from_blocks(blocks), image)
+    assert torch.equal(from_blocks(blocks, config), image)
     assert torch.equal(from_maps(to_maps(blocks), 9), blocks)
     assert torch.equal(to_maps(blocks)[9 + 5, 2], image[1, 2, 2:4, 4:6])
 
@@ -251,10 +252,10 @@ def test_token_positions_follow_the_blocks() -> None:
 def test_skip_shapes(unet: UNetConfig) -> None:
     config = tiny().replace(unet=unet)
     model = MADFormer(config)
-    x = torch.randn(1, config.latent_channels, config.block_side, config.block_side)
+    x = torch.randn(1, config.latent_channels, *config.block_latents)
     _, skips = model.downsampler(x, torch.zeros(1, unet.time_embed_dim))
     assert [skip.shape[1] for skip in skips] == skip_channels(config)
-    assert [skip.shape[2] for skip in skips] == [config.block_side // 2**level for level in skip_levels(config)]
+    assert [skip.shape[2] for skip in skips] == [config.block_latents[0] // 2**level for level in skip_levels(config)]
 
 
 # Rotary embedding
@@ -397,6 +398,7 @@ def test_every_configuration_field_is_read() -> None:
         "cross_block_attention": False, "shared_towers": True, "rope_pairing": "released",
         "clean_timestep": "noisy", "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
         "square_blocks": False, "text": TEXT, "mlp": "gelu", "time_conditioning": "unet+adaln",
+        "block_shape": (2, 8), "block_grid": (1, 4), "block_order": "spiral", "rope_base": 7,
     }  # fmt: skip
     elsewhere = {"prediction_type", "patch_size", "num_classes", "null_class", "elastic_diffusion_layers"}
     assert changes.keys() | elsewhere == vars(base).keys()

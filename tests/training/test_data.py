@@ -85,8 +85,10 @@ def sources(folder: Path, vae: AutoencoderKL) -> dict[str, Data]:
 
 
 def stream(data: Data | TensorDataset, vae: AutoencoderKL | None, **options: Any) -> BatchStream:
-    settings: dict[str, Any] = {"global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH, "seed": 3} | options
-    return BatchStream(data, vae, config=CONFIG, **settings)
+    settings: dict[str, Any] = {
+        "config": CONFIG, "global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH, "seed": 3, **options
+    }  # fmt: skip
+    return BatchStream(data, vae, **settings)
 
 
 def take(batches: BatchStream, count: int) -> list[Batch]:
@@ -216,12 +218,29 @@ def test_a_batch_is_what_it_says(sources: dict[str, Data], vae: AutoencoderKL) -
     means, deviations = (
         torch.stack([by_caption[c][name] for c in batch["captions"]]) for name in ("mean", "deviation")
     )
-    posterior = (from_blocks(batch["clean_BMLC"]) - means) / deviations
+    posterior = (from_blocks(batch["clean_BMLC"], CONFIG) - means) / deviations
     for drawn in (posterior, batch["noise_BMLC"]):
         assert_standard_normal(drawn)
     # of one position, and of two: nothing in common
-    assert abs(correlation(posterior, from_blocks(batch["noise_BMLC"]))) < 0.02
+    assert abs(correlation(posterior, from_blocks(batch["noise_BMLC"], CONFIG))) < 0.02
     assert abs(correlation(batch["noise_BMLC"][1:], batch["noise_BMLC"][:-1])) < 0.02
+
+
+@pytest.mark.parametrize("source", ["latents", "images"])
+def test_blocks_come_in_the_models_order(sources: dict[str, Data], vae: AutoencoderKL, source: str) -> None:
+    """Of a spiral for all; in random order each sample has its own, and says so. Nothing else is drawn differently."""
+    raster = union(take(stream(sources[source], vae), 2))
+    spiral = union(take(stream(sources[source], vae, config=CONFIG.replace(block_order="spiral")), 2))
+    assert torch.equal(spiral["clean_BMLC"], raster["clean_BMLC"][:, [2, 3, 1, 0]])
+    batches = take(stream(sources[source], vae, config=CONFIG.replace(block_order="random")), 2)
+    orders = torch.cat([batch.order_BM for batch in batches])  # type: ignore[arg-type, misc]
+    assert (orders.sort(dim=1).values == torch.arange(4)).all()
+    assert len(orders.unique(dim=0)) > GLOBAL_BATCH // 2
+    for index, order in enumerate(orders):
+        assert torch.equal(union(batches)["clean_BMLC"][index], raster["clean_BMLC"][index][order])
+    for name in ("noise_BMLC", "timestep_BM", "labels_B"):
+        assert torch.equal(spiral[name], raster[name])
+        assert torch.equal(union(batches)[name], raster[name])
 
 
 def assert_standard_normal(drawn: Tensor) -> None:
@@ -253,7 +272,7 @@ def test_flips_are_of_the_image(folder: Path, sources: dict[str, Data], vae: Aut
     pixels = {images[i]["caption"]: images[i]["image"][None] for i in range(NUM_IMAGES)}
     num_flipped = 0
     for caption, one, other in zip(
-        read["captions"], from_blocks(plain["clean_BMLC"]), from_blocks(read["clean_BMLC"]), strict=True
+        read["captions"], from_blocks(plain["clean_BMLC"], CONFIG), from_blocks(read["clean_BMLC"], CONFIG), strict=True
     ):
         mean, deviation = encode(vae, pixels[caption])
         mirrored_mean, mirrored_deviation = encode(vae, pixels[caption].flip(-1))
@@ -376,7 +395,7 @@ def test_nonsense_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("source", "what"), [("latents", "latents"), ("memory", "data in memory"), ("images", "images of image_size=16")]
+    ("source", "what"), [("latents", "latents"), ("memory", "data in memory"), ("images", "images of 16 x 16 pixels")]
 )
 def test_geometry_must_fit(sources: dict[str, Data], vae: AutoencoderKL, source: str, what: str) -> None:
     config = dataclasses.replace(CONFIG, num_blocks=16)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from madformer.cli.main import main
-from madformer.compat.export import released_arguments, to_released
-from madformer.compat.madformer_ffhq import MADFormer as ReleasedMADFormer
-from madformer.config import tiny
+from madformer.compat import madformer_ffhq, madformer_imagenet
+from madformer.compat.export import released_arguments, save_released, to_released
+from madformer.config import TextConfig, tiny
 from madformer.model import MADFormer
+from madformer.model.blocks import to_maps
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import TrainingConfig
 from madformer.training.trainer import Trainer
-from testing import relative_error
+from testing import perturb, relative_error
 
 RELEASED = {
     "hidden_size": 128, "num_heads": 2, "rope_pairing": "released", "clean_timestep": "noisy",
     "hidden_loss_input": "condition+noisy", "hidden_loss_skips": "same_block",
 }  # fmt: skip
+TEXT = TextConfig(vocab_size=257, length=6, pad_token_id=256, rope_theta=100.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,36 @@ def test_an_older_step(trainer: Trainer, tmp_path: Path) -> None:
     assert not torch.equal(older, newer)
 
 
+def test_a_pipeline_is_whole_without_its_sources(config: TrainingConfig, tmp_path: Path) -> None:
+    """Class names are in the data alone, and neither they nor the autoencoder need be there any more."""
+    for index, image in enumerate(sorted(Path(config.data).iterdir())):
+        folder = tmp_path / "data" / ("cats", "dogs")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder)
+    vae = shutil.copytree(config.vae, tmp_path / "vae")
+    model = config.model.replace(text=TEXT, num_classes=2, time_conditioning="unet+adaln")
+    config = dataclasses.replace(config, model=model, data=str(tmp_path / "data"), vae=str(vae), steps=2)
+    Trainer(config, tmp_path / "run").run()
+    for source in (tmp_path / "data", vae):
+        shutil.rmtree(source)
+    run, out = tmp_path / "run" / "model", tmp_path / "out"
+    (run / ".model_index.json.half").write_text("a run that goes on is writing it")
+    assert main(["export", str(run.parent), "--out", str(out)]) == 0
+    assert json.loads((out / "model_index.json").read_text()) == json.loads((run / "model_index.json").read_text())
+    assert not list(out.glob(".*"))
+    expected, exported = (MADFormerPipeline.from_pretrained(path, dtype=torch.float32) for path in (run, out))
+    assert exported.config.class_names == ["cats", "dogs"]
+    images = [pipeline(1, 2, prompt="a", labels="dogs", output_type="pt").images for pipeline in (expected, exported)]
+    assert torch.equal(*images)
+
+
+def test_a_run_without_a_pipeline(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(trainer.folder, tmp_path / "run", ignore=shutil.ignore_patterns("model_index.json"))
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 1
+    assert "holds no model/ to take the rest of the pipeline from" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_released(trainer: Trainer, tmp_path: Path) -> None:
     """Read back as a released checkpoint it is the model that it was, by what it computes."""
     file = tmp_path / "ckpts.pt"
@@ -59,8 +93,24 @@ def test_released(trainer: Trainer, tmp_path: Path) -> None:
     timestep = torch.tensor([[1, 10, 100, 999]])
     expected = trainer.pipeline().transformer(latents, latents, timestep).prediction
     model_config = released_arguments(trainer.config.model)["model_config_path"]
-    released = ReleasedMADFormer.from_released(file, model_config=model_config)
+    released = madformer_ffhq.MADFormer.from_released(file, model_config=model_config)
     assert relative_error(released.to_native()(latents, latents, timestep).prediction, expected) < 1e-5
+
+
+def test_released_with_text(tmp_path: Path) -> None:
+    """As what ImageNet's code trained: saved, and read back by the drop-in for it."""
+    config = tiny().replace(**{**RELEASED, "hidden_loss_input": "condition"}, text=TEXT)
+    native = perturb(MADFormer(config))
+    save_released(tmp_path / "ckpts.pt", native, native)
+    model_config = released_arguments(config)["model_config_path"]
+    released = madformer_imagenet.MADFormer.from_released(tmp_path / "ckpts.pt", model_config=model_config)
+    assert released.config == config
+    text, latents = torch.randint(0, 257, (1, 6)), torch.randn(1, 4, 16, 4)
+    timestep = torch.tensor([[1, 10, 100, 999]])
+    expected = native(latents, latents, timestep, text, return_logits=True)
+    prediction, _, _, logits = released(text, latents, latents, timestep)
+    assert relative_error(prediction, to_maps(expected.prediction)) < 1e-5
+    assert relative_error(logits, expected.logits) < 1e-5
 
 
 def test_what_cannot_be_exported(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

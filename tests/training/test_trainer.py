@@ -190,7 +190,9 @@ def test_samples_traces_and_event_files(config: TrainingConfig, tmp_path: Path) 
 
 
 def test_geometry_must_fit_the_latents(config: TrainingConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"image_size=32: latents are 4 x 16 x 16, the model takes 4 x 8 x 8"):
+    with pytest.raises(
+        ValueError, match=r"images of 32 x 32 pixels: latents are 4 x 16 x 16, the model takes 4 x 8 x 8"
+    ):
         Trainer(dataclasses.replace(config, image_size=32), tmp_path)
 
 
@@ -328,6 +330,22 @@ def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: P
         firsts[split] = losses(tmp_path / f"elastic {seed}")
         assert firsts[split] == losses(tmp_path / f"fixed {seed}")
     assert len(firsts) > 1
+
+
+@pytest.mark.parametrize("block_order", ["spiral", "random"])
+def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp_path: Path, block_order: str) -> None:
+    """24 x 16 pixels, in six blocks; latents encoded before give the losses of images encoded in passing."""
+    model = tiny().replace(num_blocks=6, block_grid=(3, 2), block_order=block_order)
+    tall = dataclasses.replace(config, model=model, steps=2, sample_every=2, sample_images=2, sample_steps=2)
+    assert tall.image_shape == (24, 16)
+    found = {}
+    for cached in (False, True):
+        folder = tmp_path / str(cached)
+        Trainer(dataclasses.replace(tall, cache_latents=cached), folder).run()
+        found[cached] = losses(folder)
+    assert found[True] == pytest.approx(found[False], rel=ROUNDING)
+    pipeline = MADFormerPipeline.from_pretrained(folder / "model", vae=tall.vae, dtype=torch.float32)
+    assert pipeline(1, 2).images[0].size == (16, 24)
 
 
 def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: TrainingConfig, tmp_path: Path) -> None:

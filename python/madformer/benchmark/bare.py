@@ -81,8 +81,9 @@ class BareModel:
     def _layers(
         self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
     ) -> Tensor:
-        rope = self.model.rope
-        tables = {stream: rope.tables(block, 1)}
+        rope, size = self.model.rope, self.config.block_size
+        cos, sin = (table[block * size :][:size] for table in rope.tables())
+        tables = {stream: (cos, sin)}
         streams: Streams = {stream: tokens_BSC}
         for index in layers:
             outputs = [stream] if needs_output or index < layers[-1] else []

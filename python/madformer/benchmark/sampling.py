@@ -40,6 +40,7 @@ from torch import Tensor
 
 from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Run, Spread, Stopwatch, copy_rate, matmul_rate, seconds
+from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.prompts import Prompt
@@ -207,10 +208,10 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
     launches = plan.first_block, plan.next_block, plan.loop
     plan.first_block, plan.next_block = (watches["ar"].around(launch) for launch in launches[:2])
     plan.loop = watches["denoise"].around(launches[2])
-    prompt = any_prompt(plan)
+    prompt = any_prompt(plan.config, plan.batch)
 
     def draw(noise_BMLC: Tensor) -> None:
-        latents = from_blocks(plan.run(noise_BMLC, prompt))
+        latents = from_blocks(plan.run(noise_BMLC, prompt), plan.config)
         if vae is not None:
             watches["vae"].around(lambda: decode(vae, latents))()
 
@@ -220,10 +221,9 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
         plan.first_block, plan.next_block, plan.loop = launches
 
 
-def any_prompt(plan: Plan) -> Prompt:
-    """What the model asks for: its first token again and again, its first class."""
-    config, batch = plan.config, plan.batch
-    text = torch.zeros(batch, config.text_length, dtype=torch.int64) if config.text is not None else None
+def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
+    """What the model asks for, of ``batch`` images or of one: its first token again and again, its first class."""
+    text = torch.zeros(*batch, config.text_length, dtype=torch.int64) if config.text is not None else None
     return Prompt(text, label=torch.zeros(batch, dtype=torch.int64) if config.num_classes else None)
 
 

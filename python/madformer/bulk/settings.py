@@ -32,7 +32,7 @@ class Settings:
         scheduler: its class and configuration.
         model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
             latents.
-        prompts: what the images are of.
+        prompts: what the images are of. refresh_every: see :meth:`madformer.engine.sampler.Sampler.plan`.
     """
 
     format: Format
@@ -47,9 +47,10 @@ class Settings:
     vae: str | None
     vae_tile: int | None
     prompts: Prompts = field(default_factory=Prompts)
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "shard_size"):
+        for name in ("batch_size", "steps", "shard_size", "refresh_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -70,6 +71,7 @@ class Settings:
         latents: bool = False,
         shard_size: int | None = None,
         prompts: Prompts | None = None,
+        refresh_every: int = 1,
     ) -> Settings:
         """Those of a pipeline; with a ``shard_size`` it will write shards.
 
@@ -91,10 +93,14 @@ class Settings:
             vae=None if vae is None else fingerprint(vae, vae.config),
             vae_tile=None if vae is None else tile_of(vae),
             prompts=prompts or Prompts(),
+            refresh_every=refresh_every,
         )
 
     def to_dict(self) -> dict[str, Any]:
         values = {own.name: getattr(self, own.name) for own in fields(self)}
+        if self.refresh_every == 1:
+            # folders from before there was a choice go on
+            del values["refresh_every"]
         return {**values, "prompts": self.prompts.to_dict()}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:

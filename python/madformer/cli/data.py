@@ -57,7 +57,7 @@ def _add_latents(kinds: Any) -> None:
     add = parser.add_argument
     add("--data", required=True, help="shards, a folder of images, or hf:NAME[:SPLIT]")
     add("--vae", required=True, help="autoencoder, a folder or hub id")
-    add("--image-size", type=int, required=True, help="pixels along one side")
+    add("--image-size", type=_image_size, required=True, metavar="N or HxW", help="pixels: a square, or height x width")
     add("--out", type=Path, required=True, help="folder for the shards; goes on where it stopped")
     add("--no-flip", dest="flip", action="store_false", help="leave out the mirror images")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored (default float16)")
@@ -66,6 +66,12 @@ def _add_latents(kinds: Any) -> None:
     add("--num-workers", type=int, default=4, help="processes that decode images (default 4)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.set_defaults(run=run_latents)
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    """``64``, or ``48x64``."""
+    height, by, width = text.partition("x")
+    return (int(height), int(width)) if by else int(text)
 
 
 def run_emoji(args: argparse.Namespace) -> None:

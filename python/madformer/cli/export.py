@@ -25,19 +25,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from madformer.compat.export import save_released
-    from madformer.pipeline import MADFormerPipeline, default_scheduler
-    from madformer.tokenizer import load_tokenizer
-    from madformer.training.config import TrainingConfig
-    from madformer.training.export import RAW, load_checkpoint
-    from madformer.vae import load_vae
+    from madformer.training.export import RAW, load_checkpoint, save_pipeline
 
     model = load_checkpoint(args.folder, step=args.step, weights=args.weights)
     if args.format == "released":
         save_released(args.out, model, load_checkpoint(args.folder, step=args.step, weights=RAW))
     else:
-        config = TrainingConfig.of_run(args.folder)
-        tokenizer = None if model.config.text is None else load_tokenizer(config.tokenizer)
-        scheduler = default_scheduler(model.config.prediction_type, **config.noise_options())
-        MADFormerPipeline(model, load_vae(config.vae), scheduler, tokenizer).save_pretrained(args.out)
+        save_pipeline(args.out, args.folder, model)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.out}: {parameters:.1f} M parameters")

@@ -62,7 +62,10 @@ def add_parser(commands: Any) -> None:
     add("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
     add("--seed", type=int, default=0, help="of the first image (default 0)")
     add("--batch-size", type=int, default=16, help="images at once (default 16)")
+    add("--refresh-every", type=int, default=1, metavar="K", help="run the diffusion layers in every K-th step alone")
     add("--diffusion-layers", type=int, metavar="D", help="split of an elastic model (default: its own)")
+    add("--height", type=int, metavar="PIXELS", help="of the images (default: as trained; others are extrapolated)")
+    add("--width", type=int, metavar="PIXELS", help="likewise")
     add("--scheduler", choices=SCHEDULERS, help="replace the model's own")
     add("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles (default 1024; 0 never)")
@@ -155,6 +158,7 @@ def _sample(args: argparse.Namespace) -> None:
             latents=args.latents,
             shard_size=shard_size,
             prompts=prompts,
+            refresh_every=args.refresh_every,
         )
         folder = OutputFolder(args.out, settings, args.num_images)
     if args.ray is None:
@@ -204,7 +208,7 @@ def _draw_grid(pipeline: MADFormerPipeline, prompts: Prompts, args: argparse.Nam
     with tqdm(total=args.num_images, desc="sampling", unit="image", disable=not shown) as bar:
         for first in range(0, args.num_images, args.batch_size):
             batch = range(first, min(first + args.batch_size, args.num_images))
-            options = prompts.options(batch)
+            options = prompts.options(batch) | {"refresh_every": args.refresh_every}
             images += pipeline(num_inference_steps=args.steps, seed=args.seed + first, **options).images
             bar.update(len(batch))
     seconds = time.perf_counter() - started
@@ -215,7 +219,8 @@ def _draw_grid(pipeline: MADFormerPipeline, prompts: Prompts, args: argparse.Nam
 
 def _check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before minutes of work."""
-    for name, low in (("num_images", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("shard_size", 1), ("ray", 0)):
+    at_least_one = ("num_images", "steps", "batch_size", "shard_size", "refresh_every")
+    for name, low in (*((name, 1) for name in at_least_one), ("seed", 0), ("ray", 0)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
@@ -297,6 +302,7 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
             ) from error
     if args.vae_tile is not None:
         set_tile(pipeline.vae, args.vae_tile)
+    pipeline.transformer.set_grid(*pipeline.grid_of(args.height, args.width))
     if args.scheduler:
         config = pipeline.scheduler.config
         # DDIM's own default clamps to [-1, 1], which latents are not bounded by
@@ -380,6 +386,7 @@ def _report(
             "labels": prompts.labels,
             "guidance_scale": prompts.guidance_scale,
             "guidance_interval": prompts.guidance_interval,
+            "refresh_every": args.refresh_every,
             "scheduler": type(pipeline.scheduler).__name__,
             "precision": precision,
             "device": device,

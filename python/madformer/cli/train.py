@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   madformer train ffhq1024 --dry-run
   torchrun --no-python --nproc-per-node 8 madformer train ffhq1024 --data LATENTS --parallel fsdp --out runs/ffhq
   madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
+  madformer train emoji64 --out runs/tall --model.num-blocks 6 --model.block-grid 3,2 --model.block-order random
 """
 
 
@@ -34,7 +36,12 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("preset", nargs="?", help="emoji64, ffhq1024 or imagenet256")
-    parser.add_argument("--released-config", type=Path, metavar="FILE", help="a baseline.conf in place of a preset")
+    parser.add_argument(
+        "--released-config",
+        type=Path,
+        metavar="FILE",
+        help="a baseline.conf, FFHQ's or ImageNet's, in place of a preset",
+    )
     parser.add_argument(
         "--released-model-config", type=Path, metavar="FILE", help="the JSON file that its MODEL_CONFIG_PATH stands for"
     )
@@ -126,7 +133,7 @@ def _scalar_fields(config: type) -> dict[str, Any]:
     return {
         field.name: hints[field.name]
         for field in dataclasses.fields(config)
-        if hints[field.name] in (int, float, str, bool, tuple[float, ...])
+        if hints[field.name] in (int, float, str, bool, tuple[float, ...], tuple[int, ...])
         or typing.get_origin(hints[field.name]) is typing.Literal
     }
 
@@ -138,11 +145,13 @@ def _add_fields(group: Any, fields: dict[str, Any], prefix: str) -> None:
             group.add_argument(option, dest=prefix + name, action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is typing.Literal:
             group.add_argument(option, dest=prefix + name, choices=typing.get_args(kind))
-        elif kind == tuple[float, ...]:
-            group.add_argument(option, dest=prefix + name, type=_numbers, metavar="FLOAT,...")
+        elif kind in (tuple[float, ...], tuple[int, ...]):
+            (number, _) = typing.get_args(kind)
+            numbers = functools.partial(_numbers, number)
+            group.add_argument(option, dest=prefix + name, type=numbers, metavar=f"{number.__name__.upper()},...")
         else:
             group.add_argument(option, dest=prefix + name, type=kind, metavar=kind.__name__.upper())
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+def _numbers(number: type, text: str) -> tuple[Any, ...]:
+    return tuple(number(part) for part in text.split(","))

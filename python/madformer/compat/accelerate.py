@@ -4,8 +4,9 @@
     madformer.accelerate(model)         # before or after the optimiser, the EMA copy, DDP
     madformer.restore(model)            # as it was
 
-Nothing of the module changes but two entries of its instance dictionary, ``forward`` and ``sample``. They run the
-native network, whose parts have no weights of their own: each shares the parameter dictionary of the part of that name.
+Nothing of the module changes but two entries of its instance dictionary, ``forward`` and ``sample``. They are those of
+a model of our class that has no weights of its own: its parts share the parameter dictionaries of the parts that have
+their names.
 """
 
 from __future__ import annotations
@@ -18,27 +19,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from madformer.compat.madformer_ffhq import check_target, draw, native_target, released_outputs, training_pass
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import QK_NORM_EPS, RMSNorm
 from madformer.model.rope import token_positions
 
 Module = TypeVar("Module", bound=nn.Module)
 
-PARTS = ("boi_block", "downsampler", "upsampler", "blocks")
 SIZES = ("block_size", "ar_len", "spatial_len", "depth", "diff_depth", "num_heads")
 SWITCHES = ("square_block", "clear_clean", "clear_cond", "denoising_mlp")
+PARTS = ("boi_block", "downsampler", "upsampler", "blocks", *SIZES, *SWITCHES)
+TEXT_PARTS = ("embed_tokens", "lm_head", "text_rope", "max_len")
+FAMILIES: dict[type[CompatMADFormer], tuple[str, ...]] = {
+    madformer_ffhq.MADFormer: PARTS,
+    madformer_imagenet.MADFormer: (*PARTS, *TEXT_PARTS),
+}
+"""Our classes, and what an instance of the released one of each has."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Relative. The frequencies are a buffer, which is cast with the model: bf16 rounds by half of that.
+FREQUENCY_TOLERANCE = 1e-2
 
 
 def accelerate(module: Module, *, backend: str = "auto", attention_backend: str | None = None) -> Module:
-    """Run a released-style FFHQ model by this library: the same outputs, gradients and samples, faster.
+    """Run a released-style model by this library: the same outputs, gradients and samples, faster.
 
-    The model is recognised by its names and shapes, wherever its class lives. Its parameters, state dict, class, hooks,
-    mode, copies (``deepcopy``, ``pickle``), a DDP around it and an optimiser over it stay what they are. Hooks on the
-    model run; those on its parts could not, and are refused.
+    The model, FFHQ's or ImageNet's, is recognised by its names and shapes, wherever its class lives. Its parameters,
+    state dict, class, hooks, mode, copies (``deepcopy``, ``pickle``), a DDP around it and an optimiser over it stay
+    what they are. Hooks on the model run; those on its parts could not, and are refused.
 
     Args:
         module: changed in place. It may be accelerated already: then only the backends change.
@@ -52,11 +61,10 @@ def accelerate(module: Module, *, backend: str = "auto", attention_backend: str 
         BackendUnavailableError: a backend cannot run on the device where the model is.
     """
     if isinstance(module, (CompatMADFormer, NativeMADFormer)):
-        native = module.to_native() if isinstance(module, CompatMADFormer) else module
-        native.set_backend(backend, attention_backend)
+        _set_backend(module, backend, attention_backend)
         return module
     acceleration = _acceleration_of(module) or Acceleration(module)
-    acceleration.current().set_backend(backend, attention_backend)
+    _set_backend(acceleration.current(), backend, attention_backend)
     module.__dict__.update(forward=acceleration.forward, sample=acceleration.sample)
     return module
 
@@ -79,53 +87,55 @@ def _acceleration_of(module: nn.Module) -> Acceleration | None:
     return owner if isinstance(owner, Acceleration) else None
 
 
+def _networks(model: CompatMADFormer | NativeMADFormer) -> list[NativeMADFormer]:
+    """The native one, and the one that a model with text, but without the condition in its context, predicts it by."""
+    if isinstance(model, NativeMADFormer):
+        return [model]
+    return [model.__dict__[name] for name in ("native", "conditioning") if name in model.__dict__]
+
+
+def _set_backend(model: CompatMADFormer | NativeMADFormer, backend: str, attention_backend: str | None) -> None:
+    for network in _networks(model):
+        network.set_backend(backend, attention_backend)
+
+
 class Acceleration:
-    """What :func:`accelerate` binds to a module: the native network over its parameters."""
+    """What :func:`accelerate` binds to a module: a model of ours over its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        template = _recognise(module)
-        for name, part in template.named_modules():
-            if name and part._parameters:
+        self.model = _recognise(module)
+        for name, part in self.model.named_modules():
+            if part._parameters:
                 # The dictionary, not what is in it: `load_state_dict(assign=True)` and functional calls replace that.
                 part.__dict__["_parameters"] = module.get_submodule(name)._parameters
-        self.module, self.native = module, template.to_native()
 
-    def current(self) -> NativeMADFormer:
-        """The native network, with what belongs to no part of it brought up to date."""
-        boi = cast(Tensor, self.module.boi_block)
-        if "boi" in self.native._parameters:
-            self.native._parameters["boi"] = cast(nn.Parameter, boi)
-        if self.native.rope.cos.device != boi.device:
-            self.native.rope.to(boi.device)
-        return self.native
+    def current(self) -> CompatMADFormer:
+        """The model, with what belongs to no part of it brought up to date."""
+        boi = cast(nn.Parameter, self.model._parameters["boi_block"])
+        for network in _networks(self.model):
+            if "boi" in network._parameters:
+                network._parameters["boi"] = boi
+        if self.model.rope.cos.device != boi.device:
+            self.model.rope.to(boi.device)
+        return self.model
 
-    def forward(self, clean_x: Tensor, noised_x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :meth:`madformer.compat.madformer_ffhq.MADFormer.forward`."""
-        prediction, output = training_pass(self.current(), self.module, CompatMADFormer.streams, clean_x, noised_x, t)
-        return prediction, *released_outputs(output)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """The ``forward`` of one of :data:`FAMILIES`."""
+        return self.current().forward(*args, **kwargs)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        scheduler: Any,
-        num_inference_steps: int,
-        target_shape: tuple[int, int, int, int],
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> Tensor:
-        """See :meth:`madformer.compat.madformer_ffhq.MADFormer.sample`."""
-        native = self.current()
-        check_target(target_shape, native_target(native.config))
-        return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype)
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The ``sample`` of one of :data:`FAMILIES`."""
+        return self.current().sample(*args, **kwargs)
 
 
 # Recognition
 
 
 def _recognise(module: nn.Module) -> CompatMADFormer:
-    """Our class of the same geometry, without weights. Raises ``ValueError`` where it differs from ``module``."""
+    """A model of our class of the same geometry, without weights. Raises ``ValueError`` where it differs."""
     name = type(module).__name__
-    if missing := [part for part in (*PARTS, *SIZES, *SWITCHES) if not hasattr(module, part)]:
+    family = madformer_imagenet.MADFormer if hasattr(module, "embed_tokens") else madformer_ffhq.MADFormer
+    if missing := [part for part in FAMILIES[family] if not hasattr(module, part)]:
         inside = getattr(module, "module", getattr(module, "_orig_mod", None))
         hint = f"; pass the {type(inside).__name__} inside it" if isinstance(inside, nn.Module) else ""
         raise ValueError(f"{name} is no released MADFormer: it has no {', '.join(missing)}{hint}")
@@ -133,7 +143,7 @@ def _recognise(module: nn.Module) -> CompatMADFormer:
         raise ValueError(f"forward of this {name} was replaced by something else: accelerate it before that")
     try:
         with torch.device("meta"):
-            template = CompatMADFormer(**_constructor_arguments(module))
+            template = family(**_constructor_arguments(module))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is no released MADFormer: {error}") from error
     if differences := list(_differences(template, module)):
@@ -155,6 +165,13 @@ def _constructor_arguments(module: Any) -> dict[str, Any]:
     }
     if attention is not None:
         config["unet_num_heads"] = attention.heads
+    if hasattr(module, "embed_tokens"):
+        config |= {
+            "vocab_size": module.embed_tokens.num_embeddings,
+            "pad_token_id": module.embed_tokens.padding_idx,
+            "max_position_embeddings": module.max_len,
+            "rope_theta": module.text_rope.base,
+        }
     return {**inferred, **arguments, "model_config_path": config}
 
 
@@ -170,7 +187,8 @@ def _differences(template: CompatMADFormer, module: nn.Module) -> Iterator[str]:
         for name, part in template.named_modules():
             if name and part._parameters:
                 yield from _part_differences(name, part, module.get_submodule(name))
-        yield from _behaviour_differences(template, module)
+        yield from _behaviour_differences(module)
+        yield from _position_differences(template, module)
 
 
 def _part_differences(name: str, ours: nn.Module, theirs: nn.Module) -> Iterator[str]:
@@ -184,8 +202,8 @@ def _part_differences(name: str, ours: nn.Module, theirs: nn.Module) -> Iterator
         yield f"{name} has {theirs.extra_repr()}, not {ours.extra_repr()}"
 
 
-def _behaviour_differences(template: CompatMADFormer, module: nn.Module) -> Iterator[str]:
-    """What no weight tells: activations, dropout, positions, hooks."""
+def _behaviour_differences(module: nn.Module) -> Iterator[str]:
+    """What no weight tells: activations, dropout, hooks."""
     probe = torch.linspace(-4, 4, 17)
     for name, part in module.named_modules():
         activation: Callable[[Tensor], Tensor] | None = getattr(part, "act_fn", None)
@@ -197,6 +215,24 @@ def _behaviour_differences(template: CompatMADFormer, module: nn.Module) -> Iter
             yield f"{name} has hooks, which would not run"
         if name and "forward" in part.__dict__:
             yield f"{name}.forward was replaced"
-    positions = getattr(module, "position_ids_precompute", None)
-    if positions is not None and not torch.equal(positions.cpu(), token_positions(template.config)):
-        yield "position_ids_precompute numbers the tokens in another order"
+
+
+def _position_differences(template: CompatMADFormer, module: nn.Module) -> Iterator[str]:
+    config = template.config
+    orders = {
+        "position_ids_precompute": token_positions(config),
+        "text_position_ids": torch.arange(config.text_length)[None],
+    }
+    for name, expected in orders.items():
+        positions = getattr(module, name, None)
+        if positions is not None and not torch.equal(positions.cpu(), expected):
+            yield f"{name} numbers the tokens in another order"
+    if config.text is None:
+        return
+    frequencies = config.text.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    for name, buffer in module.named_buffers():
+        if name.endswith("inv_freq") and not (
+            buffer.shape == frequencies.shape
+            and torch.allclose(buffer.cpu().float(), frequencies, rtol=FREQUENCY_TOLERANCE, atol=0)
+        ):
+            yield f"{name} has other frequencies than those of text_rope.base={config.text.rope_theta:g}"

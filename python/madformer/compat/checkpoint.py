@@ -68,7 +68,7 @@ class ReleasedCheckpoint:
             config = self._infer_model_config() if model_config is None else model_config
             named = {name: arguments[name] for name in ("block_size", "ar_len", "spatial_len", "diff_depth")}
         except KeyError as error:
-            raise ValueError(f"{self.path} is no released FFHQ checkpoint: {error} is missing") from error
+            raise ValueError(f"{self.path} is no released checkpoint: {error} is missing") from error
         head_dim = RELEASED_HEAD_DIM if head_norm is None else len(head_norm)
         return {
             "hidden_size": hidden_size,

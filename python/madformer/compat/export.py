@@ -1,4 +1,4 @@
-"""Native models as released ones: the way back of :meth:`madformer.compat.madformer_ffhq.MADFormer.to_native`."""
+"""Native models as released ones: the way back of ``to_native`` of our drop-ins."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 
-from madformer.compat.madformer_ffhq import CONTEXTS, MADFormer
+from madformer.compat import madformer_ffhq, madformer_imagenet
+from madformer.compat.madformer_ffhq import CONTEXTS
 from madformer.config import MADFormerConfig
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.persistence import atomic_path
 
 
-def to_released(native: NativeMADFormer) -> MADFormer:
-    """The released class over the native weights, which both then share.
+def to_released(native: NativeMADFormer) -> madformer_ffhq.MADFormer:
+    """The released class, ImageNet's for a model with text, over the native weights, which both then share.
 
     Raises:
         ValueError: the released code computes something else from such weights; names the fields.
     """
+    family = madformer_ffhq if native.config.text is None else madformer_imagenet
     with torch.device("meta"):
-        model = MADFormer(**released_arguments(native.config))
+        model = family.MADFormer(**released_arguments(native.config))
     ours, theirs = (dataclasses.asdict(config) for config in (native.config, model.config))
     if different := [f"{name}={ours[name]!r} (there {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(f"the released code has no {', '.join(different)}")
@@ -37,6 +39,14 @@ def released_arguments(config: MADFormerConfig) -> dict[str, Any]:
     unet = config.unet
     if unet is None:
         raise ValueError("the released code has no unet=None")
+    vocabulary: dict[str, Any] = {}
+    if config.text is not None:
+        vocabulary = {
+            "vocab_size": config.text.vocab_size,
+            "pad_token_id": config.text.pad_token_id,
+            "max_position_embeddings": config.text.length,
+            "rope_theta": config.text.rope_theta,
+        }
     return {
         "hidden_size": config.hidden_size,
         "depth": config.num_layers,
@@ -61,6 +71,7 @@ def released_arguments(config: MADFormerConfig) -> dict[str, Any]:
             "unet_num_heads": unet.num_heads,
             "unet_resnet_groups": unet.norm_groups,
             "unet_time_emb_dim": unet.time_embed_dim,
+            **vocabulary,
         },
     }
 

@@ -146,7 +146,7 @@ class MADFormer(madformer_ffhq.MADFormer):
         model = self.__dict__["conditioning"]
         clean, skips = model.embed_clean(clean_x, t)
         streams = model.input_streams(input_ids, clean, clean.dtype, clean_x.shape[1], whole_clean=False)
-        condition = model.pass_layers(range(model.config.ar_layers), streams)["noise"]
+        condition = model.pass_layers(range(model.config.ar_layers), streams, model.rope.tables())["noise"]
         return model.decode_condition(condition, condition, t, skips)
 
     @torch.no_grad()

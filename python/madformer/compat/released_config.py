@@ -1,7 +1,8 @@
-"""Configurations of the released FFHQ training script, as its ``baseline.conf`` has them, for this library's trainer.
+"""Configurations of the released training scripts, as their ``baseline.conf`` has them, for this library's trainer.
 
 Such a file holds ``KEY=value`` lines as a shell reads them; the keys are the options of the released ``train.py`` in
-capitals. What the file leaves out has the script's default.
+capitals. ``DATASET`` says which branch's script it is for, FFHQ's where it is left out; whatever else is left out has
+that script's default.
 """
 
 from __future__ import annotations
@@ -9,50 +10,39 @@ from __future__ import annotations
 import difflib
 import math
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
-from madformer.compat.madformer_ffhq import CONTEXTS, native_config, read_model_config
+import torch
+
+from madformer.compat import madformer_ffhq, madformer_imagenet
+from madformer.compat.checkpoint import RELEASED_MODEL_CONFIG
 from madformer.config import MADFormerConfig
 
-FFHQ_IMAGES = 70_000
 VAE_DOWNSCALE = 8
 PLACEHOLDER = "Your/Path/To/Model/Config.json"
 """What ``baseline.conf`` was released with for ``MODEL_CONFIG_PATH``: nobody's file."""
-HIDDEN_SIZE, DEPTH = 1152, 28
-"""Of the released constructor, which its script gives no option for."""
 
-# Defaults of the released train.py; their types are the options' types.
+# Defaults of both scripts; their types are the options' types.
 DEFAULTS: dict[str, Any] = {
-    "DATASET": "ffhq",
-    "DATASET_PATH": "./datasets/ffhq-1024",
     "LR": 3e-4,
     "WEIGHT_DECAY": 5e-2,
     "BETA1": 0.9,
     "BETA2": 0.95,
-    "EPOCHS": 200,
-    "GLOBAL_BATCH_SIZE": 64,
-    "PER_GPU_BATCH_SIZE": 1,
     "GLOBAL_SEED": 0,
     "NUM_WORKERS": 4,
     "LOG_EVERY": 10,
     "CKPT_EVERY": 10_000,
     "MIXED_PRECISION": "bf16",
     "MAX_GRAD_NORM": 1.0,
-    "IMAGE_SIZE": 1024,
     "PATCH_SIZE": 1,
     "VAE_LATENT_SIZE": 4,
-    "BLOCK_SIZE": 256,
-    "PRE_DOWNSAMPLE_BLOCK_SIZE": 1024,
     "SQUARE_BLOCK": True,
-    "AR_LEN": 16,
     "LR_SCHEDULER": "wsd",
     "LR_WARMUP": 0.01,
     "MODEL_CONFIG_PATH": PLACEHOLDER,
-    "SPATIAL_LEN": 4096,
     "LAMBDA_HIDDEN_LOSS": 0.1,
     "DIFF_DEPTH": 14,
     "CLEAR_CLEAN": False,
@@ -60,13 +50,81 @@ DEFAULTS: dict[str, Any] = {
     "DENOISING_MLP": False,
     "CLEAR_TOWER_LOSS_LAMBDA": 0.0,
 }
+
+
+@dataclass(frozen=True)
+class Script:
+    """What one of the scripts has for itself.
+
+    Attributes:
+        model: ours of the class that it trains.
+        num_images: in its data set.
+        defaults: of its options, besides those that both have alike.
+        model_config: what the JSON file released with it says, and no default does.
+        data: our name for the data set at ``DATASET_PATH``.
+        training: what it says in no option, by our names.
+    """
+
+    model: type[madformer_ffhq.MADFormer]
+    num_images: int
+    defaults: dict[str, Any]
+    model_config: dict[str, Any]
+    data: str = "{}"
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+SCRIPTS = {
+    "ffhq": Script(
+        model=madformer_ffhq.MADFormer,
+        num_images=70_000,
+        defaults={
+            "DATASET_PATH": "./datasets/ffhq-1024",
+            "EPOCHS": 200,
+            "GLOBAL_BATCH_SIZE": 64,
+            "PER_GPU_BATCH_SIZE": 1,
+            "IMAGE_SIZE": 1024,
+            "BLOCK_SIZE": 256,
+            "PRE_DOWNSAMPLE_BLOCK_SIZE": 1024,
+            "AR_LEN": 16,
+            "SPATIAL_LEN": 4096,
+        },
+        model_config={**RELEASED_MODEL_CONFIG, "intermediate_size": 4096},
+    ),
+    "imagenet": Script(
+        model=madformer_imagenet.MADFormer,
+        num_images=1_281_167,
+        defaults={
+            "DATASET_PATH": "./datasets/imagenet",
+            "EPOCHS": 50,
+            "GLOBAL_BATCH_SIZE": 256,
+            "PER_GPU_BATCH_SIZE": 4,
+            "IMAGE_SIZE": 256,
+            "BLOCK_SIZE": 64,
+            "PRE_DOWNSAMPLE_BLOCK_SIZE": 256,
+            "AR_LEN": 4,
+            "SPATIAL_LEN": 256,
+            "IMAGE_LOSS_LAMBDA": 1.0,
+            "TEXT_LOSS_LAMBDA": 0.0,
+        },
+        model_config={
+            **RELEASED_MODEL_CONFIG,
+            "intermediate_size": 4096,
+            "vocab_size": 128_256,
+            "pad_token_id": 128_004,
+            "max_position_embeddings": 2,
+        },
+        # a data set that `save_to_disk` wrote
+        data="hf:{}",
+        training={"tokenizer": "NousResearch/Llama-3.2-1B", "caption": "label", "caption_dropout": 0.0},
+    ),
+}
 IGNORED = {
     "RESULTS_DIR": "the run's folder is an argument of its own",
     "ID": "the run's folder is an argument of its own",
     "LOCAL_RANK": "torchrun sets it",
     "VAE_PATCH_PIXELS": "the released script reads it nowhere",
     "USE_ROPE": "the released script reads it nowhere: there is always RoPE",
-    "SINGLE_TOWER": "the released script reads it nowhere: there are always two towers",
+    "SINGLE_TOWER": "the released script reads it nowhere: every stream has its own tower",
 }
 PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
     bool: (lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()], "true or false"),
@@ -97,7 +155,7 @@ def read_released_config(
     path: str | Path,
     *,
     model_config: str | Path | Mapping[str, Any] | None = None,
-    num_images: int = FFHQ_IMAGES,
+    num_images: int | None = None,
     world_size: int = 1,
 ) -> ReleasedConfig:
     """Read a ``baseline.conf``.
@@ -105,7 +163,8 @@ def read_released_config(
     Args:
         model_config: in place of the file that ``MODEL_CONFIG_PATH`` names, which is looked for from the working
             directory and from beside ``path``.
-        num_images: in the data set; the released script counts epochs, not steps.
+        num_images: in the data set, since the released scripts count epochs, not steps; None for all of FFHQ or of
+            ImageNet's training set.
         world_size: processes; the rest of the global batch is accumulated.
 
     Raises:
@@ -114,12 +173,22 @@ def read_released_config(
     """
     path = Path(path)
     written = _read_lines(path)
-    if unknown := [key for key in written if key not in DEFAULTS and key not in IGNORED]:
-        raise ValueError(f"{path}: unknown {', '.join(map(_with_nearest, unknown))}")
-    values = {key: _convert(path, key, written.get(key), default) for key, default in DEFAULTS.items()}
+    name = written.pop("DATASET", "ffhq")
+    if name not in SCRIPTS:
+        raise ValueError(f"{path}: DATASET={name!r} must be one of {', '.join(SCRIPTS)}")
+    script = SCRIPTS[name]
+    defaults = DEFAULTS | script.defaults
+    known = [*defaults, *IGNORED]
+    if unknown := [key for key in written if key not in known]:
+        raise ValueError(f"{path}: unknown {', '.join(_with_nearest(key, known) for key in unknown)}")
+    values = {key: _convert(path, key, written.get(key), default) for key, default in defaults.items()}
+    if num_images is None:
+        num_images = script.num_images
     try:
-        model = _model(values, _model_config_source(path, values["MODEL_CONFIG_PATH"], model_config))
-        training = _training(values, model, num_images, world_size)
+        if model_config is None:
+            model_config = _model_config(path, values["MODEL_CONFIG_PATH"], script)
+        model = _model(script, values, model_config)
+        training = _training(script, values, model, num_images, world_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     ignored = {key: reason for key, reason in IGNORED.items() if key in written}
@@ -141,8 +210,8 @@ def _read_lines(path: Path) -> dict[str, str]:
     return values
 
 
-def _with_nearest(key: str) -> str:
-    nearest = difflib.get_close_matches(key, [*DEFAULTS, *IGNORED], n=1, cutoff=0)
+def _with_nearest(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0)
     return f"{key} (the nearest known name is {nearest[0]})"
 
 
@@ -157,39 +226,35 @@ def _convert(path: Path, key: str, text: str | None, default: Any) -> Any:
         raise ValueError(f"{path}: {key}={text!r} is no {kind}") from None
 
 
-def _model_config_source(
-    path: Path, named: str, given: str | Path | Mapping[str, Any] | None
-) -> str | Path | Mapping[str, Any]:
-    if given is not None:
-        return given
+def _model_config(path: Path, named: str, script: Script) -> Path | dict[str, Any]:
     if named == PLACEHOLDER:
-        return {**RELEASED_MODEL_CONFIG, "intermediate_size": 4096}
+        return script.model_config
     for candidate in (Path(named), path.parent / named):
         if candidate.is_file():
             return candidate
     raise ValueError(f"MODEL_CONFIG_PATH={named} names no file, from here or from {path.parent}")
 
 
-def _model(values: Mapping[str, Any], model_config: str | Path | Mapping[str, Any]) -> MADFormerConfig:
+def _model(script: Script, values: Mapping[str, Any], model_config: str | Path | Mapping[str, Any]) -> MADFormerConfig:
+    """Of the released class, with what the script passes to it."""
     _require(values["PATCH_SIZE"] == 1, f"PATCH_SIZE={values['PATCH_SIZE']} must be 1: a latent is a position here")
-    config = native_config(
-        read_model_config(model_config),
-        hidden_loss_input="condition+noisy",
-        hidden_size=HIDDEN_SIZE,
-        num_layers=DEPTH,
-        num_heads=HIDDEN_SIZE // RELEASED_HEAD_DIM,
-        num_blocks=values["AR_LEN"],
-        block_size=values["BLOCK_SIZE"],
-        diffusion_layers=values["DIFF_DEPTH"],
-        context=CONTEXTS[values["CLEAR_CLEAN"], values["CLEAR_COND"]],
-        cross_block_attention=not values["DENOISING_MLP"],
-        square_blocks=values["SQUARE_BLOCK"],
-    )
+    with torch.device("meta"):
+        config = script.model(
+            block_size=values["BLOCK_SIZE"],
+            ar_len=values["AR_LEN"],
+            spatial_len=values["BLOCK_SIZE"] * values["AR_LEN"],
+            square_block=values["SQUARE_BLOCK"],
+            model_config_path=model_config,
+            diff_depth=values["DIFF_DEPTH"],
+            clear_clean=values["CLEAR_CLEAN"],
+            clear_cond=values["CLEAR_COND"],
+            denoising_mlp=values["DENOISING_MLP"],
+        ).config
     derived = {
         "VAE_LATENT_SIZE": config.latent_channels,
         "SPATIAL_LEN": config.block_size * config.num_blocks,
         "PRE_DOWNSAMPLE_BLOCK_SIZE": config.latents_per_block,
-        "IMAGE_SIZE": config.latent_side * VAE_DOWNSCALE,
+        "IMAGE_SIZE": config.latent_shape[1] * VAE_DOWNSCALE,
     }
     for key, expected in derived.items():
         geometry = f"BLOCK_SIZE={config.block_size} and AR_LEN={config.num_blocks}"
@@ -197,9 +262,10 @@ def _model(values: Mapping[str, Any], model_config: str | Path | Mapping[str, An
     return config
 
 
-def _training(values: Mapping[str, Any], model: MADFormerConfig, num_images: int, world_size: int) -> dict[str, Any]:
-    """The released hyperparameters; EMA decay, image loss weight and the schedules' shapes are constants there."""
-    _require(values["DATASET"] == "ffhq", f"DATASET={values['DATASET']!r}: the released script knows 'ffhq' alone")
+def _training(
+    script: Script, values: Mapping[str, Any], model: MADFormerConfig, num_images: int, world_size: int
+) -> dict[str, Any]:
+    """The released hyperparameters; EMA decay and the schedules' shapes are constants there."""
     precision, schedule = values["MIXED_PRECISION"], values["LR_SCHEDULER"]
     _require(precision in PRECISIONS, f"MIXED_PRECISION={precision!r} must be one of {', '.join(PRECISIONS)}")
     _require(schedule in ("wsd", "cosine", "constant"), f"LR_SCHEDULER={schedule!r} must be wsd, cosine or constant")
@@ -212,7 +278,7 @@ def _training(values: Mapping[str, Any], model: MADFormerConfig, num_images: int
     steps = values["EPOCHS"] * (num_images // batch)
     _require(steps > 0, f"EPOCHS={values['EPOCHS']} of {num_images} images are no step of GLOBAL_BATCH_SIZE={batch}")
     return {
-        "data": values["DATASET_PATH"],
+        "data": script.data.format(values["DATASET_PATH"]),
         "image_size": values["IMAGE_SIZE"],
         "num_workers": values["NUM_WORKERS"],
         "steps": steps,
@@ -231,7 +297,9 @@ def _training(values: Mapping[str, Any], model: MADFormerConfig, num_images: int
         # 0 turns clipping off there.
         "max_grad_norm": values["MAX_GRAD_NORM"] or math.inf,
         "ema_decays": (0.9999,),
-        "image_loss_weight": 1.0,
+        # FFHQ's script has one constant weight, and no text.
+        "image_loss_weight": values.get("IMAGE_LOSS_LAMBDA", 1.0),
+        "text_loss_weight": values.get("TEXT_LOSS_LAMBDA", 0.0),
         "hidden_loss_weight": 0.0 if values["CLEAR_COND"] else values["LAMBDA_HIDDEN_LOSS"],
         # The released loop asks for it together with clear_clean, which has no clean tower: it never counts.
         "clean_loss_weight": values["CLEAR_TOWER_LOSS_LAMBDA"] if model.has_clean_stream else 0.0,
@@ -239,6 +307,7 @@ def _training(values: Mapping[str, Any], model: MADFormerConfig, num_images: int
         "seed": values["GLOBAL_SEED"],
         "log_every": values["LOG_EVERY"],
         "save_every": values["CKPT_EVERY"],
+        **script.training,
     }
 
 

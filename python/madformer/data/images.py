@@ -31,6 +31,8 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "
 CAPTION_FIELDS = ("caption", "text", "prompt")
 LABEL_FIELDS = ("label", "labels", "class", "cls")
 NO_LABEL = -1
+ImageSize = int | tuple[int, int]
+"""Pixels along the sides of a square, or height and width."""
 # Before this many samples were read one damaged file says nothing about the whole.
 MIN_SEEN = 100
 # What Pillow's decoders raise on damaged files; OSError includes UnidentifiedImageError and truncation.
@@ -80,7 +82,7 @@ class Source(Protocol):
 
 def open_dataset(
     source: str | Path,
-    image_size: int,
+    image_size: ImageSize,
     *,
     on_error: Literal["raise", "skip"] = "raise",
     max_bad_fraction: float = 0.05,
@@ -96,8 +98,8 @@ def open_dataset(
               A caption is the ``.txt`` beside the image, or else the name of the class;
             - ``hf:NAME[:SPLIT]``, a Hugging Face data set on the hub or a local one (``save_to_disk``
               included); the split is ``train`` unless given.
-        image_size: side of the square that images are resized (shortest side) and cropped (centre) to, in
-            pixels.
+        image_size: what images are resized and cropped (centre) to, in pixels: the side of a square, or height and
+            width.
         on_error: ``raise`` for an unreadable image, or ``skip``: see :class:`ImageDataset`.
         max_bad_fraction: with ``skip``, the fraction of unreadable samples that is tolerated.
 
@@ -113,9 +115,9 @@ def open_dataset(
 class ImageDataset(Dataset[dict[str, Any]]):
     """Decoded samples of a source, for any number of DataLoader workers.
 
-    ``dataset[i]`` is ``{"image": float32 (3, image_size, image_size) in [-1, 1], "caption": str, "label":
-    int, "key": str}``; the label is -1 and the caption empty where the source has none. ``class_names`` lists
-    the classes by label, empty if unknown.
+    ``dataset[i]`` is ``{"image": float32 (3, height, width) in [-1, 1], "caption": str, "label": int, "key": str}``;
+    the label is -1 and the caption empty where the source has none. ``class_names`` lists the classes by label, empty
+    if unknown.
 
     An unreadable image raises :class:`UnreadableImageError`, or with ``on_error="skip"`` is counted, logged
     once and replaced by the next readable sample in index order. Workers share the count, ``num_bad``.
@@ -126,12 +128,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         source: Source,
-        image_size: int,
+        image_size: ImageSize,
         *,
         on_error: Literal["raise", "skip"] = "raise",
         max_bad_fraction: float = 0.05,
     ) -> None:
-        if image_size < 1:
+        self.image_shape = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(self.image_shape) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
@@ -189,7 +192,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _load(self, index: int) -> dict[str, Any]:
         try:
             raw = self.source.read(index)
-            image = decode_image(raw.data, self.image_size)
+            image = decode_image(raw.data, self.image_shape)
         except DECODE_ERRORS as error:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise UnreadableImageError(f"{self.source.name(index)}: {reason}") from error
@@ -206,11 +209,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
             ) from error
 
 
-def decode_image(data: bytes, image_size: int) -> Tensor:
-    """Decode, turn upright, composite on white, resize the shortest side, crop the centre.
+def decode_image(data: bytes, shape: tuple[int, int]) -> Tensor:
+    """Decode, turn upright, composite on white, resize until it covers ``shape`` (height, width), crop the centre.
 
     Returns:
-        float32 ``(3, image_size, image_size)`` in [-1, 1]. An image of exactly that size is not resampled.
+        float32 ``(3, height, width)`` in [-1, 1]. An image of exactly that size is not resampled.
 
     Raises:
         One of ``DECODE_ERRORS``; so does an image over ``PIL.Image.MAX_IMAGE_PIXELS``.
@@ -220,12 +223,14 @@ def decode_image(data: bytes, image_size: int) -> Tensor:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data)) as opened:
             image = _to_rgb(ImageOps.exif_transpose(opened))
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    height, width = shape
+    crop_width = min(image.width, image.height * width / height)
+    crop_height = min(image.height, image.width * height / width)
+    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
     # One resampling, of the crop alone; the filter still sees the pixels beyond the box.
-    box = (left, top, left + side, top + side)
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+    box = (left, top, left + crop_width, top + crop_height)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     pixels_HWC = torch.from_numpy(np.array(image))
     return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
 

@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from madformer.config import MADFormerConfig
-from madformer.data.images import ImageDataset
+from madformer.data.images import ImageDataset, ImageSize
 from madformer.data.shards import ShardDataset
 from madformer.model.persistence import atomic_path, fingerprint
 from madformer.vae import downscale
@@ -51,7 +51,7 @@ class LatentDescription:
     Attributes:
         source: as the user named it. num_images: of the source, unreadable ones included.
         class_names: by label; empty if unknown.
-        image_size: pixels along a side of what was encoded.
+        image_size: of what was encoded, as :class:`~madformer.data.images.ImageDataset` takes it.
         latent_shape: channels, rows, columns.
         dtype: that the moments are rounded to.
         flips: whether mirrored images were encoded, too.
@@ -62,7 +62,7 @@ class LatentDescription:
     source: str
     num_images: int
     class_names: tuple[str, ...]
-    image_size: int
+    image_size: ImageSize
     latent_shape: tuple[int, int, int]
     dtype: Precision
     flips: bool
@@ -71,7 +71,7 @@ class LatentDescription:
     shard_size: int
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "image_size", "shard_size"):
+        for name in ("num_images", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dtype not in get_args(Precision):
@@ -94,17 +94,15 @@ class LatentDescription:
         Raises:
             ValueError: the VAE makes no whole latents of images of that size, or another argument is out of range.
         """
-        side, rest = divmod(images.image_size, downscale(vae))
-        if rest:
-            raise ValueError(
-                f"image_size={images.image_size} must be a multiple of {downscale(vae)}, a latent's pixels"
-            )
+        pixels = downscale(vae)
+        if any(side % pixels for side in images.image_shape):
+            raise ValueError(f"image_size={images.image_size} must be a multiple of {pixels}, a latent's pixels")
         return cls(
             source=source,
             num_images=len(images),
             class_names=tuple(images.class_names),
             image_size=images.image_size,
-            latent_shape=(vae.config.latent_channels, side, side),
+            latent_shape=(vae.config.latent_channels, *(side // pixels for side in images.image_shape)),
             dtype=dtype,
             flips=flips,
             vae=vae_name,
@@ -152,7 +150,7 @@ class LatentDescription:
             values = json.loads(path.read_text(encoding="utf-8"))
             if (version := values.pop("version")) != VERSION:
                 raise ValueError(f"version {version}, where {VERSION} is known")
-            values |= {name: tuple(values[name]) for name in ("class_names", "latent_shape")}
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} describes no latents: {error}") from error
@@ -165,9 +163,8 @@ def holds_latents(source: str | Path) -> bool:
 
 def check_geometry(latent_shape: Sequence[int], config: MADFormerConfig, what: str) -> None:
     """Raises ``ValueError`` where latents are not those that a model takes; ``what`` names them in the message."""
-    wanted = (config.latent_channels, config.latent_side, config.latent_side)
-    if tuple(latent_shape) != wanted:
-        given, taken = (" x ".join(map(str, shape)) for shape in (latent_shape, wanted))
+    if tuple(latent_shape) != config.latent_shape:
+        given, taken = (" x ".join(map(str, shape)) for shape in (latent_shape, config.latent_shape))
         raise ValueError(
             f"{what}: latents are {given}, the model takes {taken} (latent_channels; num_blocks, block_size, unet)"
         )

@@ -26,7 +26,7 @@ from madformer.model.conditioner import Conditioner
 from madformer.model.layer import Attention, Projections, Streams, Tower, TransformerLayer
 from madformer.model.patches import PatchDecoder, PatchEmbedding
 from madformer.model.persistence import PretrainedMixin
-from madformer.model.rope import RotaryEmbedding
+from madformer.model.rope import RotaryEmbedding, RotaryTables
 from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
 
 
@@ -135,6 +135,16 @@ class MADFormer(PretrainedMixin, nn.Module):
         self.config = self.config.replace(diffusion_layers=diffusion_layers)
         return self
 
+    def set_grid(self, rows: int, columns: int) -> Self:
+        """Choose the size of images, in blocks. Positions beyond those of training are extrapolated.
+
+        Raises:
+            ValueError: a model that knows no other size, in one line why.
+        """
+        self.config = self.config.at_grid(rows, columns)
+        self.rope.set_config(self.config)
+        return self
+
     def _check_split(self, diffusion_layers: int) -> None:
         choices = {self.config.diffusion_layers, *self.config.elastic_diffusion_layers}
         if diffusion_layers not in choices:
@@ -172,13 +182,14 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     def embed(self, latents_BMLC: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
         """Blocks of latents to tokens ``(B, S, hidden_size)`` and the U-Net's skip connections."""
-        maps, skips = self.downsampler(to_maps(latents_BMLC), temb_NE)
+        maps, skips = self.downsampler(to_maps(latents_BMLC, self.config.block_latents), temb_NE)
         return from_maps(maps, latents_BMLC.shape[1]).flatten(1, 2), skips
 
     def decode(self, tokens_BSC: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         """Tokens back to blocks of latents ``(B, M, L, C)``."""
         blocks = tokens_BSC.unflatten(1, (-1, self.config.block_size))
-        return from_maps(self.upsampler(to_maps(blocks), temb_NE, skips, modulation_NC), blocks.shape[1])
+        maps = to_maps(blocks, self.config.block_tokens)
+        return from_maps(self.upsampler(maps, temb_NE, skips, modulation_NC), blocks.shape[1])
 
     def modulation(self, timestep_BM: Tensor, labels_B: Tensor | None) -> Tensor | None:
         """What AdaLN layers project for every block, ``(B, M, C)``; None for a model without.
@@ -215,6 +226,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         labels_B: Tensor | None = None,
         *,
         diffusion_layers: int | None = None,
+        order_BM: Tensor | None = None,
         return_condition: bool = True,
         return_clean: bool = False,
         return_logits: bool = False,
@@ -222,12 +234,13 @@ class MADFormer(PretrainedMixin, nn.Module):
         """Predict all blocks at once, each from its clean predecessors (teacher forcing) and its noisy self.
 
         Args:
-            clean_BMLC: clean latents ``(B, M, L, C)``.
+            clean_BMLC: clean latents ``(B, M, L, C)``, block after block in the order that they are made in.
             noisy_BMLC: the same with noise added.
             timestep_BM: integer timestep of every block.
             text_BT: token ids of a model with text.
             labels_B: classes of a model with such, negative for one left out.
             diffusion_layers: of an elastic model, in this pass; None for the configuration's.
+            order_BM: place of every block, for a model of random order; None for the model's own order.
             return_condition: decode the condition (the hidden loss needs it).
             return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
                 which no other block attends to, never enters the Transformer.
@@ -251,7 +264,8 @@ class MADFormer(PretrainedMixin, nn.Module):
         if diffusion_layers is not None:
             self._check_split(diffusion_layers)
         ar_layers = config.num_layers - (diffusion_layers or config.diffusion_layers)
-        streams, condition = self.transform(streams, noisy, ar_layers, keep, modulation)
+        tables = self.rope.tables(order_BM)
+        streams, condition = self.transform(streams, noisy, ar_layers, tables, keep, modulation)
         output = MADFormerOutput(self.decode_at(timestep_BM, streams["noise"], noisy_skips, labels_B))
         if return_condition:
             output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips, labels_B)
@@ -305,6 +319,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         streams: Streams,
         noisy_BSC: Tensor,
         ar_layers: int,
+        tables: RotaryTables,
         keep: Collection[str] = (),
         modulation: Tensor | None = None,
     ) -> tuple[Streams, Tensor | None]:
@@ -312,16 +327,23 @@ class MADFormer(PretrainedMixin, nn.Module):
 
         Args:
             ar_layers: the others are diffusion layers.
+            tables: rotation of all blocks' tokens.
             keep: streams besides the noise whose output is wanted, not their keys and values alone.
             modulation: of the noise stream in the diffusion layers, ``(B, M, C)``.
         """
-        streams = self.pass_layers(range(ar_layers), streams, keep)
+        streams = self.pass_layers(range(ar_layers), streams, tables, keep)
         condition = streams.get("noise")
         streams["noise"] = noisy_BSC if condition is None else condition + noisy_BSC
-        return self.pass_layers(range(ar_layers, self.config.num_layers), streams, keep, modulation), condition
+        layers = range(ar_layers, self.config.num_layers)
+        return self.pass_layers(layers, streams, tables, keep, modulation), condition
 
     def pass_layers(
-        self, layers: range, streams: Streams, keep: Collection[str] = (), modulation: Tensor | None = None
+        self,
+        layers: range,
+        streams: Streams,
+        tables: RotaryTables,
+        keep: Collection[str] = (),
+        modulation: Tensor | None = None,
     ) -> Streams:
         """Some layers under the training mask; a stream ends where nobody reads it any more."""
         for index in layers:
@@ -335,7 +357,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             outputs = [name for name in streams if index + 1 < end[name]]
             if streams:
                 cross_block = self.config.cross_block_attention or index < self.config.ar_layers
-                streams = self.layer_pass(self.layers[index], streams, outputs, cross_block, modulation)
+                streams = self.layer_pass(self.layers[index], streams, tables, outputs, cross_block, modulation)
         return streams
 
     @property
@@ -351,6 +373,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         self,
         layer: nn.Module,
         streams: Streams,
+        tables: RotaryTables,
         outputs: Collection[str],
         cross_block: bool,
         modulation: Tensor | None,
@@ -366,10 +389,11 @@ class MADFormer(PretrainedMixin, nn.Module):
             text_queries="text" in outputs,
             clean_queries="clean" in outputs,
         )
-        tables = {name: self.rope.tables(0, count) for name, count in blocks.items()}
+        cos, sin = tables
+        rotation = {name: (cos[..., : n * size, :], sin[..., : n * size, :]) for name, n in blocks.items()}
         if "text" in streams:
-            tables["text"] = self.rope.text_tables()
-        return layer(streams, self.rope, tables, self.attention(layout), outputs, modulation)
+            rotation["text"] = self.rope.text_tables()
+        return layer(streams, self.rope, rotation, self.attention(layout), outputs, modulation)
 
     def attention(self, layout: BlockLayout) -> Attention:
         """What layers attend with in training."""
@@ -397,10 +421,11 @@ class MADFormer(PretrainedMixin, nn.Module):
 
     def shift_skips(self, skips: Skips, batch: int, num_blocks: int) -> Skips:
         """Give every block the skip connections of its predecessor, and the first one learned ones."""
-        sides = [self.config.block_side // 2**level for level in skip_levels(self.config)]
+        rows, columns = self.config.block_latents
+        shapes = [(rows // 2**level, columns // 2**level) for level in skip_levels(self.config)]
         shifted = []
-        for index, (boi, side) in enumerate(zip(self.boi_skips, sides, strict=True)):
-            maps = boi.expand(batch, 1, -1, side, side)
+        for index, (boi, shape) in enumerate(zip(self.boi_skips, shapes, strict=True)):
+            maps = boi.expand(batch, 1, -1, *shape)
             if num_blocks > 1:
                 previous = skips[index].unflatten(0, (batch, -1))[:, : num_blocks - 1]
                 maps = torch.cat((maps.to(previous.dtype), previous), dim=1)

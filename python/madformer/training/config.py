@@ -35,7 +35,7 @@ class TrainingConfig:
         data_order: ``uniform``, or ``shards`` for disks that seek slowly; see
             :class:`madformer.training.data.BatchStream`.
         vae: folder or hub id of an ``AutoencoderKL``.
-        image_size: pixels along one side.
+        image_size: pixels along the shorter side; the model's grid says how long the other is.
         flip: mirror every second image, by chance.
         cache_latents: encode the data set once, before the first step, and keep it in memory.
         tokenizer: of a model with text: ``bytes``, or a folder or hub id of one of ``transformers``. caption: what the
@@ -164,6 +164,13 @@ class TrainingConfig:
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        rows, columns = self.model.token_grid
+        shorter = min(rows, columns)
+        return self.image_size * rows // shorter, self.image_size * columns // shorter
+
     def noise_options(self) -> dict[str, Any]:
         """What diffusers' schedulers are told of the noise, in training and in sampling alike."""
         names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -223,17 +230,20 @@ def emoji64() -> TrainingConfig:
     return TrainingConfig(
         model=model_presets.emoji64(),
         data="data/emoji64",
-        vae="runs/emoji-vae",
+        vae="assets/emoji64/vae",
         image_size=64,
         cache_latents=True,
+        caption_dropout=0.2,
+        label_dropout=0.5,
         num_workers=0,
-        steps=3_300,
+        steps=4_800,
         batch_size=32,
         learning_rate=1e-3,
-        decay_start=0.67,
+        decay_start=0.65,
         ema_decays=(0.999,),
         save_every=250,
-        sample_every=500,
+        sample_every=600,
+        sample_guidance=2.0,
     )
 
 

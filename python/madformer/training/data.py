@@ -29,7 +29,7 @@ from madformer.data.images import NO_LABEL, ImageDataset
 from madformer.data.latents import LatentDataset, check_geometry
 from madformer.data.shards import ShardDataset
 from madformer.data.workers import fetch_batches
-from madformer.model.blocks import to_blocks
+from madformer.model.blocks import in_order, to_blocks
 from madformer.tokenizer import Tokenizer
 from madformer.vae import downscale, encode
 
@@ -107,6 +107,7 @@ class Batch:
         timestep_BM: int64, one for every block.
         labels_B: int64, -1 unknown or left out. captions: as the model reads them, empty where there is none.
         text_BP: their token ids, int64; None for a model without text.
+        order_BM: int64, the place of every block where each sample has an order of its own; else None.
     """
 
     clean_BMLC: Tensor
@@ -115,6 +116,7 @@ class Batch:
     labels_B: Tensor
     captions: list[str]
     text_BP: Tensor | None = None
+    order_BM: Tensor | None = None
 
     def pin_memory(self) -> Self:
         """What a ``DataLoader`` calls on batches that it does not know."""
@@ -140,8 +142,8 @@ class BatchStream:
     them together are bit for bit what one process would get (with images on a GPU, to the VAE's rounding).
 
     Random numbers are drawn in the workers: there is one stream of Philox for a pair of seed and position. In it stand,
-    in this order, the flip, the posterior's noise, the timesteps, the noise, and whether caption and label are left
-    out; each is drawn even if it is not used.
+    in this order, the flip, the posterior's noise, the timesteps, the noise, whether caption and label are left out,
+    and the blocks' order; each is drawn even if it is not used.
 
     Args:
         data: moments on the disk (:class:`LatentDataset`) or in memory (:func:`cache_latents`, or any tensors of means
@@ -218,19 +220,22 @@ class BatchStream:
     def __next__(self) -> Batch:
         batch, pixels_BCHW = next(self._draws)
         if pixels_BCHW is not None:
-            batch.clean_BMLC = self._encode(pixels_BCHW, batch.clean_BMLC)
+            batch.clean_BMLC = self._encode(pixels_BCHW, batch.clean_BMLC, batch.order_BM)
         return batch
 
     def close(self) -> None:
         """Stop the workers, if there are any."""
         self._draws.close()
 
-    def _encode(self, pixels_BCHW: Tensor, noise_BMLC: Tensor) -> Tensor:
+    def _encode(self, pixels_BCHW: Tensor, noise_BMLC: Tensor, order_BM: Tensor | None) -> Tensor:
         assert self.vae is not None
         # on a CPU one by one: oneDNN's results change with the batch, and with it would the draw
         num = 1 if self.vae.device.type == "cpu" else len(pixels_BCHW)
         encoded = [encode(self.vae, some) for some in pixels_BCHW.split(num)]
-        mean, deviation = (to_blocks(torch.cat(parts), self.config.num_blocks) for parts in zip(*encoded, strict=True))
+        mean, deviation = (to_blocks(torch.cat(parts), self.config) for parts in zip(*encoded, strict=True))
+        if order_BM is not None:
+            order_BM = order_BM.to(mean.device, non_blocking=True)
+        mean, deviation = (in_order(moments, self.config, order_BM) for moments in (mean, deviation))
         return mean + deviation * noise_BMLC.to(mean.device, non_blocking=True)
 
 
@@ -290,12 +295,14 @@ class _Draws:
     def __call__(self, places: Sequence[_Place]) -> _Draw:
         samples = [self._draw(*place) for place in places]
         clean, noise, timestep = (torch.stack([s[name] for s in samples]) for name in ("clean", "noise", "timestep"))
+        order = torch.stack([s["order"] for s in samples]) if self.config.block_order == "random" else None
         batch = Batch(
-            to_blocks(clean, self.config.num_blocks),
+            in_order(to_blocks(clean, self.config), self.config, order),
             noise,
             timestep,
             torch.tensor([sample["label"] for sample in samples]),
             [sample["caption"] for sample in samples],
+            order_BM=order,
         )
         if self.config.text is not None and self.conditioning.tokenizer is not None:
             batch.text_BP = self.conditioning.tokenizer.encode(batch.captions, self.config.text.length)
@@ -305,7 +312,7 @@ class _Draws:
     def _draw(self, position: int, index: int) -> dict[str, Any]:
         config, random = self.config, _generator(self.seed, position, _SAMPLE_STREAM)
         flipped = bool(random.random() < 0.5) and self.flip
-        posterior_CHW = _normal(random, config.latent_channels, config.latent_side, config.latent_side)
+        posterior_CHW = _normal(random, *config.latent_shape)
         timestep_M = torch.from_numpy(random.integers(0, self.num_timesteps, config.num_blocks))
         noise_MLC = _normal(random, config.num_blocks, config.latents_per_block, config.latent_channels)
         if isinstance(self.data, LatentDataset):
@@ -317,8 +324,10 @@ class _Draws:
             if flipped:
                 sample["image"] = sample["image"].flip(-1)
         sample |= self._condition(sample, *(random.random(2)))
+        order_M = torch.from_numpy(random.permutation(config.num_blocks))
         clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
-        return {**sample, "clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M}
+        drawn = {"clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M, "order": order_M}
+        return {**sample, **drawn}
 
     def _condition(self, sample: dict[str, Any], caption_chance: float, label_chance: float) -> dict[str, Any]:
         """Caption and label as the model is told them."""
@@ -365,9 +374,9 @@ def check_data(
     else:
         if vae is None:
             raise ValueError("vae=None: images need one")
-        side = data.image_size // downscale(vae)
-        what = f"images of image_size={data.image_size}"
-        check_geometry((vae.config.latent_channels, side, side), config, what)
+        shape = (side // downscale(vae) for side in data.image_shape)
+        what = "images of {} x {} pixels".format(*data.image_shape)
+        check_geometry((vae.config.latent_channels, *shape), config, what)
 
 
 def _shard_lengths(data: LatentDataset | CachedLatents | ImageDataset) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from madformer.model import MADFormer
+from madformer.model.persistence import atomic_path
+from madformer.pipeline import MODEL_INDEX
 from madformer.training.checkpoint import checkpoint_name, read_checkpoint, whole_checkpoints
 from madformer.training.config import TrainingConfig
 
@@ -45,3 +48,23 @@ def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | 
     with torch.no_grad():
         model.load_state_dict(state)
     return model.eval()
+
+
+def save_pipeline(folder: str | Path, run: str | Path, model: MADFormer) -> None:
+    """Write a run's ``model/`` with other weights; scheduler, autoencoder, tokenizer and class names are copied.
+
+    Raises:
+        FileNotFoundError: the run has no ``model/`` yet. OSError: ``folder`` cannot be written.
+    """
+    source = Path(run) / "model"
+    if not (source / MODEL_INDEX).is_file():
+        raise FileNotFoundError(f"{run} holds no model/ to take the rest of the pipeline from")
+    model.save_pretrained(Path(folder) / "transformer")
+    # less the run's weights, and what it is just writing
+    less = shutil.ignore_patterns("transformer", ".*")
+    shutil.copytree(source, folder, ignore=less, copy_function=_copy, dirs_exist_ok=True)
+
+
+def _copy(source: str, target: str) -> None:
+    with atomic_path(target) as path:
+        shutil.copyfile(source, path)

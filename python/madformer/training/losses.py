@@ -82,17 +82,18 @@ def training_losses(
     text_BP: Tensor | None = None,
     labels_B: Tensor | None = None,
     diffusion_layers: int | None = None,
+    order_BM: Tensor | None = None,
 ) -> Losses:
     """Noise every block to a timestep of its own, predict, and compare.
 
     Args:
         model: a :class:`~madformer.model.MADFormer`, bare or wrapped (``torch.compile``, DDP, FSDP).
-        clean_BMLC: scaled latents.
+        clean_BMLC: scaled latents, the blocks in the order that they are to be made in.
         noise_BMLC: standard normal.
         timestep_BM: of every block, int64.
         scheduler: gives the noise schedule and, as its ``prediction_type``, what is predicted.
         text_BP, labels_B: token ids and classes, for a model with such.
-        diffusion_layers: of this batch, for an elastic model.
+        diffusion_layers: of this batch, for an elastic model. order_BM: the blocks' places, for one of random order.
     """
     weights = weights or LossWeights()
     prediction_type: PredictionType = scheduler.config.prediction_type
@@ -107,6 +108,7 @@ def training_losses(
         text_BP,
         labels_B,
         diffusion_layers=diffusion_layers,
+        order_BM=order_BM,
         return_condition=weights.hidden > 0,
         return_clean=weights.clean > 0,
         return_logits=weights.text > 0,

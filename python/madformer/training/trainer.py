@@ -109,7 +109,9 @@ class Trainer:
         config = self.config
         if holds_latents(config.data):
             return LatentDataset(config.data)
-        images = open_dataset(config.data, config.image_size, on_error="skip", max_bad_fraction=config.max_bad_fraction)
+        images = open_dataset(
+            config.data, config.image_shape, on_error="skip", max_bad_fraction=config.max_bad_fraction
+        )
         return cache_latents(self.vae, images) if config.cache_latents else images
 
     def _open_tokenizer(self) -> Tokenizer | None:
@@ -196,6 +198,7 @@ class Trainer:
                         batch.text_BP,
                         labels,
                         split,
+                        batch.order_BM,
                     )
                 (losses.total / config.accumulation_steps).backward()
             for name, value in losses.parts().items():
