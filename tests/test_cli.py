@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -27,16 +28,17 @@ from testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_released(path: Path, branch: str) -> Path:
     """A released training checkpoint, made of the golden weights."""
-    import argparse
-
-    path = tmp_path_factory.mktemp("released") / "ckpts.pt"
     arguments = argparse.Namespace(block_size=16, ar_len=4, spatial_len=64, diff_depth=2, square_block=True)
-    weights = golden_cases("ffhq")[0].weights()
+    weights = golden_cases(branch)[0].weights()
     torch.save({"model": weights, "ema": weights, "opt": {}, "lrs": {}, "args": arguments}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_released(tmp_path_factory.mktemp("released") / "ckpts.pt", "ffhq")
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +374,19 @@ def test_bad_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     message = fails(capsys, "convert", "--checkpoint", tmp_path / "bad.pt", "--out", tmp_path / "out")
     assert "bad.pt" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_cannot_be_converted(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_text, config = save_released(tmp_path / "text.pt", "imagenet"), GOLDEN / "imagenet" / "model_config.json"
+    for arguments, message in (
+        ([with_text], "a model with text needs model_config"),
+        ([with_text, "--model-config", config, "--tokenizer", "bytes"], "the tokenizer has 257 tokens, and the model"),
+        ([with_text, "--model-config", config, "--tokenizer", tmp_path], f"no tokenizer at {tmp_path}"),
+        ([with_text, "--model-config", FOUR_LATENT_CHANNELS / "model_config.json"], "does not fit the configuration"),
+        ([checkpoint, "--tokenizer", "bytes"], "is of a model without text"),
+    ):
+        assert message in fails(capsys, "convert", "--checkpoint", *arguments, "--out", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -58,8 +58,7 @@ RESULTS_DIR="results"
 QUIRKS = {"rope_pairing": "released", "clean_timestep": "noisy", "hidden_loss_skips": "same_block"}
 MODELS: dict[str, MADFormerConfig] = {
     "ffhq": ffhq1024().replace(hidden_loss_input="condition+noisy", **QUIRKS),
-    # its script leaves the constructor's number of heads as it is, and the preset has 18
-    "imagenet": imagenet256().replace(num_heads=16, **QUIRKS),
+    "imagenet": imagenet256().replace(**QUIRKS),
 }
 
 

@@ -12,11 +12,13 @@ from madformer.engine.sampler import Plan, Sampler
 from recording import HostReadError, RecordingLauncher
 
 
-def make_plan(name: str, launcher: RecordingLauncher | EagerLauncher, guidance: float = 1.0) -> Plan:
+def make_plan(
+    name: str, launcher: RecordingLauncher | EagerLauncher, guidance: float = 1.0, refresh_every: int = 1
+) -> Plan:
     config = CASES[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
     sampler = Sampler(make_model(config), scheduler, pack_weights=False, launcher=launcher)
-    plan = sampler.plan(BATCH, STEPS, guidance=guidance)
+    plan = sampler.plan(BATCH, STEPS, guidance=guidance, refresh_every=refresh_every)
     plan.cache.on_host = False  # as on a GPU, where nothing is
     return plan
 
@@ -38,6 +40,23 @@ def test_replay_equals_eager(name: str, guidance: float) -> None:
         expected, actual = eager.run(noise, prompt), replayed.run(noise, prompt)
         for block in range(CASES[name].num_blocks):
             assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("both", 1.0), ("text", 3.0)])
+@pytest.mark.parametrize("refresh_every", [2, 3, 4])
+def test_replayed_rounds_equal_eager_ones(name: str, guidance: float, refresh_every: int) -> None:
+    launchers = EagerLauncher(), RecordingLauncher()
+    eager, replayed = (make_plan(name, launcher, guidance, refresh_every) for launcher in launchers)
+    for seed in (1, 2):
+        noise, prompt = draw_noise(CASES[name], seed=seed), draw_prompt(CASES[name], seed=seed, guided=guidance != 1.0)
+        assert torch.equal(replayed.run(noise, prompt), eager.run(noise, prompt))
+
+
+def test_one_recording_serves_every_order() -> None:
+    eager, replayed = make_plan("any order", EagerLauncher()), make_plan("any order", RecordingLauncher())
+    noise = draw_noise(CASES["any order"])
+    for order in (None, [2, 0, 3, 1], [3, 2, 1, 0], None):
+        assert torch.equal(replayed.run(noise, order=order), eager.run(noise, order=order))
 
 
 def test_the_recorder_sees_what_the_host_put_in() -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from engine_cases import BATCH, CASES, draw_noise, make_model
+from engine_cases import BATCH, CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
@@ -53,7 +53,8 @@ def test_replay_equals_eager(name: str, kind: str, dtype: torch.dtype) -> None:
     eager, captured = make_plan(name, EagerLauncher(), dtype), make_plan(name, launcher(kind), dtype)
     for seed in (1, 2):
         noise = draw_noise(CASES[name], seed=seed).to(DEVICE)
-        expected, actual = eager.run(noise), captured.run(noise)
+        prompt = draw_prompt(CASES[name], seed=seed)
+        expected, actual = eager.run(noise, prompt), captured.run(noise, prompt)
         for block in range(CASES[name].num_blocks):
             assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
 

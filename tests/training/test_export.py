@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
 
 from madformer.cli.main import main
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.export import released_arguments, save_released, to_released
 from madformer.config import TextConfig, tiny
 from madformer.model import MADFormer
-from madformer.model.blocks import to_maps
+from madformer.model.blocks import from_blocks, to_maps
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import TrainingConfig
 from madformer.training.trainer import Trainer
@@ -111,6 +113,34 @@ def test_released_with_text(tmp_path: Path) -> None:
     prediction, _, _, logits = released(text, latents, latents, timestep)
     assert relative_error(prediction, to_maps(expected.prediction)) < 1e-5
     assert relative_error(logits, expected.logits) < 1e-5
+
+
+def test_there_and_back_with_text(config: TrainingConfig, tmp_path: Path) -> None:
+    """A run, as a released checkpoint, converted and sampled by the commands: what the drop-in class draws from it."""
+    model = config.model.replace(**{**RELEASED, "hidden_loss_input": "condition"}, text=TEXT)
+    Trainer(dataclasses.replace(config, model=model, steps=2), tmp_path / "run").run()
+    checkpoint, model_config = tmp_path / "ckpts.pt", tmp_path / "madformer.json"
+    model_config.write_text(json.dumps(released_arguments(model)["model_config_path"]))
+    convert = ["--checkpoint", checkpoint, "--model-config", model_config, "--tokenizer", "bytes", "--weights", "model"]
+    sample = ["--prompt", "207", "--steps", 3, "--seed", 5, "--latents", "--precision", "exact", "--device", "cpu"]
+    for arguments in (
+        ["export", tmp_path / "run", "--format", "released", "--out", checkpoint],
+        ["convert", *convert, "--out", tmp_path / "out"],
+        ["sample", "--model", tmp_path / "out", *sample, "--out", tmp_path / "latents"],
+    ):
+        assert main([str(argument) for argument in arguments]) == 0
+    drawn = load_file(tmp_path / "latents" / "00000005.safetensors")["latents"]
+    released = madformer_imagenet.MADFormer.from_released(checkpoint, model_config=model_config, weights="model")
+    assert released.config == model
+    # "207" in bytes, then padding
+    text = torch.tensor([[50, 48, 55, 256, 256, 256]])
+    scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler().config)
+    latents, others = (
+        released.sample(ids, scheduler, 3, (1, 4, 16, 4), torch.Generator().manual_seed(5), torch.float)
+        for ids in (text, text.flip(1))
+    )
+    assert relative_error(drawn, from_blocks(latents, model)[0]) < 1e-5
+    assert relative_error(others, latents) > 1e-4
 
 
 def test_what_cannot_be_exported(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,11 @@ class ReleasedCheckpoint:
         state = {name: tensor.clone() for name, tensor in content[weights].items()}
         return cls(state, dict(vars(content["args"])), path)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether it is of the ``imagenet`` branch; else it is of FFHQ's."""
+        return "embed_tokens.weight" in self.state
+
     def constructor_arguments(self, model_config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
         """Keywords of the released constructor; sizes that ``args`` lacks are read off the weights.
 

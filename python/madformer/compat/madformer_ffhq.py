@@ -229,10 +229,16 @@ class MADFormer(nn.Module):
         Raises:
             FileNotFoundError, ValueError: no such file, no such checkpoint, or weights that do not fit.
         """
-        released = ReleasedCheckpoint.load(checkpoint, weights)
+        return cls.from_checkpoint(ReleasedCheckpoint.load(checkpoint, weights), model_config)
+
+    @classmethod
+    def from_checkpoint(
+        cls, released: ReleasedCheckpoint, model_config: str | Path | Mapping[str, Any] | None = None
+    ) -> Self:
+        """:meth:`from_released` of what was read already; the model takes its weights over."""
         with torch.device("meta"):
             model = cls(**released.constructor_arguments(model_config))
-        load_weights(model, released.state, origin=checkpoint, assign=True)
+        load_weights(model, released.state, origin=released.path, assign=True)
         return model.eval()
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.compat import madformer_ffhq
-from madformer.compat.checkpoint import Weights
+from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import (
     CONTEXTS,
     ReleasedLayer,
@@ -174,21 +174,16 @@ class MADFormer(madformer_ffhq.MADFormer):
         return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype, prompt, **options)
 
     @classmethod
-    def from_released(
-        cls,
-        checkpoint: str | Path,
-        *,
-        model_config: str | Path | Mapping[str, Any] | None = None,
-        weights: Weights = "ema",
+    def from_checkpoint(
+        cls, released: ReleasedCheckpoint, model_config: str | Path | Mapping[str, Any] | None = None
     ) -> Self:
-        """As for FFHQ; ``model_config`` must be given, because no weight tells how long the texts are.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, no such checkpoint, or weights that do not fit.
-        """
+        """As for FFHQ, but ``model_config`` must be given; raises ``ValueError`` where it is not."""
         if model_config is None:
-            raise ValueError("model_config must name the released model configuration: weights do not tell max_len")
-        return super().from_released(checkpoint, model_config=model_config, weights=weights)
+            raise ValueError(
+                "a model with text needs model_config, the released model configuration: no weight tells how long its "
+                "texts are"
+            )
+        return super().from_checkpoint(released, model_config)
 
 
 class ReleasedBlockLocalPasses(Passes):

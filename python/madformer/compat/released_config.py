@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from madformer.compat import madformer_ffhq, madformer_imagenet
-from madformer.compat.checkpoint import RELEASED_MODEL_CONFIG
+from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
 from madformer.config import MADFormerConfig
 
 VAE_DOWNSCALE = 8
@@ -259,7 +259,8 @@ def _model(script: Script, values: Mapping[str, Any], model_config: str | Path |
     for key, expected in derived.items():
         geometry = f"BLOCK_SIZE={config.block_size} and AR_LEN={config.num_blocks}"
         _require(values[key] == expected, f"{key}={values[key]} must be {expected} with {geometry}")
-    return config
+    # the ImageNet class's own 16 heads cannot run: its rotation is made for heads of 64
+    return config.replace(num_heads=config.hidden_size // RELEASED_HEAD_DIM)
 
 
 def _training(

@@ -98,14 +98,17 @@ class MADFormer(PretrainedMixin, nn.Module):
         model_config: str | Path | Mapping[str, Any] | None = None,
         weights: Literal["ema", "model"] = "ema",
     ) -> MADFormer:
-        """A released training checkpoint as a native model with the quirk fields set.
+        """A released training checkpoint, FFHQ's or ImageNet's, as a native model with the quirk fields set.
 
-        See :meth:`madformer.compat.madformer_ffhq.MADFormer.from_released`.
+        See :meth:`madformer.compat.madformer_ffhq.MADFormer.from_released`; with text ``model_config`` must be given.
         """
         # the one place where the model looks at compat: a constructor is expected on the class
-        from madformer.compat.madformer_ffhq import MADFormer as ReleasedMADFormer
+        from madformer.compat import madformer_ffhq, madformer_imagenet
+        from madformer.compat.checkpoint import ReleasedCheckpoint
 
-        return ReleasedMADFormer.from_released(checkpoint, model_config=model_config, weights=weights).to_native()
+        released = ReleasedCheckpoint.load(checkpoint, weights)
+        family = madformer_imagenet if released.has_text else madformer_ffhq
+        return family.MADFormer.from_checkpoint(released, model_config).to_native()
 
     def set_backend(self, backend: str = "auto", attention: str | None = None) -> Self:
         """Choose the implementation of the kernels.
