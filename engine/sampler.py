@@ -30,7 +30,7 @@ from madformer.engine.passes import Passes
 from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
-from madformer.model.blocks import block_order, check_order
+from madformer.model.blocks import block_order, check_blocks, check_order
 from madformer.model.madformer import MADFormer
 
 logger = logging.getLogger("madformer.engine")
@@ -75,17 +75,15 @@ class FinishedBlock:
     def is_under_way(self) -> bool:
         return self.end is not None and not self.end.query()
 
-    def report(self, on_block: Callable[[int, Tensor], None]) -> None:
-        """Wait for it, and hand it out on a stream that waits for nothing else."""
-        if self.end is None:
-            on_block(self.place, self.latents_BLC)
-            return
-        self.end.synchronize()
-        stream = torch.cuda.Stream(self.latents_BLC.device)
+    def report(self, on_block: Callable[[int, Tensor], None], stream: torch.cuda.Stream | None) -> None:
+        """Wait for it, and hand it out; on a GPU on a stream beside the blocks that follow."""
+        if self.end is not None:
+            self.end.synchronize()
         with torch.cuda.stream(stream):
             on_block(self.place, self.latents_BLC)
-        # what it did there with the latents comes before what follows here
-        torch.cuda.current_stream(self.latents_BLC.device).wait_stream(stream)
+        if stream is not None:
+            # the allocator may give the latents' memory away, and not before this stream is done with it
+            self.latents_BLC.record_stream(stream)
 
 
 class Sampler:
@@ -179,16 +177,19 @@ class Sampler:
                 plan.try_passes()
             return plan
 
-        per_image = bytes_per_image(sampler.source, num_inference_steps, guided=guided is not None)
+        per_image = bytes_per_image(
+            sampler.source, num_inference_steps, guided=guided is not None, refresh_every=refresh_every
+        )
         return memory.largest_fit(make, batch, per_image, self.source.device)
 
 
-def bytes_per_image(model: MADFormer, num_steps: int, *, guided: bool = False) -> int:
+def bytes_per_image(model: MADFormer, num_steps: int, *, guided: bool = False, refresh_every: int = 1) -> int:
     """Of the state that outlasts a pass; what a pass needs besides is not in it."""
     meta = torch.device("meta")
     slots = Slots(model.config, 1, num_steps, meta, guided=guided)
     cache = ConditioningCache(model.config, slots.branches, dtype=model.dtype, device=meta, backend="reference")
-    return cache.nbytes + slots.nbytes
+    added = cache.condition_RLC.nbytes if refresh_every > 1 else 0
+    return cache.nbytes + slots.nbytes + added
 
 
 class Plan:
@@ -210,11 +211,12 @@ class Plan:
         model, scheduler = sampler.source, sampler.scheduler
         self.sampler, self.model = sampler, model
         self.config, self.batch = model.config, batch
-        self.num_inference_steps, self.refresh_every = num_inference_steps, refresh_every
+        self.num_inference_steps = num_inference_steps
         self.table, self.scheduler = table, scheduler
         if table is None:
             scheduler.set_timesteps(num_inference_steps, device=model.device)
         self.timesteps = (scheduler.timesteps if table is None else table.timesteps).to(model.device)
+        self.refresh_every = min(refresh_every, len(self.timesteps))
         coefficients = None if table is None else table.coefficients
         # of one kind with what passes make, or a compiled one would be compiled for both
         with torch.inference_mode():
@@ -233,6 +235,7 @@ class Plan:
         self.prepared_for: Any = None
         self._drawn: list[int] = []
         self._order = block_order(self.config)
+        self._reports = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     @torch.inference_mode()
     def warmup(self) -> Plan:
@@ -305,8 +308,8 @@ class Plan:
             order: places in the order to draw them in, for a model that was trained in every order; None for its own.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps.
-            on_block: called with the place of a block that is done and its latents ``(B, L, C)``. On a GPU the next one
-                is under way by then, and the call is made on a stream of its own, which need not wait for that.
+            on_block: called with the place of a block that was drawn and its latents ``(B, L, C)``. On a GPU the next
+                one is mostly under way by then, and the call is made on another stream, which does not wait for it.
             out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
             check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
@@ -349,10 +352,11 @@ class Plan:
             elif given is not None:
                 self.slots.latents_RLC.copy_(given[:, place])
             if on_block is not None:
-                finished.append(FinishedBlock.of(place, self.slots.latents_RLC))
+                if place in drawn:
+                    finished.append(FinishedBlock.of(place, self.slots.latents_RLC))
                 # a GPU is waited for with one block under way at least, so that it stays busy
                 while finished and (len(finished) > 1 or number == last or not finished[0].is_under_way):
-                    finished.pop(0).report(on_block)
+                    finished.pop(0).report(on_block, self._reports)
         self.slots.finish_block(None)
         out = torch.empty_like(self.slots.canvas_RMLC) if out is None else out
         out.copy_(self.slots.canvas_RMLC)
@@ -379,11 +383,9 @@ class Plan:
 
     def _check_blocks(self, given: Tensor | None, blocks: Collection[int] | None) -> Collection[int]:
         """The blocks to draw."""
-        num_blocks = self.config.num_blocks
         if blocks is None:
-            return range(num_blocks)
-        if not blocks or not all(0 <= block < num_blocks for block in blocks):
-            raise ValueError(f"blocks={list(blocks)} must be some of 0 to {num_blocks - 1}")
+            return range(self.config.num_blocks)
+        check_blocks(blocks, self.config)
         if given is None:
             raise ValueError(f"blocks={list(blocks)}: what the others hold must be given")
         if not self.config.has_clean_stream:

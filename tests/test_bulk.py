@@ -242,7 +242,8 @@ def test_batches_are_dealt_without_overlap_or_gap() -> None:
 def settings(**changes: Any) -> Settings:
     values = {
         "format": "png", "latents": True, "shard_size": None, "batch_size": 2, "seed": 0, "steps": 2,
-        "precision": "exact", "scheduler": {"class": "DDIMScheduler"}, "model": "0", "vae": None, "vae_tile": None,
+        "precision": "exact", "scheduler": {"class": "DDIMScheduler"}, "latent_shape": (4, 8, 8), "model": "0",
+        "vae": None, "vae_tile": None,
     }  # fmt: skip
     return Settings(**{**values, **changes})
 

@@ -238,9 +238,9 @@ def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     drawn = np.asarray(Image.open(tmp_path / "wide" / "00000000.png")).astype(int)
     np.testing.assert_allclose(drawn, expected, atol=1)
     message = fails(capsys, *sample, "--refresh-every", 2, "--out", tmp_path / "wide")
-    assert "refresh_every='absent', not 2" in message
+    assert "refresh_every=1, not 2" in message
     message = fails(capsys, *sample[:-1], 32, "--out", tmp_path / "wide")
-    assert "model=" in message  # what is in the folder is of another size
+    assert "latent_shape.2=12, not 16" in message
     assert "height=20 must be a multiple" in fails(capsys, *sample, "--height", 20, "--out", tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
 
@@ -332,6 +332,10 @@ def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "num_blocks=7 must be a square number" in message
     message = fails(capsys, "train", "emoji64", "--out", tmp_path, "--model.block-grid", "2,3")
     assert "block_grid=(2, 3) must be rows and columns of num_blocks=4" in message
+    for option, what in (("--model.block-grid", "whole numbers"), ("--ema-decays", "numbers")):
+        with pytest.raises(SystemExit):
+            main(["train", "emoji64", option, "2:3"])
+        assert f"argument {option}: '2:3' must be {what} with commas between them" in capsys.readouterr().err
     assert "steps=0" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--steps", 0)
     assert "ema_decays=(1.0,)" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--ema-decays", 1)
     assert "give a preset (ffhq1024, imagenet256, emoji64), or --released-config" in fails(capsys, "train")

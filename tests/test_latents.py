@@ -373,7 +373,13 @@ def test_geometry_and_vae_must_fit(unbroken: Path, vae_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("description", "message"),
-    [("{", "describes no latents"), ('{"version": 2}', "version 2, where 1 is known"), ("[]", "describes no latents")],
+    [
+        ("{", "describes no latents"),
+        ('{"version": 2}', "version 2, where 1 is known"),
+        ("[]", "describes no latents"),
+        ('{"version": 1, "class_names": [], "latent_shape": 5, "image_size": 8}', "describes no latents"),
+        ('{"version": 1, "class_names": [], "latent_shape": [4, 2, 2], "image_size": [8]}', "describes no latents"),
+    ],
 )
 def test_damaged_descriptions(tmp_path: Path, description: str, message: str) -> None:
     (tmp_path / "latents.json").write_text(description)

@@ -184,7 +184,8 @@ class MADFormerConfig:
                 fits = math.isqrt(count) ** 2 == count
                 _require(fits, f"{total}={count} must be a square number where {name} names no rows and columns")
                 continue
-            fits = len(shape) == 2 and all(side >= 1 for side in shape) and math.prod(shape) == count
+            whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 1 for side in shape)
+            fits = whole and len(shape) == 2 and math.prod(shape) == count
             _require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
         for name in ("block_shape", "block_grid", "block_order"):
             _require(
@@ -317,6 +318,11 @@ class MADFormerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the inverse of :meth:`from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def changes(self) -> dict[str, Any]:
+        """What of :meth:`to_dict` is not the default: it stays what it is when there are new fields."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MADFormerConfig:

@@ -25,7 +25,7 @@ from madformer.engine.packing import shared_copy
 from madformer.engine.sampler import Plan, Progress, Sampler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
-from madformer.model.blocks import from_blocks, order_around, to_blocks
+from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
@@ -218,8 +218,8 @@ class MADFormerPipeline(DiffusionPipeline):
                 (B, C, H, W), unscaled.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
                 with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
-            on_block: called as ``on_block(block, latents)`` when a block is done, with its place and its latents
-                (B, L, C); on a GPU the next one is under way by then.
+            on_block: called as ``on_block(block, latents)`` when a block was drawn, with its place and its latents
+                (B, L, C); on a GPU from a stream beside the blocks that follow.
 
         Raises:
             ValueError: a count, a step number or a size that makes no sense, or a prompt that does not go with the
@@ -236,6 +236,8 @@ class MADFormerPipeline(DiffusionPipeline):
         config = model.config
         if (image is None) != (blocks is None):
             raise ValueError("image and blocks go together: what to keep, and which of its blocks to draw anew")
+        if blocks is not None:
+            check_blocks(blocks, config)
         given = None if image is None else self._blocks_of(image, count, config)
         order = order_around(blocks or (), config)
         plan = self.plan(
@@ -247,7 +249,7 @@ class MADFormerPipeline(DiffusionPipeline):
         # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
         by_step = callback_on_step_end is not None or plan.cache.on_host
 
-        drawn = order if blocks is None else blocks
+        drawn = set(order if blocks is None else blocks)
         with self.progress_bar(total=len(drawn) * steps) as bar:
 
             def on_step(progress: Progress) -> None:
@@ -258,7 +260,7 @@ class MADFormerPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
 
             def on_done(place: int, latents_BLC: Tensor) -> None:
-                if not by_step and place in drawn:
+                if not by_step:
                     bar.update(steps)
                 if on_block is not None:
                     on_block(place, latents_BLC)
@@ -278,7 +280,7 @@ class MADFormerPipeline(DiffusionPipeline):
     def stream(
         self, num_images: int = 1, num_inference_steps: int = 25, *, output_type: OutputType = "pil", **options: Any
     ) -> Iterator[MADFormerPipelineOutput]:
-        """Draw images, and give them after every block: those that are done, latents of 0 in place of those to come.
+        """Draw images, and give them after every block that is drawn, with latents of 0 in place of those to come.
 
         Takes what a call takes, less ``on_block``, and raises what it raises. The last output is the call's, bit for
         bit. Whoever leaves the iterator early ends the sampling with the block at hand.
@@ -289,10 +291,14 @@ class MADFormerPipeline(DiffusionPipeline):
         def draw(report: Callable[[Tensor], None]) -> None:
             if on_gpu:
                 torch.cuda.set_device(model.device)  # each thread has its own
+            config = model.config.at_grid(*self.grid_of(options.get("height"), options.get("width")))
+            image, drawn = options.get("image"), options.get("blocks") or ()
             done: dict[int, Tensor] = {}
-            config = self._model_of_size(options.get("height"), options.get("width")).config
 
             def on_block(block: int, latents_BLC: Tensor) -> None:
+                if image is not None and not done:
+                    kept = self._blocks_of(image, len(latents_BLC), config).to(latents_BLC)
+                    done.update((place, kept[:, place]) for place in range(config.num_blocks) if place not in drawn)
                 done[block] = latents_BLC
                 if len(done) < config.num_blocks:
                     shown = [done.get(place, torch.zeros_like(latents_BLC)) for place in range(config.num_blocks)]
@@ -301,7 +307,10 @@ class MADFormerPipeline(DiffusionPipeline):
                         torch.cuda.current_stream(model.device).synchronize()
                     report(latents_BCHW)
 
-            report(self(num_images, num_inference_steps, output_type="latent", on_block=on_block, **options).images)
+            latents = self(num_images, num_inference_steps, output_type="latent", on_block=on_block, **options).images
+            if on_gpu:
+                torch.cuda.current_stream(model.device).synchronize()
+            report(latents)
 
         self._check_output_type(output_type)
         # on a GPU beside the blocks that follow, not after them
@@ -346,7 +355,10 @@ class MADFormerPipeline(DiffusionPipeline):
             )
             # one plan at a time: each holds a cache of its own
             self._plans = {key: plan}
-        return self._plans[key]
+        plan = self._plans[key]
+        # of another size it is a copy over the transformer's weights, which may have been replaced since
+        plan.sampler.source = model
+        return plan
 
     def _model_of_size(self, height: int | None, width: int | None) -> MADFormer:
         """The transformer, or one over its weights that draws images of another size."""

@@ -83,7 +83,7 @@ def test_on_block_tells_what_is_done() -> None:
     assert torch.equal(torch.stack([latents for _, latents in seen], dim=1), drawn)
 
 
-@pytest.mark.parametrize("steps", [4, 5])
+@pytest.mark.parametrize("steps", [1, 4, 5])
 @pytest.mark.parametrize("kind", ["replay", "one launch"])
 def test_layers_in_every_second_step(kind: str, steps: int) -> None:
     noise = draw_noise(tiny()).to(DEVICE)

@@ -30,6 +30,7 @@ class Settings:
         batch_size: images drawn at once; the last batch may be smaller.
         seed: of the first image; image ``i`` is drawn from ``seed + i``.
         scheduler: its class and configuration.
+        latent_shape: channels, rows and columns.
         model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
             latents.
         prompts: what the images are of. refresh_every: see :meth:`madformer.engine.sampler.Sampler.plan`.
@@ -43,6 +44,7 @@ class Settings:
     steps: int
     precision: str
     scheduler: Mapping[str, Any]
+    latent_shape: tuple[int, ...]
     model: str
     vae: str | None
     vae_tile: int | None
@@ -79,7 +81,7 @@ class Settings:
         """
         from madformer.vae import tile_of
 
-        vae = None if latents else pipeline.vae
+        vae, config = None if latents else pipeline.vae, pipeline.transformer.config
         return cls(
             format="png" if shard_size is None else "wds",
             latents=latents,
@@ -89,7 +91,8 @@ class Settings:
             steps=steps,
             precision=precision,
             scheduler=_scheduler_settings(pipeline.scheduler),
-            model=fingerprint(pipeline.transformer, pipeline.transformer.config.to_dict()),
+            latent_shape=config.latent_shape,
+            model=fingerprint(pipeline.transformer, config.changes()),
             vae=None if vae is None else fingerprint(vae, vae.config),
             vae_tile=None if vae is None else tile_of(vae),
             prompts=prompts or Prompts(),
@@ -98,9 +101,6 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         values = {own.name: getattr(self, own.name) for own in fields(self)}
-        if self.refresh_every == 1:
-            # folders from before there was a choice go on
-            del values["refresh_every"]
         return {**values, "prompts": self.prompts.to_dict()}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:

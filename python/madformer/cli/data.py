@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from madformer.choices import device_of
+from madformer.choices import device_of, numbers
 
 DEBIAN_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
@@ -70,8 +70,10 @@ def _add_latents(kinds: Any) -> None:
 
 def _image_size(text: str) -> int | tuple[int, int]:
     """``64``, or ``48x64``."""
-    height, by, width = text.partition("x")
-    return (int(height), int(width)) if by else int(text)
+    sides = numbers(int, text)
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one side or two")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 
 def run_emoji(args: argparse.Namespace) -> None:

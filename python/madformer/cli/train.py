@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from madformer.choices import numbers
 from madformer.config import MADFormerConfig
 
 if TYPE_CHECKING:
@@ -147,11 +148,7 @@ def _add_fields(group: Any, fields: dict[str, Any], prefix: str) -> None:
             group.add_argument(option, dest=prefix + name, choices=typing.get_args(kind))
         elif kind in (tuple[float, ...], tuple[int, ...]):
             (number, _) = typing.get_args(kind)
-            numbers = functools.partial(_numbers, number)
-            group.add_argument(option, dest=prefix + name, type=numbers, metavar=f"{number.__name__.upper()},...")
+            parse = functools.partial(numbers, number)
+            group.add_argument(option, dest=prefix + name, type=parse, metavar=f"{number.__name__.upper()},...")
         else:
             group.add_argument(option, dest=prefix + name, type=kind, metavar=kind.__name__.upper())
-
-
-def _numbers(number: type, text: str) -> tuple[Any, ...]:
-    return tuple(number(part) for part in text.split(","))

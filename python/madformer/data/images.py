@@ -133,7 +133,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         on_error: Literal["raise", "skip"] = "raise",
         max_bad_fraction: float = 0.05,
     ) -> None:
-        self.image_shape = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = shape_of(image_size)
         if min(self.image_shape) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if on_error not in ("raise", "skip"):
@@ -207,6 +207,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 f"{bad} of {seen} samples read are unreadable, over the limit "
                 f"max_bad_fraction={self.max_bad_fraction:g}; the last: {error}"
             ) from error
+
+
+def shape_of(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 def decode_image(data: bytes, shape: tuple[int, int]) -> Tensor:

@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from madformer.config import MADFormerConfig
-from madformer.data.images import ImageDataset, ImageSize
+from madformer.data.images import ImageDataset, ImageSize, shape_of
 from madformer.data.shards import ShardDataset
 from madformer.model.persistence import atomic_path, fingerprint
 from madformer.vae import downscale
@@ -74,6 +74,8 @@ class LatentDescription:
         for name in ("num_images", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(shape_of(self.image_size)) < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1")
         if self.dtype not in get_args(Precision):
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(get_args(Precision))}")
 
@@ -150,7 +152,9 @@ class LatentDescription:
             values = json.loads(path.read_text(encoding="utf-8"))
             if (version := values.pop("version")) != VERSION:
                 raise ValueError(f"version {version}, where {VERSION} is known")
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            values |= {name: tuple(values[name]) for name in ("class_names", "latent_shape")}
+            if isinstance(values["image_size"], list):
+                values["image_size"] = tuple(values["image_size"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} describes no latents: {error}") from error

@@ -73,6 +73,12 @@ def order_around(redrawn: Collection[int], config: MADFormerConfig) -> list[int]
     return sorted(order, key=lambda place: place in redrawn) if config.block_order == "random" else order
 
 
+def check_blocks(blocks: Collection[int], config: MADFormerConfig) -> None:
+    """Raises ``ValueError`` for what are no places of blocks."""
+    if not blocks or not all(0 <= block < config.num_blocks for block in blocks):
+        raise ValueError(f"blocks={list(blocks)} must be some of 0 to {config.num_blocks - 1}")
+
+
 def check_order(order: Sequence[int], config: MADFormerConfig) -> None:
     """Raises ``ValueError`` for what is no order of all places, or none that the model was trained in."""
     places = list(order)
