@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 STAMP := $(VENV)/.madformer-installed
 FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
-DEMO := sample --model assets/emoji64 --num-images 16 --seed 0 --grid samples/grid.png
+DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
 .PHONY: install demo test test-slow lint format kernel-check cuda-check gpu-check bench package-tree
 

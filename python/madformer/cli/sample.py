@@ -35,7 +35,7 @@ FORMATS = ("png", "wds")
 SHARD_SIZE = 1000
 
 EXAMPLES = """examples:
-  madformer sample --model assets/emoji64 --num-images 16 --grid samples/grid.png
+  madformer sample --model assets/emoji64 --prompt "red apple" --guidance 3 --num-images 16 --grid samples/grid.png
   madformer sample --model runs/emoji64/model --num-images 100 --seed 7 --out samples/
   madformer sample --model CONVERTED --vae VAE_FOLDER --scheduler dpmpp --steps 25 --out samples/
   madformer sample --model TEXT_MODEL --prompt "red heart" --prompt "a cat" --guidance 3 --num-images 8 --grid grid.png
