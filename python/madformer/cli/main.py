@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="madformer",
         description="Images made block by block: autoregression across blocks, diffusion within.",
-        epilog='First steps: madformer sample --model assets/emoji64 --prompt "red apple" --guidance 3 --grid apple.png',
+        epilog='First steps: madformer sample --model assets/emoji64 --prompt "red apple" --grid apple.png',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
