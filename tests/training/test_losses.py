@@ -74,7 +74,8 @@ def test_losses_without_weight_are_not_computed() -> None:
     spy = Spy(make_model())
     losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0))
     assert spy.options == {
-        "diffusion_layers": None, "return_condition": False, "return_clean": False, "return_logits": False
+        "diffusion_layers": None, "order_BM": None,
+        "return_condition": False, "return_clean": False, "return_logits": False,
     }  # fmt: skip
     assert losses.hidden is None
     assert losses.clean is None
