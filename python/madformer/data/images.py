@@ -6,12 +6,8 @@ of damaged images are the same for all of them, so the same picture gives the sa
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import struct
-import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +15,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from madformer.data.pixels import UnreadableImageError, decode, to_rgb
 from madformer.data.shards import KEY, ShardDataset, list_shards
 
-__all__ = ["ImageDataset", "UnreadableImageError", "decode_image", "open_dataset"]
+__all__ = ["ImageDataset", "UnreadableImageError", "decode_image", "open_dataset", "to_rgb"]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
 CAPTION_FIELDS = ("caption", "text", "prompt")
@@ -35,25 +32,7 @@ ImageSize = int | tuple[int, int]
 """Pixels along the sides of a square, or height and width."""
 # Before this many samples were read one damaged file says nothing about the whole.
 MIN_SEEN = 100
-# What Pillow's decoders raise on damaged files; OSError includes UnidentifiedImageError and truncation.
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-
 logger = logging.getLogger(__name__)
-
-
-class UnreadableImageError(ValueError):
-    """A sample that cannot be decoded; the message is one line with the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,7 @@ class Source(Protocol):
         """What messages call the sample; must not fail on a damaged one."""
 
     def read(self, index: int) -> RawSample:
-        """Raises one of ``DECODE_ERRORS`` if the sample is damaged."""
+        """Raises ``ValueError`` or ``OSError`` if the sample is damaged."""
 
 
 def open_dataset(
@@ -193,7 +172,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         try:
             raw = self.source.read(index)
             image = decode_image(raw.data, self.image_shape)
-        except DECODE_ERRORS as error:
+        except (ValueError, OSError) as error:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise UnreadableImageError(f"{self.source.name(index)}: {reason}") from error
         return {"image": image, "caption": raw.caption, "label": raw.label, "key": raw.key}
@@ -216,19 +195,15 @@ def shape_of(image_size: ImageSize) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, shape: tuple[int, int]) -> Tensor:
-    """Decode, turn upright, composite on white, resize until it covers ``shape`` (height, width), crop the centre.
+    """Decode, resize until it covers ``shape`` (height, width), crop the centre.
 
     Returns:
         float32 ``(3, height, width)`` in [-1, 1]. An image of exactly that size is not resampled.
 
     Raises:
-        One of ``DECODE_ERRORS``; so does an image over ``PIL.Image.MAX_IMAGE_PIXELS``.
+        UnreadableImageError: as :func:`madformer.data.pixels.decode`.
     """
-    with warnings.catch_warnings():
-        # Between one and two times the limit Pillow only warns, and would decode hundreds of megabytes.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as opened:
-            image = _to_rgb(ImageOps.exif_transpose(opened))
+    image = decode(data)
     height, width = shape
     crop_width = min(image.width, image.height * width / height)
     crop_height = min(image.height, image.width * height / width)
@@ -239,16 +214,6 @@ def decode_image(data: bytes, shape: tuple[int, int]) -> Tensor:
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     pixels_HWC = torch.from_numpy(np.array(image))
     return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # convert() would clip 16-bit values at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
 
 
 def _open_source(source: str) -> Source:
