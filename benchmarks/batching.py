@@ -44,6 +44,7 @@ from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.seeds import generator_of
 from record import ROOT, CannotCompare, finish, results_folder
 from released import relative_error
 
@@ -99,8 +100,7 @@ class Noise:
         self.shape, self.device, self.seed = plan.slots.canvas_RMLC.shape[1:], plan.model.device, seed
 
     def __getitem__(self, request: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + request)
-        return torch.randn(self.shape, generator=generator).to(self.device)
+        return torch.randn(self.shape, generator=generator_of(self.seed + request)).to(self.device)
 
     def prompt(self, *batch: int) -> Prompt:
         return any_prompt(self.config, *batch)

@@ -494,7 +494,8 @@ def test_a_fingerprint_is_of_configuration_and_weights(model: Path) -> None:
     ("options", "message"),
     [
         (["--num-images", 0], "--num-images 0 must be at least 1"),
-        (["--seed", -1], "--seed -1 must be at least 0"),
+        (["--seed", -1], "seed=-1 must be from 0 to 2^63 - 1"),
+        (["--seed", 2**63 - NUM_IMAGES + 1], "must be from 0 to 2^63 - 1, and with it the last of 7"),
         (["--shard-size", 5], "--shard-size is for --format wds"),
         (["--format", "wds", "--grid", "g.png"], "--format wds leaves no files for --grid"),
         (["--latents", "--vae-tile", 64], "leave out --vae-tile"),

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from madformer.data import open_dataset
 from madformer.model.persistence import atomic_path
+from madformer.seeds import seed_all
 from madformer.vae import load_vae
 
 LEVELS = 3
@@ -210,7 +211,7 @@ def main() -> None:
     args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    seed_all(args.seed)
     pixels = load_images(args.data)
     training = Training(args)
     if args.resume:

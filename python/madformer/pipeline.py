@@ -28,6 +28,7 @@ from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
 from madformer.prompting import PromptReader
+from madformer.seeds import check_seed, generator_of
 from madformer.streaming import reports
 from madformer.tokenizer import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from madformer.vae import decode, downscale, encode, load_vae, to_uint8
@@ -212,7 +213,8 @@ class MADFormerPipeline(DiffusionPipeline):
             image: keep it but for ``blocks``, by their places row by row, which are drawn anew: from those before them,
                 or from all others by a model of random block order. A picture of the size that is drawn, or latents
                 (C, H, W), or (B, C, H, W) for one of each image, as ``output_type="latent"`` gives them.
-            seed: image ``i`` of the batch is the one that ``seed + i`` draws alone. 0 where neither is given.
+            seed: image ``i`` of the batch is the one that ``seed + i`` draws alone; from 0 to 2^63 - 1. 0 where neither
+                it nor a generator is given.
             generator: one for each image, or one that all images draw from in turn.
             output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``
                 (B, C, H, W), unscaled.
@@ -424,7 +426,8 @@ def _generators(
     count: int, seed: int | None, generator: torch.Generator | list[torch.Generator] | None
 ) -> list[torch.Generator]:
     if generator is None:
-        return [torch.Generator().manual_seed((seed or 0) + index) for index in range(count)]
+        first = check_seed(0 if seed is None else seed, count)
+        return [generator_of(first + index) for index in range(count)]
     if seed is not None:
         raise ValueError("give seed or generator, not both")
     generators = [generator] * count if isinstance(generator, torch.Generator) else generator

@@ -376,7 +376,7 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
         ("latents", {"micro_batch": 5}, "global_batch=12 must be a multiple of micro_batch=5 x world_size=1"),
         ("latents", {"micro_batch": 6, "world_size": 3}, "global_batch=12 must be a multiple of micro_batch=6 x world"),
         ("latents", {"micro_batch": 0}, "micro_batch=0 must be at least 1"),
-        ("latents", {"seed": -1}, "seed=-1 must be at least 0"),
+        ("latents", {"seed": -1}, "seed=-1 must be from 0"),
         ("latents", {"rank": 1}, "rank=1 must be from 0 to world_size - 1 = 0"),
         ("latents", {"order": "sorted"}, "order='sorted' must be 'uniform' or 'shards'"),
         ("memory", {"order": "shards"}, "order='shards' needs data in .tar shards"),

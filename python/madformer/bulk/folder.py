@@ -22,6 +22,7 @@ from typing import Any
 from madformer.bulk.settings import Settings
 from madformer.data.shards import KEY, write_shard
 from madformer.model.persistence import atomic_path, check_writable, locked
+from madformer.seeds import check_seed
 
 MANIFEST = "manifest.json"
 UNPACKED = "unpacked"
@@ -44,6 +45,7 @@ class OutputFolder:
     def __init__(self, path: str | Path, settings: Settings, num_images: int) -> None:
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        check_seed(settings.seed, num_images)
         self.path, self.settings, self.num_images = Path(path), settings, num_images
         self.sharded = settings.format == "wds"
         self.images = self.path / UNPACKED if self.sharded else self.path

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from madformer.bulk.prompts import Prompts
 from madformer.model.persistence import fingerprint
+from madformer.seeds import check_seed
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -56,8 +57,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0: it names the files")
+        check_seed(self.seed)
         if (self.shard_size is not None) != (self.format == "wds"):
             raise ValueError(f"shard_size={self.shard_size} does not go with format={self.format!r}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from madformer.choices import device_of, precision_of
+from madformer.seeds import check_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
     add("--model", required=True, help="folder (or hub id) that save_pretrained or convert wrote")
     add("--num-images", type=int, default=1, help="how many (default 1)")
     add("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
-    add("--seed", type=int, default=0, help="of the first image (default 0)")
+    add("--seed", type=int, default=0, help="of the first image, from 0 to 2^63 - 1 (default 0)")
     add("--batch-size", type=int, default=16, help="images at once (default 16)")
     add("--refresh-every", type=int, default=1, metavar="K", help="run the diffusion layers in every K-th step alone")
     add("--diffusion-layers", type=int, metavar="D", help="split of an elastic model (default: its own)")
@@ -220,10 +221,11 @@ def _draw_grid(pipeline: MADFormerPipeline, prompts: Prompts, args: argparse.Nam
 def _check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before minutes of work."""
     at_least_one = ("num_images", "steps", "batch_size", "shard_size", "refresh_every")
-    for name, low in (*((name, 1) for name in at_least_one), ("seed", 0), ("ray", 0)):
+    for name, low in (*((name, 1) for name in at_least_one), ("ray", 0)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+    check_seed(args.seed, args.num_images)
     several = _process()[1] > 1
     refusals = {
         "nothing to write: give --out FOLDER, --grid FILE, or both": not (args.out or args.grid),

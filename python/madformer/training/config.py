@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from madformer import config as model_presets
 from madformer.config import MADFormerConfig
+from madformer.seeds import check_seed
 
 RUN_CONFIG = "config.json"
 
@@ -21,7 +22,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "num_workers", "weight_decay", "min_learning_rate", "image_loss_weight", "hidden_loss_weight",
     "clean_loss_weight", "text_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps",
-    "num_threads", "seed", "shard_group",
+    "num_threads", "shard_group",
 )  # fmt: skip
 
 
@@ -144,6 +145,7 @@ class TrainingConfig:
             for name in names:
                 if not getattr(self, name) >= low:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        check_seed(self.seed)
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
             raise ValueError(
                 f"learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive"

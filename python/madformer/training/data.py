@@ -30,6 +30,7 @@ from madformer.data.latents import LatentDataset, check_geometry
 from madformer.data.shards import ShardDataset
 from madformer.data.workers import fetch_batches
 from madformer.model.blocks import in_order, to_blocks
+from madformer.seeds import check_seed
 from madformer.tokenizer import Tokenizer
 from madformer.vae import downscale, encode
 
@@ -151,7 +152,7 @@ class BatchStream:
         vae: as stored; of latents on the disk it is asked whether it made them. None will do for latents.
         config: gives blocks and geometry.
         global_batch: samples of an optimiser step. micro_batch: of one batch here.
-        seed: at least 0. first_step: where to begin, or to go on.
+        seed: from 0 to 2^63 - 1. first_step: where to begin, or to go on.
         num_workers: processes that read and draw, beside this one; with 0 this one does.
         num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
         flip: mirror every second sample, by chance.
@@ -188,10 +189,10 @@ class BatchStream:
             ("num_timesteps", num_timesteps, 1),
             ("first_step", first_step, 0),
             ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
         ):
             if value < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
+        check_seed(seed)
         if global_batch % (micro_batch * world_size):
             raise ValueError(
                 f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x world_size={world_size}"
@@ -352,7 +353,7 @@ def draw_split(config: MADFormerConfig, seed: int, step: int) -> int | None:
 
 
 def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
-    """Random numbers of a key; of torch's generators on a CPU only the low 32 bits of a seed count."""
+    """Random numbers of a key: all bits of the seed and of the number count."""
     return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, stream]))
 
 

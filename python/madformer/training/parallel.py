@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from madformer.choices import device_of
 from madformer.model import MADFormer
+from madformer.seeds import seed_all
 from madformer.training.config import TrainingConfig
 
 # What costs more to run again than to keep.
@@ -117,7 +118,7 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     """
     sharded = world.mode in ("fsdp", "hsdp")
     with torch.device("meta" if sharded and not world.is_first else "cpu"):
-        torch.manual_seed(config.seed)
+        seed_all(config.seed)
         model = MADFormer(config.model)
     drawn: dict[str, Any] = model.state_dict() if sharded and world.is_first else {}
     for name, parameter in model.named_parameters():
