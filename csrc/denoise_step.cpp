@@ -144,7 +144,10 @@ void denoise_step_cuda(const Tensor& sample, const Tensor& model_output, const T
   const Arguments arguments(sample, model_output, previous, coefficients, clip, unconditional,
                             guidance_scale);
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(sample.get_device_index(), &current));
+  // Not by torch's macro for this: it has another name in 2.11 than later.
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream(sample.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
+      "torch tells no current CUDA stream");
   const auto stream = static_cast<cudaStream_t>(current);
   switch (arguments.output_type()) {
     case ScalarType::Float:

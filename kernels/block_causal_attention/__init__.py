@@ -105,11 +105,17 @@ def block_causal_attention(
         RuntimeError: the backend that was asked for cannot run here.
     """
     device_type = q_BHLD.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         q, k, v = (_autocast(x, torch.get_autocast_dtype(device_type)) for x in (q_BHLD, k_BHLD, v_BHLD))
         with torch.autocast(device_type, enabled=False):
             return _attend(q, k, v, layout, scale, return_lse, backend)
     return _attend(q_BHLD, k_BHLD, v_BHLD, layout, scale, return_lse, backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """In a function of its own: Dynamo cannot trace torch's before 2.13."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

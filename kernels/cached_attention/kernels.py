@@ -106,12 +106,16 @@ def split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # The tiles of queries of one head and split run at about the same time, and share its keys in the L2 cache.
-    num_query_tiles = tl.num_programs(0) // num_splits
-    split = tl.program_id(0) // num_query_tiles
-    first_query = tl.program_id(0) % num_query_tiles * BLOCK_M
+    # The tiles of queries of one head and split run at about the same time, and share its keys in the L2 cache. Samples
+    # lie along the one dimension of the grid that takes more than 65,535.
+    num_query_tiles = tl.cdiv(num_queries, BLOCK_M)
+    num_shares = num_query_tiles * num_splits
+    share = tl.program_id(0) % num_shares
+    split = share // num_query_tiles
+    first_query = share % num_query_tiles * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
-    sample = tl.program_id(2).to(tl.int64)
+    sample = (tl.program_id(0) // num_shares).to(tl.int64)
+    num_samples = tl.num_programs(0) // num_shares
 
     length = tl.load(lengths_ptr + sample * stride_lengths)
     length = tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
@@ -164,7 +168,7 @@ def split_kernel(
     queries = first_query + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     live = queries < num_queries
-    rows = ((split * tl.num_programs(2) + sample) * num_queries + queries) * tl.num_programs(1) + head
+    rows = ((split * num_samples + sample) * num_queries + queries) * tl.num_programs(1) + head
     if SPLIT:
         tl.store(lse_ptr + rows, peak + tl.log2(tl.where(norm == 0, 1.0, norm)), mask=live)
         live = live & (start < stop)

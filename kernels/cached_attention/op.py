@@ -111,7 +111,7 @@ def _forward(
         lse = q_BHLD.new_empty(splits, B, L, H, dtype=torch.float32)
     launch(
         split_kernel,
-        (-(-L // settings.block_m) * splits, H, B),
+        (B * splits * -(-L // settings.block_m), H),
         q_BHLD.device,
         *(*heads, lengths_B, rows, partial, lse),
         *(*strides, lengths_B.stride(0), rows.stride(0)),

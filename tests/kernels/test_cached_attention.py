@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from madformer.kernels.cached_attention import cached_attention, cached_attention_ref
 from madformer.kernels.cached_attention.op import choose_num_splits, choose_settings
-from madformer.kernels.launch import target
+from madformer.kernels.launch import Target, compiling_for, target
 from testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
 
 Inputs = dict[str, Tensor]
@@ -193,6 +193,18 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     batch, heads, queries = shape
     out = triton()(**make_inputs([3] * batch, 6, 4, queries, heads))
     assert out.shape == (*shape, 16)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_more_samples_than_a_grid_is_wide(num_splits: int) -> None:
+    """CUDA takes 65,535 programs along a grid's second and third dimension."""
+    samples, grids = 70_000, []
+    q, cache = torch.zeros(samples, 3, 1, 16), torch.zeros(samples, 3, 2, 16)
+    lengths = torch.ones(samples, dtype=torch.int32)
+    with compiling_for(Target(90, num_sms=132), lambda kernel, grid, *args, **settings: grids.append(grid)):
+        cached_attention(q, cache, cache, lengths, num_splits=num_splits, backend="triton")
+    assert grids[0] == (samples * num_splits, 3)
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
 
 
 def layer_of_cache(x: Inputs) -> Inputs:
