@@ -6,9 +6,11 @@ import importlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("madformer.engine")
 
@@ -51,15 +53,42 @@ class EagerLauncher:
         return run
 
 
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A launch of a captured pass; the graph and its scratch memory go when nothing names it any more."""
+
+    graph: torch.cuda.CUDAGraph
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+@dataclass(frozen=True, eq=False)
+class OneLaunch:
+    """A launch of a loop over ``step``, in whose scratch memory it works; ``counter`` counts on the device."""
+
+    step: Replay
+    counter: Tensor
+    loop: Any
+
+    def __call__(self) -> None:
+        self.launch(first=0)
+
+    def launch(self, first: int) -> None:
+        self.counter.fill_(first)
+        self.loop.launch(torch.cuda.current_stream(self.counter.device).cuda_stream)
+
+
 class GraphLauncher:
     """Passes are captured, and a loop over steps is one launch where the driver has conditional graph nodes.
 
     All graphs draw their scratch memory from one pool, because they never run at the same time; what outlasts a pass is
-    not in it.
+    not in it. Other threads may use the device meanwhile, also while a pass is captured.
 
     Args:
         device: a CUDA device.
-        one_launch: None for a conditional WHILE node where it can be had, else replays; True insists on it.
+        one_launch: None for a conditional WHILE node where it can be had, else replays, and a warning where the driver
+            refuses this very loop; True insists on it.
 
     Raises:
         RuntimeError: ``one_launch=True``, and why it cannot be.
@@ -73,7 +102,7 @@ class GraphLauncher:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool: Any = torch.cuda.graph_pool_handle()
-        self.graphs: dict[Work, torch.cuda.CUDAGraph] = {}
+        self.insists = one_launch is True
         refusal = loop_refusal() if one_launch is not False else "it was not asked for"
         if one_launch and refusal:
             raise RuntimeError(f"one launch for a block's steps cannot be had: {refusal}")
@@ -81,7 +110,7 @@ class GraphLauncher:
         if refusal and one_launch is None:
             logger.info("a block's steps are replayed one by one: %s", refusal)
 
-    def prepare(self, name: str, work: Work, reset: Work) -> Work:
+    def prepare(self, name: str, work: Work, reset: Work) -> Replay:
         started = time.perf_counter()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -93,36 +122,45 @@ class GraphLauncher:
         warm = time.perf_counter()
         # kept, so that a loop can take it as its body
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Under the default, "global", a data loader that pins memory in a thread of its own makes the capture invalid.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             work()
         graph.instantiate()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         captured = time.perf_counter()
         logger.info("%s: warm-up %.2f s, capture %.2f s", name, warm - started, captured - warm)
-
-        def launch() -> None:
-            graph.replay()
-
-        self.graphs[launch] = graph
-        return launch
+        return Replay(graph)
 
     def loop(self, step: Work, num_steps: int) -> Work:
-        if not self.one_launch:
-            return EagerLauncher().loop(step, num_steps)
+        """As the protocol says.
+
+        Raises:
+            RuntimeError: ``one_launch=True``, and the driver refuses this loop.
+        """
+        if self.one_launch:
+            try:
+                return self._one_launch(step, num_steps)
+            except (RuntimeError, ValueError) as error:
+                if self.insists:
+                    raise RuntimeError(f"one launch for a block's steps cannot be had: {error}") from error
+                logger.warning("a block's steps are replayed one by one: %s", error)
+        return EagerLauncher().loop(step, num_steps)
+
+    def _one_launch(self, step: Work, num_steps: int) -> Work:
+        assert isinstance(step, Replay), "prepared by another launcher"
         counter, bound = torch.tensor([0, num_steps], dtype=torch.int32, device=self.device).split(1)
         captured_loop = importlib.import_module("madformer._C").CapturedLoop(
-            graph=self.graphs[step].raw_cuda_graph(),
+            graph=step.graph.raw_cuda_graph(),
             counter=counter.data_ptr(),
             bound=bound.data_ptr(),
             cap=num_steps,
             device=counter.get_device(),
         )
 
-        def run() -> None:
-            counter.zero_()
-            captured_loop.launch(torch.cuda.current_stream(self.device).cuda_stream)
-
-        return run
+        loop = OneLaunch(step, counter, captured_loop)
+        loop.launch(first=num_steps)  # No step is left: whether the driver launches it at all.
+        torch.cuda.current_stream(self.device).synchronize()
+        return loop
 
 
 def loop_refusal() -> str:
