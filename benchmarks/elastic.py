@@ -235,7 +235,7 @@ class Captions:
 def draw(pipeline: MADFormerPipeline, prompts: Sequence[str], options: argparse.Namespace, seed: int) -> Tensor:
     """Latents ``(B, C, H, W)`` of a picture for every prompt, number ``i`` from ``seed + i``."""
     told: dict[str, Any] = {"prompt": list(prompts), "guidance_scale": options.guidance}
-    return pipeline(1, options.sample_steps, seed=seed, output_type="latent", **told).images
+    return pipeline(num_inference_steps=options.sample_steps, seed=seed, output_type="latent", **told).images
 
 
 # Evaluation

@@ -192,7 +192,7 @@ def test_pictures_and_latents_are_the_pipelines(
 ) -> None:
     pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(2, 2, seed=7, output_type="latent").images
+    latents = pipeline(num_images_per_prompt=2, num_inference_steps=2, seed=7, output_type="latent").images
     pictures = pipeline.decode(latents)
     for offset in range(2):
         stored = load_latents(unbroken("latents")[f"{7 + offset:08d}.safetensors"])["latents"]
@@ -564,5 +564,5 @@ def test_decoding_beside_sampling(model: Path, tmp_path: Path) -> None:
     with OutputFolder(tmp_path, run, 32).opened() as folder:
         assert draw_missing(pipeline, folder, progress=False) == 32
     for first in range(0, 32, 4):
-        for offset, picture in enumerate(pipeline(4, 2, seed=first).images):
+        for offset, picture in enumerate(pipeline(num_images_per_prompt=4, num_inference_steps=2, seed=first).images):
             assert Image.open(folder.file(first + offset)).tobytes() == picture.tobytes()

@@ -105,7 +105,7 @@ def test_convert_then_sample(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert np.array_equal(grid[16:, :16], pictures[2])
     pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    alone = np.asarray(pipeline(1, 2, seed=6).images[0])
+    alone = np.asarray(pipeline(num_inference_steps=2, seed=6).images[0])
     np.testing.assert_allclose(alone.astype(int), pictures[1].astype(int), atol=1)
 
 
@@ -133,7 +133,7 @@ def test_precision(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert pipeline.vae.dtype == dtype
     pipeline.transformer = apply(pipeline.transformer, precision)
     pipeline.set_progress_bar_config(disable=True)
-    for seed, picture in enumerate(pipeline(2, 2, seed=0).images):
+    for seed, picture in enumerate(pipeline(num_images_per_prompt=2, num_inference_steps=2, seed=0).images):
         assert Image.open(tmp_path / f"{seed:08d}.png").tobytes() == picture.tobytes()
 
 
@@ -162,7 +162,7 @@ def test_prompts(text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert grids[0].shape == (2 * side, 3 * side, 3)
     for image in range(5):
         options = {"prompt": ["Käse", "a cat"][image % 2], "negative_prompt": "blur", "guidance_scale": 3.0}
-        expected = np.asarray(pipeline(1, 2, **options, seed=image).images[0]).astype(int)
+        expected = np.asarray(pipeline(num_inference_steps=2, **options, seed=image).images[0]).astype(int)
         row, column = image % 2, image // 2
         shown = grids[0][row * side : (row + 1) * side, column * side : (column + 1) * side]
         np.testing.assert_allclose(shown, expected, atol=1)
@@ -179,7 +179,7 @@ def test_classes(class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (record["labels"], record["prompts"], record["guidance_scale"]) == ([1, 0], [], 2.0)
     pipeline = MADFormerPipeline.from_pretrained(class_model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(1, 2, labels=[1, 0], guidance_scale=2.0, seed=0, output_type="latent").images
+    drawn = pipeline(num_inference_steps=2, labels=[1, 0], guidance_scale=2.0, seed=0, output_type="latent").images
     for image in range(2):
         assert torch.equal(load_file(tmp_path / f"{image:08d}.safetensors")["latents"], drawn[image])
 
@@ -233,7 +233,7 @@ def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--precision", "exact", "--width", 24]
     assert main([*map(str, sample), "--out", str(tmp_path / "wide")]) == 0
     pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    expected = np.asarray(pipeline(1, 2, width=24).images[0]).astype(int)
+    expected = np.asarray(pipeline(num_inference_steps=2, width=24).images[0]).astype(int)
     assert expected.shape == (16, 24, 3)
     drawn = np.asarray(Image.open(tmp_path / "wide" / "00000000.png")).astype(int)
     np.testing.assert_allclose(drawn, expected, atol=1)
@@ -257,7 +257,7 @@ def test_an_elastic_model_is_sampled_at_the_split_asked_for(tmp_path: Path, caps
         (file,) = (tmp_path / str(split)).glob("*.safetensors")
         (drawn,) = load_file(file).values()
         pipeline = MADFormerPipeline(elastic.set_split(split), None, default_scheduler("epsilon"))
-        expected = pipeline(1, 2, seed=0, output_type="latent").images
+        expected = pipeline(num_inference_steps=2, seed=0, output_type="latent").images
         assert relative_error(drawn.flatten(), expected.flatten()) < 1e-4
     message = fails(capsys, *sample, "--diffusion-layers", 3, "--out", tmp_path / "3")
     assert "diffusion_layers=3: this model was trained for 1, 2" in message

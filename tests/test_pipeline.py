@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from madformer.config import MADFormerConfig, TextConfig, tiny
@@ -68,8 +68,10 @@ def by_the_engine(pipeline: MADFormerPipeline, seeds: list[int], prompt: Prompt,
     return from_blocks(plan.run(noise, prompt), config)
 
 
-def latents(pipeline: MADFormerPipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
-    images = pipeline(*args, **kwargs, output_type="latent").images
+def latents(pipeline: MADFormerPipeline, num_images: int = 1, steps: int = 25, **kwargs: Any) -> torch.Tensor:
+    images = pipeline(
+        num_images_per_prompt=num_images, num_inference_steps=steps, **kwargs, output_type="latent"
+    ).images
     assert isinstance(images, torch.Tensor)
     return images
 
@@ -95,9 +97,9 @@ def test_generators(pipeline: MADFormerPipeline) -> None:
     in_turn = torch.cat([latents(pipeline, 1, 3, generator=shared) for _ in range(2)])
     assert relative_error(in_turn, together) < 1e-5
     with pytest.raises(ValueError, match="seed or generator, not both"):
-        pipeline(1, 3, seed=0, generator=shared)
+        pipeline(num_inference_steps=3, seed=0, generator=shared)
     with pytest.raises(ValueError, match="generator has 1 entries for 2 images"):
-        pipeline(2, 3, generator=[shared])
+        pipeline(num_images_per_prompt=2, num_inference_steps=3, generator=[shared])
 
 
 def test_output_types_agree(pipeline: MADFormerPipeline) -> None:
@@ -105,11 +107,11 @@ def test_output_types_agree(pipeline: MADFormerPipeline) -> None:
     with torch.no_grad():
         decoded = pipeline.vae.decode(raw / 0.5).sample
     expected = (decoded / 2 + 0.5).clamp(0, 1)
-    pixels = pipeline(2, 3, seed=1, output_type="pt").images
+    pixels = pipeline(num_images_per_prompt=2, num_inference_steps=3, seed=1, output_type="pt").images
     torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-4)
-    array = pipeline(2, 3, seed=1, output_type="np").images
+    array = pipeline(num_images_per_prompt=2, num_inference_steps=3, seed=1, output_type="np").images
     np.testing.assert_allclose(array, expected.permute(0, 2, 3, 1).numpy(), atol=1e-4)
-    pictures = pipeline(2, 3, seed=1).images
+    pictures = pipeline(num_images_per_prompt=2, num_inference_steps=3, seed=1).images
     assert all(isinstance(picture, Image.Image) and picture.size == (16, 16) for picture in pictures)
     np.testing.assert_allclose(np.stack([np.asarray(p) for p in pictures]), array * 255, atol=0.51)
 
@@ -168,7 +170,7 @@ def test_save_and_load(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
     assert public[0] == public[1]
     loaded.set_progress_bar_config(disable=True)
     assert relative_error(latents(loaded, 2, 3, seed=3), latents(pipeline, 2, 3, seed=3)) < 1e-5
-    assert loaded(1, 3, seed=3).images[0].size == (16, 16)
+    assert loaded(num_inference_steps=3, seed=3).images[0].size == (16, 16)
 
 
 def test_half_size_folder(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
@@ -185,20 +187,20 @@ def test_a_bare_model_folder_gives_latents(pipeline: MADFormerPipeline, tmp_path
     loaded.set_progress_bar_config(disable=True)
     assert relative_error(latents(loaded, 1, 3), latents(pipeline, 1, 3)) < 1e-5
     with pytest.raises(ValueError, match="needs an autoencoder"):
-        loaded(1, 3)
+        loaded(num_inference_steps=3)
     small_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     loaded = MADFormerPipeline.from_pretrained(tmp_path / "model", vae=tmp_path / "vae", dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
-    assert loaded(1, 3).images[0].size == (16, 16)
+    assert loaded(num_inference_steps=3).images[0].size == (16, 16)
 
 
 def test_bad_requests(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_images=0"):
-        pipeline(0)
+        pipeline(num_images=0)
     with pytest.raises(ValueError, match="num_inference_steps=0 must be between 1"):
-        pipeline(1, 0)
+        pipeline(num_inference_steps=0)
     with pytest.raises(ValueError, match="output_type='jpeg'"):
-        pipeline(1, 3, output_type="jpeg")  # type: ignore[arg-type]
+        pipeline(num_inference_steps=3, output_type="jpeg")  # type: ignore[arg-type]
     pipeline.save_pretrained(tmp_path)
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no diffusers scheduler"):
@@ -325,7 +327,7 @@ def test_prompts_that_do_not_go_with_the_model(
     which: str, options: dict[str, Any], message: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
-        request.getfixturevalue(which)(1, 3, **options)
+        request.getfixturevalue(which)(num_inference_steps=3, **options)
     assert len(str(raised.value).splitlines()) == 1
 
 
@@ -335,12 +337,12 @@ def test_parts_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"has 257 tokens, and the model text\.vocab_size=11"):
         make_pipeline(tiny().replace(text=TextConfig(11, 4)), tokenizer=ByteTokenizer())
     with pytest.raises(ValueError, match="a prompt needs a tokenizer, and this pipeline has none"):
-        make_pipeline(TEXT)(1, 3, prompt="cat")
+        make_pipeline(TEXT)(num_inference_steps=3, prompt="cat")
     strict = make_pipeline(CLASSES.replace(null_class=False))
     with pytest.raises(ValueError, match="no class -1: there are 3, from 0 to 2"):
-        strict(1, 3, labels=-1)
+        strict(num_inference_steps=3, labels=-1)
     with pytest.raises(ValueError, match="guidance needs a model with text or classes"):
-        strict(1, 3, labels=1, guidance_scale=2.0)
+        strict(num_inference_steps=3, labels=1, guidance_scale=2.0)
 
 
 def test_a_model_of_both_takes_one_alone() -> None:
@@ -374,7 +376,10 @@ def test_blocks_as_they_are_done(writing: MADFormerPipeline) -> None:
     whole = latents(writing, 2, 3, **options, on_block=lambda *done: blocks.append(done))
     assert [block for block, _ in blocks] == [0, 1, 2, 3]
     assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1), tiny()), whole)
-    outputs = [output.images for output in writing.stream(2, 3, output_type="latent", **options)]
+    outputs = [
+        output.images
+        for output in writing.stream(num_images_per_prompt=2, num_inference_steps=3, output_type="latent", **options)
+    ]
     assert len(outputs) == 4
     assert torch.equal(outputs[-1], whole)
     side = whole.shape[-1] // 2  # of a block: there are 2 x 2, in raster order
@@ -386,15 +391,17 @@ def test_blocks_as_they_are_done(writing: MADFormerPipeline) -> None:
                 slice(block % 2 * side, (block % 2 + 1) * side),
             )
             assert torch.equal(output[where], whole[where] if block < done else torch.zeros_like(whole[where]))
-    *_, last = writing.stream(2, 3, **options)
-    assert [picture.tobytes() for picture in last.images] == [p.tobytes() for p in writing(2, 3, **options).images]
+    *_, last = writing.stream(num_images_per_prompt=2, num_inference_steps=3, **options)
+    assert [picture.tobytes() for picture in last.images] == [
+        p.tobytes() for p in writing(num_images_per_prompt=2, num_inference_steps=3, **options).images
+    ]
 
 
 def test_blocks_under_a_scheduler_of_any_kind(pipeline: MADFormerPipeline) -> None:
     own = pipeline.scheduler
     try:
         pipeline.scheduler = UniPCMultistepScheduler.from_config(own.config)
-        *_, last = pipeline.stream(1, 4, output_type="latent", seed=0)
+        *_, last = pipeline.stream(num_inference_steps=4, output_type="latent", seed=0)
         assert torch.equal(last.images, latents(pipeline, 1, 4, seed=0))
     finally:
         pipeline.scheduler = own
@@ -449,7 +456,15 @@ def test_blocks_of_an_image_are_drawn_anew(writing: MADFormerPipeline) -> None:
     blocks, expected = to_blocks(other, tiny()), to_blocks(whole, tiny()).expand(2, -1, -1, -1)
     assert torch.equal(blocks[:, [0, 1, 3]], expected[:, [0, 1, 3]])
     assert all(relative_error(block, expected[0, 2]) > 0.1 for block in blocks[:, 2])
-    outputs = writing.stream(2, 3, **options, seed=8, image=whole, blocks=[2, 1], output_type="latent")
+    outputs = writing.stream(
+        num_images_per_prompt=2,
+        num_inference_steps=3,
+        **options,
+        seed=8,
+        image=whole,
+        blocks=[2, 1],
+        output_type="latent",
+    )
     first, last = (to_blocks(output.images, tiny()) for output in outputs)
     assert torch.equal(first[:, [0, 3]], expected[:, [0, 3]])
     assert torch.equal(first[:, 1], last[:, 1])
@@ -474,9 +489,9 @@ def test_images_of_another_size(writing: MADFormerPipeline) -> None:
     own = latents(writing, 1, 3, **options)
     wide = latents(writing, 1, 3, **options, width=24)
     assert wide.shape == (1, 4, 8, 12)
-    *_, last = writing.stream(1, 3, **options, width=24, output_type="latent")
+    *_, last = writing.stream(num_inference_steps=3, **options, width=24, output_type="latent")
     assert torch.equal(last.images, wide)
-    assert writing(1, 3, **options, height=8).images[0].size == (16, 8)
+    assert writing(num_inference_steps=3, **options, height=8).images[0].size == (16, 8)
     assert torch.equal(latents(writing, 1, 3, **options, height=16), own)
     trained = {name: tensor.clone() for name, tensor in writing.transformer.state_dict().items()}
     other = {name: tensor + 0.01 for name, tensor in trained.items()}
@@ -521,3 +536,74 @@ def test_bad_edits(pipeline: MADFormerPipeline) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             latents(pipeline, 1, 3, **options)
+
+
+# As diffusers' pipelines are called
+
+
+def test_the_prompt_comes_first(writing: MADFormerPipeline) -> None:
+    named = latents(writing, 2, 3, prompt="cat", seed=3)
+    images = writing("cat", 3, num_images_per_prompt=2, seed=3, output_type="latent").images
+    assert torch.equal(images, named)
+    assert torch.equal(writing("cat", 3, num_images=2, seed=3, output_type="latent").images, named)
+    *_, last = writing.stream("cat", 3, num_images=2, seed=3, output_type="latent")
+    assert torch.equal(last.images, named)
+
+
+def test_outputs_are_subscriptable(writing: MADFormerPipeline) -> None:
+    output = writing("cat", 3, seed=3, output_type="np")
+    assert output[0] is output["images"] is output.images
+    (images,) = writing("cat", 3, seed=3, output_type="np", return_dict=False)
+    assert np.array_equal(images, output.images)
+
+
+def test_latents_are_the_noise_to_start_from(writing: MADFormerPipeline) -> None:
+    """Standard normal: the scheduler's scale, 157 for Euler's method from this last timestep on, comes on top."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    texts = torch.tensor([[99, 97, 116, 256, 256, 256]] * 2)
+    own = writing.scheduler
+    try:
+        for scheduler in (own, EulerDiscreteScheduler.from_config(own.config)):
+            writing.scheduler = scheduler
+            drawn = latents(writing, 2, 3, prompt="cat", latents=noise)
+            plan = Sampler(writing.transformer, scheduler).plan(2, 3)
+            expected = from_blocks(plan.run(to_blocks(noise, TEXT), Prompt(texts)), TEXT)
+            assert torch.equal(drawn, expected)
+        assert relative_error(latents(writing, 2, 3, prompt="cat", latents=noise.double()), drawn) < 1e-6
+    finally:
+        writing.scheduler = own
+    # what the generators draw is such noise
+    blocks = torch.randn(4, 16, 4, generator=torch.Generator().manual_seed(7))
+    given = latents(writing, 1, 3, prompt="cat", latents=from_blocks(blocks[None], TEXT))
+    assert torch.equal(given, latents(writing, 1, 3, prompt="cat", seed=7))
+
+
+def test_guidance_up_to_one_is_none(writing: MADFormerPipeline) -> None:
+    plain = latents(writing, 1, 3, prompt="cat", seed=0)
+    for scale in (0.0, 0.7, -1.0):
+        assert torch.equal(latents(writing, 1, 3, prompt="cat", seed=0, guidance_scale=scale), plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((2,), {}, "the prompt comes first: write num_images_per_prompt=2 for a number of images"),
+        ((2, 3), {"prompt": "cat"}, "the prompt comes first: write num_images_per_prompt=2 for a number of images"),
+        ((), {"prompt": 2}, "prompt must be a text or a list of texts, got int"),
+        ((["cat", 2],), {}, "prompt must be a text or a list of texts, got list of int, str"),
+        (("cat",), {"negative_prompt": b"dog"}, "negative_prompt must be a text or a list of texts, got bytes"),
+        (("cat",), {"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
+        (("cat",), {"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5 must be an integer"),
+        (("cat",), {"num_images_per_prompt": 2, "num_images": 2}, "which are the same, not both"),
+        (("cat",), {"prompt_embeds": torch.zeros(1, 6, 64)}, "prompt_embeds has no place: the model reads token ids"),
+        (("cat",), {"negative_prompt_embeds": torch.zeros(1, 6, 64)}, "so give negative_prompt"),
+        (("cat",), {"latents": torch.zeros(1, 4, 8, 4)}, "noise of the shape (1, 4, 8, 8), got (1, 4, 8, 4)"),
+        (("cat",), {"latents": [1.0]}, "noise of the shape (1, 4, 8, 8), got list of float"),
+        (("cat",), {"latents": torch.full((1, 4, 8, 8), torch.nan)}, "these are not finite"),
+    ],
+)
+def test_bad_calls(writing: MADFormerPipeline, arguments: Any, options: dict[str, Any], message: str) -> None:
+    for draw in (writing, lambda *args, **kwargs: list(writing.stream(*args, **kwargs))):
+        with pytest.raises(ValueError, match=re.escape(message)) as raised:
+            draw(*arguments, **options)
+        assert len(str(raised.value).splitlines()) == 1

@@ -3,7 +3,7 @@
 from madformer import MADFormerPipeline
 
 pipeline = MADFormerPipeline.from_pretrained("assets/emoji64")
-images = pipeline(num_images=4, prompt="red apple", guidance_scale=3, seed=0).images
+images = pipeline("red apple", num_images_per_prompt=4, guidance_scale=3, seed=0).images
 """
 
 from __future__ import annotations

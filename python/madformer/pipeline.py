@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
@@ -27,8 +28,15 @@ from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.model.persistence import atomic_path, resolve_folder
+from madformer.pipeline_inputs import (
+    check_no_embeddings,
+    check_prompts,
+    generators_of,
+    images_each,
+    noise_of,
+    prompt_first,
+)
 from madformer.prompting import PromptReader
-from madformer.seeds import check_seed, generator_of
 from madformer.streaming import reports
 from madformer.tokenizer import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from madformer.vae import decode, downscale, encode, load_vae, to_uint8
@@ -38,8 +46,8 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 @dataclass
-class MADFormerPipelineOutput:
-    """``images``: a list of ``PIL.Image``, or an array or tensor with the batch first."""
+class MADFormerPipelineOutput(BaseOutput):
+    """``images``: a list of ``PIL.Image``, or an array or tensor with the batch first; also ``output[0]``."""
 
     images: Any
 
@@ -174,13 +182,15 @@ class MADFormerPipeline(DiffusionPipeline):
         with atomic_path(folder / MODEL_INDEX) as path:
             path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    @prompt_first
     @torch.no_grad()
     def __call__(
         self,
-        num_images: int = 1,
+        prompt: str | list[str] | None = None,
         num_inference_steps: int = 25,
         *,
-        prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_images: int | None = None,
         negative_prompt: str | list[str] | None = None,
         labels: int | str | list[int | str] | None = None,
         guidance_scale: float = 1.0,
@@ -192,7 +202,11 @@ class MADFormerPipeline(DiffusionPipeline):
         blocks: Collection[int] | None = None,
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
+        return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
         on_block: Callable[[int, Tensor], object] | None = None,
     ) -> MADFormerPipelineOutput:
@@ -202,10 +216,11 @@ class MADFormerPipeline(DiffusionPipeline):
         far as the matrix library's results do not depend on the batch size, else to rounding.
 
         Args:
-            num_images: of every prompt or class, one prompt's after the other's; B where there is none.
-            num_inference_steps: denoising steps of every block.
             prompt, negative_prompt, labels: see :meth:`~madformer.prompting.PromptReader.read`.
-            guidance_scale: of classifier-free guidance; 1 is none. guidance_interval: lowest and highest timestep at
+            num_inference_steps: denoising steps of every block.
+            num_images_per_prompt: or per class, one prompt's after the other's; B where there is none. num_images: the
+                same.
+            guidance_scale: of classifier-free guidance; none up to 1. guidance_interval: lowest and highest timestep at
                 which it applies.
             refresh_every: run the diffusion layers in every so many steps of a block, and reuse what they found in
                 between: faster, and not the same images; see :meth:`madformer.engine.sampler.Sampler.plan`.
@@ -216,8 +231,11 @@ class MADFormerPipeline(DiffusionPipeline):
             seed: image ``i`` of the batch is the one that ``seed + i`` draws alone; from 0 to 2^63 - 1. 0 where neither
                 it nor a generator is given.
             generator: one for each image, or one that all images draw from in turn.
+            latents: standard normal noise ``(B, C, H, W)`` to start from, in place of the generators'.
+            prompt_embeds, negative_prompt_embeds: have no place, since the model reads token ids.
             output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``
                 (B, C, H, W), unscaled.
+            return_dict: else a tuple of the images alone.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
                 with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
             on_block: called as ``on_block(block, latents)`` when a block was drawn, with its place and its latents
@@ -228,12 +246,13 @@ class MADFormerPipeline(DiffusionPipeline):
                 model.
         """
         self._check_output_type(output_type)
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
-        request, count = self.reader.read(
-            prompt, negative_prompt, labels, num_images=num_images, guided=guidance_scale != 1
-        )
-        generators = _generators(count, seed, generator)
+        check_prompts(prompt=prompt, negative_prompt=negative_prompt)
+        check_no_embeddings(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+        each = images_each(num_images_per_prompt, num_images)
+        # diffusers' rule; what is not a number is refused with the plan
+        guidance_scale = 1.0 if guidance_scale <= 1 else guidance_scale
+        request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=guidance_scale != 1)
+        generators = generators_of(count, seed, generator)
         model = self._model_of_size(height, width)
         config = model.config
         if (image is None) != (blocks is None):
@@ -246,8 +265,7 @@ class MADFormerPipeline(DiffusionPipeline):
             count, num_inference_steps, guidance_scale, guidance_interval, refresh_every=refresh_every, model=model
         )
         steps = len(plan.timesteps)
-        shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
-        noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+        noise = noise_of(latents, generators, config)
         # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
         by_step = callback_on_step_end is not None or plan.cache.on_host
 
@@ -267,7 +285,7 @@ class MADFormerPipeline(DiffusionPipeline):
                 if on_block is not None:
                     on_block(place, latents_BLC)
 
-            latents = plan.run(
+            drawn_BMLC = plan.run(
                 noise,
                 prompt=request,
                 given=given,
@@ -277,15 +295,22 @@ class MADFormerPipeline(DiffusionPipeline):
                 callback=on_step if by_step else None,
                 on_block=on_done,
             )
-        return MADFormerPipelineOutput(self._finish(from_blocks(latents, config), output_type))
+        images = self._finish(from_blocks(drawn_BMLC, config), output_type)
+        return MADFormerPipelineOutput(images) if return_dict else (images,)  # type: ignore[return-value]
 
+    @prompt_first
     def stream(
-        self, num_images: int = 1, num_inference_steps: int = 25, *, output_type: OutputType = "pil", **options: Any
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = 25,
+        *,
+        output_type: OutputType = "pil",
+        **options: Any,
     ) -> Iterator[MADFormerPipelineOutput]:
         """Draw images, and give them after every block that is drawn, with latents of 0 in place of those to come.
 
-        Takes what a call takes, less ``on_block``, and raises what it raises. The last output is the call's, bit for
-        bit. Whoever leaves the iterator early ends the sampling with the block at hand.
+        Takes what a call takes, less ``on_block`` and ``return_dict``, and raises what it raises. The last output is
+        the call's, bit for bit. Whoever leaves the iterator early ends the sampling with the block at hand.
         """
         model = self.transformer
         on_gpu = model.device.type == "cuda"
@@ -309,7 +334,13 @@ class MADFormerPipeline(DiffusionPipeline):
                         torch.cuda.current_stream(model.device).synchronize()
                     report(latents_BCHW)
 
-            latents = self(num_images, num_inference_steps, output_type="latent", on_block=on_block, **options).images
+            latents = self(
+                prompt=prompt,
+                num_inference_steps=num_inference_steps,
+                output_type="latent",
+                on_block=on_block,
+                **options,
+            ).images
             if on_gpu:
                 torch.cuda.current_stream(model.device).synchronize()
             report(latents)
@@ -420,20 +451,6 @@ class MADFormerPipeline(DiffusionPipeline):
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(pixels).cpu().numpy()]
         return pixels.cpu() if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _generators(
-    count: int, seed: int | None, generator: torch.Generator | list[torch.Generator] | None
-) -> list[torch.Generator]:
-    if generator is None:
-        first = check_seed(0 if seed is None else seed, count)
-        return [generator_of(first + index) for index in range(count)]
-    if seed is not None:
-        raise ValueError("give seed or generator, not both")
-    generators = [generator] * count if isinstance(generator, torch.Generator) else generator
-    if len(generators) != count:
-        raise ValueError(f"generator has {len(generators)} entries for {count} images")
-    return generators
 
 
 def _load_index(folder: Path) -> dict[str, Any]:

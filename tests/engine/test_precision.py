@@ -213,7 +213,7 @@ def test_default_rounds_norms_once_and_keeps_the_rest_in_fp32() -> None:
 
     pipeline = MADFormerPipeline(model, None, DDIMScheduler(clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(1, 2, seed=0, output_type="latent").images
+    latents = pipeline(num_inference_steps=2, seed=0, output_type="latent").images
     assert latents.dtype == torch.float32
     assert not torch.equal(latents.bfloat16().float(), latents)
 

@@ -33,7 +33,7 @@ def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
     trainer = Trainer.from_folder(unbroken)
     pipeline = MADFormerPipeline.from_pretrained(unbroken / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(1, 2).images[0].size == (16, 16)
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
     averaged, raw = pipeline.transformer.state_dict(), trainer.model.state_dict()
     assert all(torch.equal(averaged[name], tensor) for name, tensor in trainer.averages.weights[0.9].items())
     assert any(not torch.equal(averaged[name], tensor) for name, tensor in raw.items())
@@ -345,7 +345,7 @@ def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp
         found[cached] = losses(folder)
     assert found[True] == pytest.approx(found[False], rel=ROUNDING)
     pipeline = MADFormerPipeline.from_pretrained(folder / "model", vae=tall.vae, dtype=torch.float32)
-    assert pipeline(1, 2).images[0].size == (16, 24)
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 24)
 
 
 def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: TrainingConfig, tmp_path: Path) -> None:
@@ -359,7 +359,10 @@ def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: Trai
         assert grid.size == (32, 32)
     pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
-    assert len(pipeline(1, 2, prompt=["picture 3", "a cat"], labels=["b", 0], guidance_scale=2.0).images) == 2
+    assert (
+        len(pipeline(num_inference_steps=2, prompt=["picture 3", "a cat"], labels=["b", 0], guidance_scale=2.0).images)
+        == 2
+    )
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -385,4 +388,4 @@ def test_a_run_samples_on_the_schedule_it_trains_on(
         halfway = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         assert trained[499].item() == pytest.approx(halfway, rel=1e-3)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(1, 2, output_type="latent").images.isfinite().all()
+    assert pipeline(num_inference_steps=2, output_type="latent").images.isfinite().all()

@@ -50,7 +50,7 @@ class Prompts:
         """
         Guidance(guidance_scale, guidance_interval or Guidance.interval)  # to refuse what is none
         some_class = classes[0] if classes else None
-        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guidance_scale != 1)
+        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guidance_scale > 1)
         ids = [x.numpy().tobytes() for x in (encoded.text, encoded.negative_text) if x is not None]
         return cls(
             tuple(texts),

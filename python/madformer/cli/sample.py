@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> None:
     add("--prompt", action="append", metavar="TEXT", help="for a model with text; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line, in place of --prompt")
     add("--class", action="append", dest="classes", metavar="NAME", help="name or number, for a model with classes")
-    add("--guidance", type=float, default=1.0, metavar="SCALE", help="classifier-free guidance (default 1: none)")
+    add("--guidance", type=float, default=1.0, metavar="SCALE", help="classifier-free guidance; none up to 1 (default)")
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
     add("--guidance-interval", type=_interval, metavar="LOW,HIGH", help="timesteps with guidance (default: all)")
     add("--tokenizer", help="bytes, a folder or a hub id, in place of the model's own")
@@ -239,8 +239,8 @@ def _check(args: argparse.Namespace) -> None:
         "--ray writes to a folder: give --out": args.ray is not None and not args.out,
         "--ray deals the work itself: run it without torchrun": args.ray is not None and several,
         "--prompt and --prompts are two ways to say what to draw: give one": args.prompt and args.prompts,
-        "--negative-prompt is for --guidance": args.negative_prompt is not None and args.guidance == 1,
-        "--guidance-interval is for --guidance": args.guidance_interval and args.guidance == 1,
+        "--negative-prompt is for --guidance": args.negative_prompt is not None and args.guidance <= 1,
+        "--guidance-interval is for --guidance": args.guidance_interval and args.guidance <= 1,
         "several processes share a folder: give --out": several and not args.out,
         "several processes have no pictures in common: leave out --grid": several and args.grid,
         "several processes would remove each other's images: leave out --overwrite": several and args.overwrite,

@@ -256,7 +256,8 @@ class Trainer:
         pipeline.transformer.to(default_dtype(self.device))
         count, told = self.config.sample_images, self._told()
         scale = self.config.sample_guidance if told else 1.0
-        images = pipeline(1 if told else count, self.config.sample_steps, seed=0, guidance_scale=scale, **told).images
+        told["num_images"] = 1 if told else count
+        images = pipeline(num_inference_steps=self.config.sample_steps, seed=0, guidance_scale=scale, **told).images
         reporter.picture(self.step, image_grid(images))
 
     def _told(self) -> dict[str, Any]:
