@@ -10,7 +10,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from madformer.data.metadata import without_metadata
 
 __all__ = ["UnreadableImageError", "decode", "to_rgb"]
 
@@ -36,13 +38,15 @@ class UnreadableImageError(ValueError):
 def decode(data: bytes) -> Image.Image:
     """The first picture of a file, as :func:`to_rgb` gives it.
 
-    Every format is read that Pillow reads by itself, so not EPS.
+    Every format is read that Pillow reads by itself, so not EPS. The decoder does not see the metadata, so that damage
+    to them does none to the picture.
 
     Raises:
         UnreadableImageError: whatever it is that the bytes make the decoder raise; so does a picture over
             ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
+        data, orientation = without_metadata(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Between one and two times the limit Pillow only warns, and would decode hundreds of megabytes.
@@ -50,7 +54,7 @@ def decode(data: bytes) -> Image.Image:
             Image.init()
             formats = [name for name in Image.ID if name not in _REFUSED_FORMATS]
             with Image.open(io.BytesIO(data), formats=formats) as image:
-                return to_rgb(image)
+                return _upright(to_rgb(image), orientation)
     except Exception as error:
         # decoders raise errors of any type, KeyError and MemoryError among them
         raise UnreadableImageError(_reason(error)) from error
@@ -85,6 +89,8 @@ def to_rgb(image: Image.Image | np.ndarray[Any, Any]) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     """One line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"  # Pillow adds the address of a buffer
     lines = str(error).splitlines() or [""]
     if isinstance(error, (OSError, ValueError, SyntaxError)) and lines[0]:
         return lines[0]
