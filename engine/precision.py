@@ -187,6 +187,14 @@ def _quantize_rows_fused() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(quantize_rows, dynamic=True)
 
 
+def _product_on_cpu(
+    x_RK: Tensor, weight_KN: Tensor, scale_R1: Tensor, scale_1N: Tensor, bias_N: Tensor | None
+) -> Tensor:
+    """What ``torch._scaled_mm`` computes, which on a CPU takes one scale a tensor before 2.13."""
+    y_RN = (x_RK.float() @ weight_KN.float()) * scale_R1 * scale_1N
+    return (y_RN if bias_N is None else y_RN + bias_N.float()).bfloat16()
+
+
 class FP8Linear(nn.Module):
     """``nn.Linear`` in FP8, with bf16 results; of several layers on one input it gives the outputs side by side.
 
@@ -211,15 +219,20 @@ class FP8Linear(nn.Module):
         """The outputs from ``first`` on: ``(..., K)`` to ``(..., N - first)`` in bf16."""
         x_RK = x.flatten(0, -2)
         quantized_RK, scale_R1 = (_quantize_rows_fused() if x.is_cuda else quantize_rows)(x_RK)
-        y_RN = torch._scaled_mm(
-            quantized_RK,
-            self.weight_NK[first:].t(),
-            scale_R1,
-            self.scale_N1[first:].t(),
-            bias=None if self.bias_N is None else self.bias_N[first:],
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        weight_KN, scale_1N = self.weight_NK[first:].t(), self.scale_N1[first:].t()
+        bias_N = None if self.bias_N is None else self.bias_N[first:]
+        if x.device.type == "cpu":
+            y_RN = _product_on_cpu(quantized_RK, weight_KN, scale_R1, scale_1N, bias_N)
+        else:
+            y_RN = torch._scaled_mm(
+                quantized_RK,
+                weight_KN,
+                scale_R1,
+                scale_1N,
+                bias=bias_N,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
         return y_RN.unflatten(0, x.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
