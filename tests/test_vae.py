@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from madformer.vae import bytes_per_picture, decode, downscale, encode, load_vae, set_tile, tile_of, to_uint8
+from madformer.vae import (
+    bytes_per_picture,
+    check_finite,
+    check_vae,
+    decode,
+    downscale,
+    encode,
+    finite,
+    load_vae,
+    num_channels,
+    set_tile,
+    tile_of,
+    to_uint8,
+)
 from testing import DEVICE, assert_within_budget
+from vae_cases import CLASSES, make_vae
 
 ROOT = Path(__file__).parent.parent
 VAE = ROOT / "assets" / "emoji64" / "vae"
@@ -141,3 +156,90 @@ def test_decoding_waits_for_nothing() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(pictures, expected)
+
+
+# Autoencoders of any kind
+
+
+def raw_latents(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, before any scaling, as each class has them in diffusers."""
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+    latents = encoded.latent if type(vae).__name__ == "AutoencoderDC" else encoded.latents
+    return latents, torch.zeros_like(latents)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_autoencoder(name: str, tmp_path: Path) -> None:
+    """Its own pictures and latents, scaled as its configuration says, and found again by its name."""
+    made = make_vae(name)
+    made.save_pretrained(tmp_path)
+    vae = load_vae(tmp_path)
+    assert type(vae) is type(made)
+    assert (downscale(vae), num_channels(vae)) == (2, 4)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    raw, spread = raw_latents(made, pixels)
+    mean, deviation = encode(vae, pixels)
+    torch.testing.assert_close(mean, (raw - shift) * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(deviation, spread * scale, rtol=1e-4, atol=1e-5)
+    expected = (made.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decode(vae, mean.clone()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_and_deviation_of_every_channel() -> None:
+    """As in diffusers' pipelines of SDXL: ``latents * std / scaling_factor + mean`` is what is decoded."""
+    mean, std = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 1.0]
+    vae = make_vae("AutoencoderKL", latents_mean=mean, latents_std=std, shift_factor=None)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean_C, std_C = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    expected = (vae.decode(latents * std_C / 0.7 + mean_C).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decode(vae, latents), expected, rtol=1e-4, atol=1e-4)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    raw, spread = raw_latents(vae, pixels)
+    torch.testing.assert_close(encode(vae, pixels)[0], (raw - mean_C) * 0.7 / std_C, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encode(vae, pixels)[1], spread * 0.7 / std_C, rtol=1e-4, atol=1e-5)
+
+
+def test_autoencoders_that_have_no_place(tmp_path: Path) -> None:
+    video = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1
+    )
+    refusal = "AutoencoderKLTemporalDecoder does not turn pictures into latents"
+    video.save_pretrained(tmp_path / "video")
+    for refuse in (lambda: check_vae(video), lambda: load_vae(tmp_path / "video")):
+        with pytest.raises(ValueError, match=refusal) as raised:
+            refuse()
+        assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="has 4 latent channels, and the model latent_channels=16"):
+        check_vae(make_vae("AutoencoderKL"), 16)
+    with pytest.raises(ValueError, match="must be one of diffusers, got Linear"):
+        check_vae(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="tiles are for AutoencoderKL, and this is AutoencoderTiny"):
+        set_tile(make_vae("AutoencoderTiny"), 512)
+
+
+def overflowing_vae(*, force_upcast: bool) -> Any:
+    """Its decoder's and encoder's first activations are beyond fp16, and normalized behind."""
+    vae = make_vae("AutoencoderKL", force_upcast=force_upcast)
+    for half in (vae.encoder, vae.decoder):
+        half.conv_in.weight *= 3e5
+        half.conv_in.weight.clamp_(-6e4, 6e4)
+    return vae
+
+
+def test_an_overflow_is_an_error_and_no_black_picture() -> None:
+    latents, pixels = 9 * torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16) * 2 - 1
+    vae = overflowing_vae(force_upcast=False).half()
+    message = (
+        "image 0 of the batch: AutoencoderKL in float16 makes {} that are not finite; load it in float32 or bfloat16"
+    )
+    with pytest.raises(FloatingPointError, match=message.format("pictures")):
+        check_finite(finite(decode(vae, latents)), vae)
+    with pytest.raises(FloatingPointError, match=message.format("latents")):
+        encode(vae, pixels)
+    exact, forced = overflowing_vae(force_upcast=True).half().float(), overflowing_vae(force_upcast=True).half()
+    assert torch.equal(decode(forced, latents), decode(exact, latents))
+    assert torch.equal(encode(forced, pixels)[0], encode(exact, pixels)[0])
+    assert forced.dtype == torch.float16

@@ -39,7 +39,7 @@ from madformer.pipeline_inputs import (
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
 from madformer.tokenizer import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
-from madformer.vae import decode, downscale, encode, load_vae, to_uint8
+from madformer.vae import check_finite, decode, downscale, encode, finite, load_vae, to_uint8
 
 MODEL_INDEX = "model_index.json"
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -448,6 +448,7 @@ class MADFormerPipeline(DiffusionPipeline):
     def decode(self, latents_BCHW: Tensor, output_type: OutputType = "pil") -> Any:
         """Scaled latents to pictures."""
         pixels = decode(self.vae, latents_BCHW)
+        check_finite(finite(pixels), self.vae)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(pixels).cpu().numpy()]
         return pixels.cpu() if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()

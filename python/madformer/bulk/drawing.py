@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from madformer.bulk.folder import OutputFolder
-from madformer.vae import decode, to_uint8
+from madformer.vae import check_finite, decode, finite, to_uint8
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -60,9 +60,9 @@ class Drawing:
         options = settings.prompts.options(span) | {"refresh_every": settings.refresh_every}
         seed = settings.seed + span[0]
         latents = self.pipeline(num_inference_steps=settings.steps, seed=seed, output_type="latent", **options).images
-        images, ready = self._to_host(latents)
+        images, sound, ready = self._to_host(latents)
         self.wait()
-        self._behind = self._writer.submit(self._write, batch, images, ready)
+        self._behind = self._writer.submit(self._write, batch, images, sound, ready)
 
     def wait(self) -> None:
         """Until the last batch is in the folder.
@@ -90,32 +90,34 @@ class Drawing:
             self._writer.shutdown()
             self._encoders.shutdown()
 
-    def _to_host(self, latents_BCHW: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Latents, or pictures ``(B, H, W, 3)`` as bytes, on the CPU; on a GPU from when the event has happened.
+    def _to_host(self, latents_BCHW: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        """Latents, or pictures ``(B, H, W, 3)`` as bytes, and which are finite: on the CPU, from the event on.
 
-        There it is queued on a stream of its own, beside the next batch's sampling.
+        On a GPU it is queued on a stream of its own, beside the next batch's sampling.
         """
         if self._stream is None:
-            return self._finish(latents_BCHW), None
+            images, sound = self._finish(latents_BCHW)
+            return images, sound, None
         self._stream.wait_stream(torch.cuda.current_stream(latents_BCHW.device))
         with torch.cuda.stream(self._stream):
-            images = self._finish(latents_BCHW)
+            images, sound = (_begin_copy(made) for made in self._finish(latents_BCHW))
             latents_BCHW.record_stream(self._stream)
-            host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
-            host.copy_(images, non_blocking=True)
             ready = torch.cuda.Event(blocking=True)
             ready.record(self._stream)
-        return host, ready
+        return images, sound, ready
 
-    def _finish(self, latents_BCHW: Tensor) -> Tensor:
+    def _finish(self, latents_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         if self.folder.settings.latents:
-            return latents_BCHW
+            # the engine has looked at them
+            return latents_BCHW, torch.ones(len(latents_BCHW), dtype=torch.bool)
         assert self.pipeline.vae is not None
-        return to_uint8(decode(self.pipeline.vae, latents_BCHW))
+        pixels = decode(self.pipeline.vae, latents_BCHW)
+        return to_uint8(pixels), finite(pixels)
 
-    def _write(self, batch: int, images: Tensor, ready: torch.cuda.Event | None) -> None:
+    def _write(self, batch: int, images: Tensor, sound: Tensor, ready: torch.cuda.Event | None) -> None:
         if ready is not None:
             ready.synchronize()
+        check_finite(sound, self.pipeline.vae)
         span = self.folder.span(batch)
         # the list is what raises an encoder's error
         list(self._encoders.map(self._write_image, span, images))
@@ -125,6 +127,11 @@ class Drawing:
 
     def _write_image(self, index: int, image: Tensor) -> None:
         self.folder.write(index, encode_latents(image) if self.folder.settings.latents else encode_png(image))
+
+
+def _begin_copy(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def draw_missing(
