@@ -5,18 +5,26 @@ A configuration is a frozen dataclass that round-trips through JSON. Presets are
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 BlockOrder = Literal["raster", "spiral", "random"]
 TimeConditioning = Literal["unet", "adaln", "unet+adaln"]
+
+REGISTERED = "_registered"
+"""Names, in ``config.json``, of the values there that are no fields; see :meth:`MADFormerConfig.register`."""
+
+FOREIGN = ("auto_map", "quantization_config")
+"""Values that diffusers puts there without saying so."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class UNetConfig:
     time_embed_dim: int = 128
 
     def __post_init__(self) -> None:
+        _check_types(self, "unet.")
         levels = len(self.block_out_channels)
         _require(levels >= 1, f"unet.block_out_channels={self.block_out_channels} must name at least one level")
         for name in ("layers_per_block", "attention"):
@@ -81,6 +90,7 @@ class TextConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
+        _check_types(self, "text.")
         for name in ("vocab_size", "length"):
             _require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
         _require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
@@ -91,12 +101,16 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class MADFormerConfig:
+class MADFormerConfig(Mapping[str, Any]):
     """Geometry of the paper's two axes, the ablation switches, and the quirk fields.
 
     The defaults are the paper's FFHQ-1024 model. The last group of fields chooses between what the paper
     describes (the defaults) and what the released code does; ``docs/faithfulness.md`` tells each one's story.
+
+    It is a mapping, too, of what ``config.json`` holds, as diffusers' configurations are: ``config["hidden_size"]``.
     """
+
+    _class_name: ClassVar[str] = "MADFormer"
 
     # Transformer
     hidden_size: int = 1152
@@ -147,15 +161,11 @@ class MADFormerConfig:
     square_blocks: bool = True
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(hint) if get_origin(hint) is Literal else ()
-            _require(
-                not choices or value in choices,
-                f"{name}={value!r} must be one of {', '.join(map(repr, choices))}",
-            )
-            if hint is int:
-                low = 0 if name in ("num_classes", "rope_base") else 1
-                _require(isinstance(value, int) and value >= low, f"{name}={value!r} must be a whole number from {low}")
+        _check_types(self, "")
+        for own in dataclasses.fields(self):
+            value, low = getattr(self, own.name), 0 if own.name in ("num_classes", "rope_base") else 1
+            if own.type == "int":
+                _require(value >= low, f"{own.name}={value!r} must be a whole number from {low}")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         self._check_transformer()
         self._check_blocks()
@@ -319,6 +329,44 @@ class MADFormerConfig:
         """Plain JSON types, the inverse of :meth:`from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def __getitem__(self, name: str) -> Any:
+        return self._items()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items())
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __getattr__(self, name: str) -> Any:
+        registered = self.__dict__.get("_values", {})
+        if name in registered:
+            return registered[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _items(self) -> dict[str, Any]:
+        marked = [name for name in self.registered if name not in FOREIGN]
+        mark = {REGISTERED: marked} if marked else {}
+        return {"_class_name": self._class_name, **mark, **self.to_dict(), **self.registered}
+
+    @property
+    def registered(self) -> dict[str, Any]:
+        """What :meth:`register` has put beside the fields."""
+        return dict(self.__dict__.get("_values", {}))
+
+    def register(self, **values: Any) -> MADFormerConfig:
+        """A copy with fields changed and with other values put beside them.
+
+        The latter do not change the model, and two configurations that differ in them alone are equal. diffusers
+        keeps notes there, such as the decay of an average or the name that a model was loaded by.
+        """
+        names = {own.name for own in dataclasses.fields(self)}
+        changes = {name: value for name, value in values.items() if name in names}
+        notes = {name: value for name, value in values.items() if name not in {*names, "_class_name", REGISTERED}}
+        result = self.from_dict({**self.to_dict(), **changes}) if changes else copy.copy(self)
+        object.__setattr__(result, "_values", {**self.registered, **notes})
+        return result
+
     def changes(self) -> dict[str, Any]:
         """What of :meth:`to_dict` is not the default: it stays what it is when there are new fields."""
         defaults = type(self)().to_dict()
@@ -331,17 +379,14 @@ class MADFormerConfig:
         Raises:
             ValueError: a key that is no field, or an impossible geometry; the message names the fields.
         """
-        values = {key: value for key, value in values.items() if not key.startswith("_")}
-        unet: Any = values.pop("unet", {})
-        text = values.pop("text", None)
-        values.update({key: tuple(value) for key, value in values.items() if isinstance(value, list)})
-        _known_keys(cls, values, "")
-        _known_keys(UNetConfig, unet or {}, "unet.")
-        _known_keys(TextConfig, text or {}, "text.")
-        if unet is not None:
-            lists = {key: tuple(value) for key, value in unet.items() if isinstance(value, list)}
-            unet = UNetConfig(**{**unet, **lists})
-        return cls(**values, unet=unet, text=None if text is None else TextConfig(**text))
+        _require(isinstance(values, Mapping), f"a MADFormer configuration is an object with fields, not {values!r}")
+        marked = values.get(REGISTERED)
+        names = (*FOREIGN, *(marked if isinstance(marked, list) else ()))
+        notes = {name: values[name] for name in names if name in values}
+        values = {key: value for key, value in values.items() if not key.startswith("_") and key not in notes}
+        parts = {"unet": values.pop("unet", {}), "text": values.pop("text", None)}
+        config = _build(cls, {**values, **{name: _part(name, value) for name, value in parts.items()}}, "")
+        return config.register(**notes) if notes else config
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -349,21 +394,20 @@ class MADFormerConfig:
     @classmethod
     def from_json(cls, text: str) -> MADFormerConfig:
         """Inverse of :meth:`to_json`; raises ``ValueError`` for text that is no such JSON."""
-        values = json.loads(text)
-        _require(isinstance(values, dict), "a MADFormer configuration is a JSON object")
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_file(cls, path: str | Path) -> MADFormerConfig:
         """Read ``config.json``; the error message names the file."""
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def replace(self, **changes: Any) -> MADFormerConfig:
         """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        result = dataclasses.replace(self, **changes)
+        return result.register(**self.registered) if self.registered else result
 
 
 def rope_base(config: MADFormerConfig) -> int:
@@ -381,9 +425,56 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _known_keys(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+def _part(name: str, value: Any) -> Any:
+    """The U-Net's or the text's configuration, of JSON."""
+    cls = {"unet": UNetConfig, "text": TextConfig}[name]
+    if value is None or isinstance(value, cls):
+        return value
+    _require(isinstance(value, Mapping), f"{name}={value!r} must be an object with fields")
+    return _build(cls, value, f"{name}.")
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    known = dataclasses.fields(cls)
+    unknown = sorted(set(values) - {own.name for own in known})
     _require(not unknown, f"unknown configuration field {', '.join(prefix + key for key in unknown)}")
+    needed = (own.name for own in known if {own.default, own.default_factory} == {dataclasses.MISSING})
+    missing = [prefix + name for name in needed if name not in values]
+    _require(not missing, f"configuration field {', '.join(missing)} is missing")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Raises ``ValueError`` for a field that is not of the kind that its annotation names."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is ClassVar:
+            continue
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            listed = ", ".join(map(repr, get_args(hint)))
+            _require(value in get_args(hint), f"{prefix}{name}={value!r} must be one of {listed}")
+        else:
+            _require(_is_a(value, hint), f"{prefix}{name}={value!r} must be {_kind(hint)}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(entry, get_args(hint)[0]) for entry in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _kind(hint: Any) -> str:
+    """What a field of this annotation holds, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_kind(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return {int: "whole numbers", bool: "truth values"}[get_args(hint)[0]]
+    names = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+    return names.get(hint, "an object with fields")
 
 
 def ffhq1024() -> MADFormerConfig:

@@ -39,8 +39,8 @@ class Conditioner(nn.Module):
 
     def time(self, timestep_N: Tensor) -> Tensor:
         """``(N, C)`` in fp32: bf16 cannot tell 998 from 999."""
-        exponents_F = torch.arange(FREQUENCY_CHANNELS // 2, device=timestep_N.device) / (FREQUENCY_CHANNELS // 2)
-        angles_NF = timestep_N.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents_F)
+        steps_F = torch.arange(FREQUENCY_CHANNELS // 2, dtype=torch.float32, device=timestep_N.device)
+        angles_NF = timestep_N.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps_F / len(steps_F))
         waves = torch.cat((angles_NF.cos(), angles_NF.sin()), dim=-1)
         first, second = ((linear.weight.float(), linear.bias.float()) for linear in (self.linear_1, self.linear_2))
         with torch.autocast(timestep_N.device.type, enabled=False):

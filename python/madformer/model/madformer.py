@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
@@ -25,14 +27,17 @@ from madformer.model.blocks import from_maps, to_maps
 from madformer.model.conditioner import Conditioner
 from madformer.model.layer import Attention, Projections, Streams, Tower, TransformerLayer
 from madformer.model.patches import PatchDecoder, PatchEmbedding
-from madformer.model.persistence import PretrainedMixin
+from madformer.model.pretrained import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding, RotaryTables
 from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
 
 
 @dataclass
-class MADFormerOutput:
+class MADFormerOutput(BaseOutput):
     """What :meth:`MADFormer.forward` gives; every tensor but the logits is ``(B, M, L, C)``.
+
+    Subscripts are names or places among what is not None, as with every output of diffusers; ``"sample"`` is diffusers'
+    name of the prediction.
 
     Attributes:
         prediction: the diffusion layers' prediction for every noisy block, in ``config.prediction_type``.
@@ -47,12 +52,16 @@ class MADFormerOutput:
     clean: Tensor | None = None
     logits: Tensor | None = None
 
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("prediction" if key == "sample" else key)
 
-class MADFormer(PretrainedMixin, nn.Module):
+
+class MADFormer(PretrainedMixin, PeftAdapterMixin):
     """The network alone: what is computed, with no cache, timer or distributed call in it.
 
     Args:
-        config: geometry and switches.
+        config: geometry and switches, or a mapping of its fields.
+        fields: of the configuration, in place of one or as changes to it.
 
     :meth:`forward` is the training pass over all blocks. ``madformer.engine`` drives :meth:`embed`, the layers
     and :meth:`decode` block by block to sample. Kernels are chosen by :meth:`set_backend`.
@@ -61,8 +70,19 @@ class MADFormer(PretrainedMixin, nn.Module):
     backend = "auto"
     attention_backend = "auto"
 
-    def __init__(self, config: MADFormerConfig) -> None:
+    gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("TransformerLayer", "ResnetBlock")
+    _repeated_blocks = ("TransformerLayer",)
+    # rounded to 8 bits, a norm or a timestep is another one
+    _skip_layerwise_casting_patterns = ("norm", "time_embedding", "conditioner", "modulation", "embed_tokens")
+
+    def __init__(self, config: MADFormerConfig | Mapping[str, Any] | None = None, **fields: Any) -> None:
         super().__init__()
+        if not isinstance(config, MADFormerConfig):
+            config = MADFormerConfig.from_dict({**(config or {}), **fields})
+        elif fields:
+            config = MADFormerConfig.from_dict({**config, **fields})
         self.config = config
         self.rope = RotaryEmbedding(config)
         self.downsampler = PatchEmbedding(config) if config.unet is None else UNetDownsampler(config)
@@ -233,6 +253,7 @@ class MADFormer(PretrainedMixin, nn.Module):
         return_condition: bool = True,
         return_clean: bool = False,
         return_logits: bool = False,
+        return_dict: bool = True,
     ) -> MADFormerOutput:
         """Predict all blocks at once, each from its clean predecessors (teacher forcing) and its noisy self.
 
@@ -248,6 +269,7 @@ class MADFormer(PretrainedMixin, nn.Module):
             return_clean: decode the clean stream (the clean-tower loss needs it). Without it the last clean block,
                 which no other block attends to, never enters the Transformer.
             return_logits: predict the text's next tokens (the text loss needs it).
+            return_dict: False for a tuple of what is not None, as diffusers has it.
 
         Raises:
             ValueError: a text or labels for a model without, or none for a model with; a text of another length; a
@@ -269,14 +291,15 @@ class MADFormer(PretrainedMixin, nn.Module):
         ar_layers = config.num_layers - (diffusion_layers or config.diffusion_layers)
         tables = self.rope.tables(order_BM)
         streams, condition = self.transform(streams, noisy, ar_layers, tables, keep, modulation)
-        output = MADFormerOutput(self.decode_at(timestep_BM, streams["noise"], noisy_skips, labels_B))
+        outputs = {"prediction": self.decode_at(timestep_BM, streams["noise"], noisy_skips, labels_B)}
         if return_condition:
-            output.condition = self.decode_condition(condition, noisy, timestep_BM, clean_skips, labels_B)
+            decoded = self.decode_condition(condition, noisy, timestep_BM, clean_skips, labels_B)
+            outputs |= {} if decoded is None else {"condition": decoded}
         if return_clean and "clean" in streams:
-            output.clean = self.decode_at(clean_timestep, streams["clean"], clean_skips, labels_B)
+            outputs["clean"] = self.decode_at(clean_timestep, streams["clean"], clean_skips, labels_B)
         if return_logits and "text" in streams:
-            output.logits = self.lm_head(streams["text"])
-        return output
+            outputs["logits"] = self.lm_head(streams["text"])
+        return MADFormerOutput(**outputs) if return_dict else tuple(outputs.values())  # type: ignore[return-value]
 
     def decode_at(self, timestep_BM: Tensor, tokens_BSC: Tensor, skips: Skips, labels_B: Tensor | None) -> Tensor:
         """:meth:`decode` for blocks at these timesteps."""
@@ -396,7 +419,10 @@ class MADFormer(PretrainedMixin, nn.Module):
         rotation = {name: (cos[..., : n * size, :], sin[..., : n * size, :]) for name, n in blocks.items()}
         if "text" in streams:
             rotation["text"] = self.rope.text_tables()
-        return layer(streams, self.rope, rotation, self.attention(layout), outputs, modulation)
+        arguments = (streams, self.rope, rotation, self.attention(layout), outputs, modulation)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, *arguments)
+        return layer(*arguments)
 
     def attention(self, layout: BlockLayout) -> Attention:
         """What layers attend with in training."""
@@ -434,19 +460,6 @@ class MADFormer(PretrainedMixin, nn.Module):
                 maps = torch.cat((maps.to(previous.dtype), previous), dim=1)
             shifted.append(maps.flatten(0, 1))
         return tuple(shifted)
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
-
-    @property
-    def _weight(self) -> Tensor:
-        upsampler = self.upsampler
-        return (upsampler.proj if isinstance(upsampler, PatchDecoder) else upsampler.conv_out).weight
 
 
 def set_backend(module: nn.Module, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""``save_pretrained`` and ``from_pretrained``: a folder with ``config.json`` and safetensors, as diffusers has it."""
+"""Files that appear whole or not at all, and state that is loaded with a complaint of one line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from madformer.config import MADFormerConfig
-
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def check_writable(folder: str | Path) -> None:
@@ -55,7 +50,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,7 +73,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What this process takes from the mode of new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -113,76 +109,24 @@ def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-class PretrainedMixin:
-    """Persistence for a module that is made from a :class:`MADFormerConfig`."""
-
-    config: MADFormerConfig
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and the weights, cast to ``dtype`` where given. Each file appears whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        assert isinstance(self, nn.Module)
-        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        config = {"_class_name": type(self).__name__, **self.config.to_dict()}
-        with atomic_path(Path(folder) / WEIGHTS_NAME) as path:
-            save_file(state, path, metadata={"format": "pt"})
-        with atomic_path(Path(folder) / CONFIG_NAME) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        subfolder: str = "",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        **overrides: Any,
-    ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, from a local folder or a repository on the hub, in eval mode.
-
-        Args:
-            name: folder or hub id; ``subfolder`` names a part of it.
-            dtype: cast the weights; None keeps the stored dtype.
-            overrides: configuration fields to change.
-
-        Raises:
-            FileNotFoundError: nothing there. ValueError: a file that is damaged, or weights that do not fit.
-        """
-        folder = resolve_folder(name, revision) / subfolder
-        for file in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder} holds no {file}; a model folder is what save_pretrained writes")
-        config = MADFormerConfig.from_file(folder / CONFIG_NAME).replace(**overrides)
-        try:
-            state = load_file(folder / WEIGHTS_NAME, device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_NAME} is damaged or truncated: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)  # type: ignore[call-arg]
-        assert isinstance(model, nn.Module)
-        load_weights(model, state, origin=folder / WEIGHTS_NAME, assign=True)
-        model.to(device=device, dtype=dtype)
-        return model.eval()
-
-
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], *, origin: str | Path, assign: bool = False) -> None:
     """``load_state_dict`` whose complaint is one line.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors; names the first ones.
     """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misshapen = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if why := misfit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}):
+        raise ValueError(f"{origin} does not fit the configuration: {why}")
+    model.load_state_dict(state, assign=assign)
+
+
+def misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why tensors of these names and shapes are not a model's state, naming the first ones; None where they are."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+    misshapen = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
     complaints = []
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
         if names:
             complaints.append(f"{len(names)} tensors {what} ({', '.join(names[:2])}{', ...' if names[2:] else ''})")
-    if complaints:
-        raise ValueError(f"{origin} does not fit the configuration: {'; '.join(complaints)}")
-    model.load_state_dict(state, assign=assign)
+    return "; ".join(complaints) or None

@@ -30,13 +30,14 @@ def token_positions(config: MADFormerConfig) -> Tensor:
 
 
 def rope_tables(config: MADFormerConfig) -> RotaryTables:
-    """Cosines and sines, each ``(L, D)`` in fp32, made on the CPU even under ``torch.device("meta")``.
+    """Cosines and sines, each ``(L, D)`` in fp32, made on the CPU even under ``torch.device("meta")``,
+    whatever the default dtype.
 
     The first half of the head dimension turns with the row, the second with the column. Frequencies follow the
     released code: exponents evenly spaced over [0, 1].
     """
     per_axis = config.head_dim // 2
-    frequencies = 1.0 / rope_base(config) ** torch.linspace(0, 1, per_axis // 2, device="cpu")
+    frequencies = 1.0 / rope_base(config) ** torch.linspace(0, 1, per_axis // 2, dtype=torch.float32, device="cpu")
     angles = token_positions(config)[:, :, None] * frequencies
     table = torch.cat([torch.cat((axis, axis), dim=-1) for axis in angles], dim=-1)
     return table.cos(), table.sin()
@@ -49,7 +50,7 @@ def text_rope_tables(config: MADFormerConfig) -> RotaryTables:
     channels.
     """
     theta = 1.0 if config.text is None else config.text.rope_theta
-    frequencies = theta ** (-torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim)
+    frequencies = theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
     angles = torch.arange(config.text_length, device="cpu")[:, None] * frequencies
     table = torch.cat([torch.cat((part, part), dim=-1) for part in angles.chunk(rope_axes(config), dim=-1)], dim=-1)
     return table.cos(), table.sin()
