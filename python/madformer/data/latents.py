@@ -31,8 +31,10 @@ from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
 from madformer.config import MADFormerConfig
+from madformer.data.fields import DataSummary, caption_of, label_of, summarize
 from madformer.data.images import ImageDataset, ImageSize, shape_of
 from madformer.data.shards import ShardDataset
+from madformer.data.text import decode_json
 from madformer.model.persistence import atomic_path, fingerprint
 from madformer.vae import downscale
 
@@ -212,6 +214,14 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def num_bad(self) -> int:
         """Images of the source that were unreadable, and are left out."""
         return self.description.num_images - len(self)
+
+    def summary(self, limit: int = 10_000) -> DataSummary:
+        """Classes and captions, of up to ``limit`` samples, spread evenly."""
+        return summarize(len(self), self._annotations, self.class_names, limit)
+
+    def _annotations(self, index: int) -> tuple[int, str]:
+        record = decode_json(self.shards.member(index, "json") or b"", self.shards.key(index))
+        return label_of(record["label"]), caption_of(record["caption"])
 
     @property
     def shard_lengths(self) -> list[int]:

@@ -1,0 +1,173 @@
+"""Hugging Face data sets as a source of undecoded samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from madformer.data.fields import (
+    CAPTION_FIELDS,
+    IMAGE_EXTENSIONS,
+    LABEL_FIELDS,
+    DataSummary,
+    caption_of,
+    label_of,
+    summarize,
+)
+from madformer.data.sources import MAX_FILE_BYTES, RawSample
+
+__all__ = ["HuggingFaceSource", "is_saved"]
+
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", *IMAGE_EXTENSIONS)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / name).is_file() for name in ("dataset_info.json", "state.json")
+    )
+
+
+class HuggingFaceSource:
+    """Rows of a ``datasets.Dataset``: its image column, class label and caption-like text column.
+
+    The image is the column of that type that is named as in ``IMAGE_COLUMNS``, or else the first, or else a column of
+    such a name that holds encoded bytes. Labels are of a ``ClassLabel``, or else of a column named as in
+    ``LABEL_FIELDS``: numbers, or names, which become classes in sorted order.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("hf: sources need the package datasets: pip install 'madformer[hf]'") from error
+        self.title = f"hf:{name}"
+        rows = _load_rows(name)
+        kinds = rows.features
+        self.image_column = self._find_images(kinds)
+        labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        self.class_names = list(kinds[labels[0]].names) if labels else []
+        self.label_column = labels[0] if labels else next((c for c in LABEL_FIELDS if c in kinds), None)
+        self.caption_column = next((c for c in CAPTION_FIELDS if c in kinds), None)
+        # Undecoded: damage is then met in one place, and every source resizes alike.
+        self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        if self.label_column and not labels:
+            self._read_labels(kinds[self.label_column])
+
+    def _find_images(self, kinds: Any) -> str:
+        import datasets
+
+        images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if not images:
+            # as pandas writes what `datasets` would have called an image
+            encoded = [{"bytes", "path"}, {"bytes"}]
+            images = [
+                column
+                for column, kind in kinds.items()
+                if column.lower() in IMAGE_COLUMNS
+                and (set(kind) in encoded if isinstance(kind, dict) else "binary" in str(getattr(kind, "dtype", "")))
+            ]
+        if not images:
+            raise ValueError(f"{self.title} has no image column, only {', '.join(kinds)}")
+        return min(images, key=lambda c: IMAGE_COLUMNS.index(c.lower()) if c.lower() in IMAGE_COLUMNS else 99)
+
+    def _read_labels(self, kind: Any) -> None:
+        """Take names for classes; refuse at once what is not one class for each row."""
+        import datasets
+
+        dtype = str(getattr(kind, "dtype", "list"))
+        values = self._distinct(self.label_column) if dtype in ("string", "large_string") or "float" in dtype else []
+        try:
+            if dtype in ("string", "large_string"):
+                names = sorted(values)
+                if not all(name.strip().isdecimal() for name in names):
+                    self.class_names = names
+            elif "float" in dtype:
+                for value in values:
+                    label_of(value)
+            elif "int" not in dtype and dtype != "bool":
+                raise ValueError(f"it holds {'lists' if isinstance(kind, (list, datasets.Sequence)) else dtype}")
+        except ValueError as error:
+            raise ValueError(
+                f"{self.title}: its column '{self.label_column}' is not one class for each image ({error}); "
+                "rename it where it is not meant"
+            ) from error
+
+    def _distinct(self, column: str | None) -> list[Any]:
+        return [value for value in self.rows.unique(column) if value is not None]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def read(self, index: int) -> RawSample:
+        row = self._row(self.rows, index)
+        image = row[self.image_column]
+        if image is None:
+            raise ValueError("the row has no image")
+        if image["bytes"] is not None:
+            data = image["bytes"]
+        else:
+            with Path(image["path"]).open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"a file of more than {MAX_FILE_BYTES >> 30} GiB")
+        label, caption = self._annotations(row)
+        return RawSample(f"{index:08d}", data, caption, label)
+
+    def summary(self, limit: int) -> DataSummary:
+        columns = [column for column in (self.label_column, self.caption_column) if column]
+        rows = self.rows.select_columns(columns) if columns else None
+        return summarize(
+            len(self),
+            lambda index: self._annotations(self._row(rows, index) if rows else {}),
+            self.class_names,
+            limit,
+        )
+
+    def _row(self, rows: Any, index: int) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = rows[index]
+        except Exception as error:
+            # damaged files make the libraries below raise errors of many types
+            raise ValueError(_reason(error)) from error
+        return row
+
+    def _annotations(self, row: dict[str, Any]) -> tuple[int, str]:
+        caption = row[self.caption_column] if self.caption_column else None
+        label = row[self.label_column] if self.label_column else None
+        return label_of(label, self.class_names), caption_of(caption)
+
+
+def _load_rows(name: str) -> Any:
+    """The ``datasets.Dataset`` of ``NAME[:SPLIT]``."""
+    import datasets
+
+    path, colon, split = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    one_split = (Path(path) / "dataset_info.json").is_file()
+    if colon and one_split:
+        raise ValueError(f"hf:{path} is saved as one split; leave out ':{split}'")
+    try:
+        if (Path(path) / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(path)
+            if not split and len(splits) == 1:
+                (split,) = splits
+            if (split or "train") not in splits:
+                raise ValueError(f"it has the splits {', '.join(splits)}: hf:{path}:SPLIT names one")
+            rows = splits[split or "train"]
+        elif one_split:
+            rows = datasets.load_from_disk(path)
+        else:
+            rows = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:
+        # An unknown name, split or absent network; the messages have several lines.
+        raise FileNotFoundError(f"no data set at hf:{name}: {_reason(error)}") from error
+    if not len(rows):
+        raise FileNotFoundError(f"hf:{name} is empty")
+    return rows
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
