@@ -91,7 +91,7 @@ def _networks(model: CompatMADFormer | NativeMADFormer) -> list[NativeMADFormer]
     """The native one, and the one that a model with text, but without the condition in its context, predicts it by."""
     if isinstance(model, NativeMADFormer):
         return [model]
-    return [model.__dict__[name] for name in ("native", "conditioning") if name in model.__dict__]
+    return list(model.__dict__["networks"].values())
 
 
 def _set_backend(model: CompatMADFormer | NativeMADFormer, backend: str, attention_backend: str | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from madformer.compat.madformer_ffhq import check_target, draw
+from madformer.compat.parts import Names, Released, names
 from madformer.config import MADFormerConfig
 from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer as NativeMADFormer
@@ -23,9 +24,30 @@ from madformer.model.layer import GELU, TransformerLayer
 from madformer.model.patches import PatchDecoder, PatchEmbedding
 
 NORM_EPS = 1e-6
+# Where the native model has each part: of the whole, and of a layer's tower.
+ROOT_PARTS = {
+    "t_embedder.mlp.0": "conditioner.linear_1",
+    "t_embedder.mlp.2": "conditioner.linear_2",
+    "y_embedder.embedding_table": "conditioner.classes",
+    "x_embedder": "downsampler.proj",
+    "final_layer.norm_final": "upsampler.norm",
+    "final_layer.linear": "upsampler.proj",
+    "final_layer.adaLN_modulation.1": "upsampler.modulation",
+}
+LAYER_PARTS = {
+    "norm1": "input_norm",
+    "norm2": "post_attention_norm",
+    "attn.qkv": "qkv",
+    "attn.q_norm": "q_norm",
+    "attn.k_norm": "k_norm",
+    "attn.proj": "proj",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    "adaLN_modulation.1": "modulation",
+}
 
 
-class ACDiT(nn.Module):
+class ACDiT(Released):
     """The released constructor, ``forward`` and ``sample`` over the native network.
 
     Args:
@@ -101,31 +123,20 @@ class ACDiT(nn.Module):
 
     def _adopt(self, native: NativeMADFormer, class_dropout_prob: float) -> None:
         """Hang the native modules under the released names."""
-        # Not registered as a submodule: parameters must appear once, under their released names.
-        self.__dict__["native"] = native
         embedding, decoder = cast(PatchEmbedding, native.downsampler), cast(PatchDecoder, native.upsampler)
         conditioner = native.conditioner
-        self.rope = native.rope
-        self.x_embedder = embedding.proj
-        self.t_embedder = nn.Module()
-        self.t_embedder.mlp = nn.Sequential(conditioner.linear_1, nn.SiLU(), conditioner.linear_2)
+        self.t_embedder = names(mlp=nn.Sequential(conditioner.linear_1, nn.SiLU(), conditioner.linear_2))
         self.y_embedder = LabelEmbedder(conditioner.classes, self.num_classes, class_dropout_prob)
-        self.blocks = nn.ModuleList(ReleasedLayer(cast(TransformerLayer, layer)) for layer in native.layers)
-        self.final_layer = nn.Module()
-        self.final_layer.norm_final, self.final_layer.linear = decoder.norm, decoder.proj
-        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), decoder.modulation)
-
-    @property
-    def config(self) -> MADFormerConfig:
-        return self.to_native().config
-
-    def to_native(self) -> NativeMADFormer:
-        """The native model; it shares this model's weights, and takes latents where this one takes patches."""
-        return self.__dict__["native"]
-
-    def train(self, mode: bool = True) -> ACDiT:
-        self.to_native().train(mode)
-        return super().train(mode)
+        self.x_embedder = embedding.proj
+        self.blocks = nn.ModuleList(released_layer(cast(TransformerLayer, layer)) for layer in native.layers)
+        modulation = nn.Sequential(nn.SiLU(), decoder.modulation)
+        self.final_layer = names(norm_final=decoder.norm, linear=decoder.proj, adaLN_modulation=modulation)
+        pairs = list(ROOT_PARTS.items())
+        for index in range(self.depth):
+            tower = f"layers.{index}.towers.image."
+            pairs += [(f"blocks.{index}.{released}", tower + name) for released, name in LAYER_PARTS.items()]
+        activations = [name for name, part in nn.Module.named_modules(self) if isinstance(part, nn.SiLU)]
+        self._share({"native": native}, [(released, native, name) for released, name in pairs], activations)
 
     def forward(self, clean_x: Tensor, noised_x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The training pass.
@@ -208,17 +219,14 @@ class LabelEmbedder(nn.Module):
         return torch.where(dropped, -1, labels)
 
 
-class ReleasedLayer(nn.Module):
+def released_layer(layer: TransformerLayer) -> Names:
     """The one tower of a layer under the released names."""
-
-    def __init__(self, layer: TransformerLayer) -> None:
-        super().__init__()
-        tower = layer.tower("noise")
-        mlp, modulation = cast(GELU, tower.mlp), cast(nn.Linear, tower.modulation)
-        self.norm1, self.norm2 = tower.input_norm, tower.post_attention_norm
-        self.attn = nn.Module()
-        self.attn.qkv, self.attn.proj = tower.qkv, tower.proj
-        self.attn.q_norm, self.attn.k_norm = tower.q_norm, tower.k_norm
-        self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = mlp.up_proj, mlp.down_proj
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+    tower = layer.tower("noise")
+    mlp, modulation = cast(GELU, tower.mlp), cast(nn.Linear, tower.modulation)
+    return names(
+        norm1=tower.input_norm,
+        attn=names(qkv=tower.qkv, q_norm=tower.q_norm, k_norm=tower.k_norm, proj=tower.proj),
+        norm2=tower.post_attention_norm,
+        mlp=names(fc1=mlp.up_proj, fc2=mlp.down_proj),
+        adaLN_modulation=nn.Sequential(nn.SiLU(), modulation),
+    )

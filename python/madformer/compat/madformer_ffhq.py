@@ -9,6 +9,7 @@ Shape legend, in the released letters: N images, T blocks, B latents of a block,
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
+from madformer.compat.parts import Names, Released, reorder
 from madformer.config import Context, MADFormerConfig, UNetConfig
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
@@ -33,6 +35,17 @@ CONTEXTS: dict[tuple[bool, bool], Context] = {
     (False, True): "clean",
     (True, False): "condition",
     (True, True): "noise",
+}
+
+# A tower's part in every released list of a layer.
+LISTS = {
+    "self_attn.qkv_list": "qkv",
+    "self_attn.q_norm_list": "q_norm",
+    "self_attn.k_norm_list": "k_norm",
+    "self_attn.proj_list": "proj",
+    "mlp_list": "mlp",
+    "input_layernorm_list": "input_norm",
+    "post_attention_layernorm_list": "post_attention_norm",
 }
 
 # What the released configuration falls back to: transformers' LlamaConfig, then its own additions.
@@ -54,7 +67,7 @@ LLAMA_DEFAULTS = {
 }
 
 
-class MADFormer(nn.Module):
+class MADFormer(Released):
     """The released constructor, ``forward`` and ``sample`` over the native network.
 
     Args:
@@ -73,6 +86,8 @@ class MADFormer(nn.Module):
 
     streams: tuple[str, ...] = ("clean", "noise")
     """In the order of the released module lists."""
+    whole_parts: tuple[str, ...] = ("downsampler", "upsampler")
+    """Modules that have one name in both models."""
 
     def __init__(
         self,
@@ -133,47 +148,47 @@ class MADFormer(nn.Module):
 
     def _adopt(self, native: NativeMADFormer) -> None:
         """Hang the native modules under the released names; unused ones are made, to be loaded and saved."""
-        # Not registered as a submodule: parameters must appear once, under their released names.
-        self.__dict__["native"] = native
         config = native.config
         if not config.has_condition:
             self.boi_block = nn.Parameter(torch.randn(1, config.block_size, config.hidden_size))
         else:
             self.boi_block = native.boi
         self.downsampler = native.downsampler
-        self.upsampler = native.upsampler
-        self.rope = native.rope
+        self.upsampler = reorder(native.upsampler, "up_blocks", "conv_in", "time_embedding", "conv_out")
+        self._adopt_text(native)
         self.blocks = nn.ModuleList(
             ReleasedLayer(config, cast(TransformerLayer, layer), self.streams) for layer in native.layers
         )
+        self._share_all({"native": native})
 
-    @property
-    def config(self) -> MADFormerConfig:
-        return self.__dict__["native"].config
+    def _adopt_text(self, native: NativeMADFormer) -> None:
+        """What a model with text has between U-Net and layers."""
 
-    def to_native(self) -> NativeMADFormer:
-        """The native model with the quirk fields set; it shares this model's weights."""
-        return self.__dict__["native"]
+    def _share_all(self, networks: dict[str, NativeMADFormer]) -> None:
+        pairs = [(name, network, name) for network in networks.values() for name in self.whole_parts]
+        for network in networks.values():
+            for index, layer in enumerate(network.layers):
+                for stream in cast(TransformerLayer, layer).towers:
+                    place = self.streams.index(stream)
+                    pairs += [
+                        (f"blocks.{index}.{name}.{place}", network, f"layers.{index}.towers.{stream}.{part}")
+                        for name, part in LISTS.items()
+                    ]
+        self.__dict__["agreed_boi"] = self.boi_block
+        self._share(networks, pairs, [name for name, _ in nn.Module.named_modules(self) if name.endswith("text_rope")])
 
-    def _share_boi(self, *_: Any) -> None:
-        """Casting and loading may replace the root's own parameter: share it with the native model again."""
-        native = self.to_native()
-        if hasattr(native, "boi"):
-            native.boi = self.boi_block
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._share_boi()
-        return self
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(*args, **kwargs)
-        self._share_boi()
-        return result
-
-    def train(self, mode: bool = True) -> Self:
-        self.to_native().train(mode)
-        return super().train(mode)
+    def _follow(self, *, check: bool = True) -> None:
+        super()._follow(check=check)
+        # a parametrised one is computed; and it must have no graph where a copy is to be made
+        with contextlib.nullcontext() if check else torch.no_grad():
+            boi = self.boi_block
+        for network in self.__dict__["networks"].values():
+            if "boi" not in network._parameters or network._parameters["boi"] is boi:
+                continue
+            if network._parameters["boi"] is not self.__dict__["agreed_boi"]:
+                self._parameters["boi_block"] = boi = network._parameters["boi"]
+            network._parameters["boi"] = boi
+        self.__dict__["agreed_boi"] = boi
 
     def forward(self, clean_x: Tensor, noised_x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The training pass.
@@ -243,25 +258,17 @@ class MADFormer(nn.Module):
 
 
 class ReleasedLayer(nn.Module):
-    """One layer's towers as the parallel module lists of the released code; ``towers`` are they by stream name."""
-
-    towers: dict[str, Tower]
+    """One layer's towers as the parallel module lists of the released code."""
 
     def __init__(self, config: MADFormerConfig, layer: TransformerLayer, streams: Sequence[str]) -> None:
         super().__init__()
         towers = [
             cast(Tower, layer.towers[stream]) if stream in layer.towers else _unused_tower(config) for stream in streams
         ]
-        # Not registered: the parameters appear under the released names.
-        self.__dict__["towers"] = dict(zip(streams, towers, strict=True))
-        self.self_attn = nn.Module()
-        self.self_attn.qkv_list = nn.ModuleList(tower.qkv for tower in towers)
-        self.self_attn.q_norm_list = nn.ModuleList(tower.q_norm for tower in towers)
-        self.self_attn.k_norm_list = nn.ModuleList(tower.k_norm for tower in towers)
-        self.self_attn.proj_list = nn.ModuleList(tower.proj for tower in towers)
-        self.mlp_list = nn.ModuleList(tower.mlp for tower in towers)
-        self.input_layernorm_list = nn.ModuleList(tower.input_norm for tower in towers)
-        self.post_attention_layernorm_list = nn.ModuleList(tower.post_attention_norm for tower in towers)
+        self.self_attn = Names()
+        for path, part in LISTS.items():
+            owner, _, name = path.rpartition(".")
+            self.get_submodule(owner).add_module(name, nn.ModuleList(tower.get_submodule(part) for tower in towers))
 
 
 def _unused_tower(config: MADFormerConfig) -> Tower:
@@ -311,7 +318,7 @@ def released_outputs(output: MADFormerOutput) -> tuple[Tensor, Tensor | None]:
 
 def possibly_unused(native: NativeMADFormer, released: nn.Module, streams: Sequence[str]) -> list[nn.Parameter]:
     """Parameters of ``released`` that a loss may not reach: the released code gives those zero gradients, not None."""
-    unused = [] if native.config.has_condition else [released.get_parameter("boi_block")]
+    unused = [] if native.config.has_condition else [cast(nn.Parameter, released.boi_block)]
     last_read = native.clean_layers - 1
     layers = cast(nn.ModuleList, released.blocks)
     for index, layer in enumerate(layers):
@@ -325,9 +332,9 @@ def possibly_unused(native: NativeMADFormer, released: nn.Module, streams: Seque
 
 
 def stream_parameters(layer: nn.Module, stream: int) -> list[nn.Parameter]:
-    """What one stream passes in a layer with the released names."""
-    lists = (module for module in layer.modules() if isinstance(module, nn.ModuleList))
-    return [parameter for modules in lists for parameter in modules[stream].parameters()]
+    """What one stream passes in a layer with the released names, as far as it is trained."""
+    parts = (layer.get_submodule(f"{name}.{stream}") for name in LISTS)
+    return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
 
 
 def check_target(target_shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -14,13 +14,12 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madformer.compat import madformer_ffhq
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import (
     CONTEXTS,
-    ReleasedLayer,
     check_target,
     draw,
     native_config,
@@ -28,6 +27,7 @@ from madformer.compat.madformer_ffhq import (
     released_outputs,
     training_pass,
 )
+from madformer.compat.parts import Names
 from madformer.config import MADFormerConfig, TextConfig
 from madformer.engine.cache import CacheView
 from madformer.engine.graphs import EagerLauncher
@@ -50,6 +50,7 @@ class MADFormer(madformer_ffhq.MADFormer):
     """
 
     streams = ("text", "clean", "noise")
+    whole_parts = ("downsampler", "upsampler", "embed_tokens", "lm_head")
 
     def __init__(
         self,
@@ -88,37 +89,28 @@ class MADFormer(madformer_ffhq.MADFormer):
         )
         return native_config(model_config, hidden_loss_input="condition", text=text, **fields)
 
-    def _adopt(self, native: NativeMADFormer) -> None:
-        super()._adopt(native)
-        config = native.config
-        assert config.text is not None
-        self.embed_tokens, self.lm_head = native.embed_tokens, native.lm_head
-        self.max_len = config.text.length
+    def _adopt_text(self, native: NativeMADFormer) -> None:
+        text, head_dim = native.config.text, native.config.head_dim
+        assert text is not None
+        self.max_len = text.length
         # There in every released state dict, in each layer too. The rotations are tabulated, and these are not read.
-        self.text_rope = nn.Module()
-        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        self.text_rope.register_buffer("inv_freq", 1.0 / config.text.rope_theta**exponents)
-        for block in self.blocks:
-            cast(ReleasedLayer, block).self_attn.text_rope = self.text_rope
-        if self.clear_cond:
-            self.__dict__["conditioning"] = self._with_condition(native)
+        self.text_rope = Names()
+        self.text_rope.register_buffer("inv_freq", 1.0 / text.rope_theta ** (torch.arange(0, head_dim, 2) / head_dim))
+        self.embed_tokens, self.lm_head = native.embed_tokens, native.lm_head
 
-    def _with_condition(self, native: NativeMADFormer) -> NativeMADFormer:
+    def _share_all(self, networks: dict[str, NativeMADFormer]) -> None:
+        for block in self.blocks:
+            cast(Names, block.self_attn).text_rope = self.text_rope
+        if self.clear_cond:
+            networks["conditioning"] = self._conditioning(networks["native"])
+        super()._share_all(networks)
+
+    def _conditioning(self, native: NativeMADFormer) -> NativeMADFormer:
         """The network that predicts the condition, on the same weights: none of it is in ``native``."""
         with torch.device("meta"):
             model = NativeMADFormer(native.config.replace(context=CONTEXTS[self.clear_clean, False]))
-        for name in ("rope", "downsampler", "upsampler", "embed_tokens", "lm_head"):
-            setattr(model, name, getattr(native, name))
-        for layer, released in zip(model.layers, self.blocks, strict=True):
-            towers = cast(nn.ModuleDict, layer.towers)
-            towers.update({stream: cast(ReleasedLayer, released).towers[stream] for stream in towers})
-        model.boi = self.boi_block
+        model.rope, model.boi = native.rope, self.boi_block
         return model
-
-    def _share_boi(self, *_: Any) -> None:
-        super()._share_boi()
-        if "conditioning" in self.__dict__:
-            self.__dict__["conditioning"].boi = self.boi_block
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, clean_x: Tensor, noised_x: Tensor, t: Tensor
@@ -143,7 +135,7 @@ class MADFormer(madformer_ffhq.MADFormer):
 
     def _condition(self, input_ids: Tensor, clean_x: Tensor, t: Tensor) -> Tensor | None:
         """What the autoregressive layers predict, where the diffusion layers do not ask for it."""
-        model = self.__dict__["conditioning"]
+        model = self.__dict__["networks"]["conditioning"]
         clean, skips = model.embed_clean(clean_x, t)
         streams = model.input_streams(input_ids, clean, clean.dtype, clean_x.shape[1], whole_clean=False)
         condition = model.pass_layers(range(model.config.ar_layers), streams, model.rope.tables())["noise"]

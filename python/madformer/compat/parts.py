@@ -1,0 +1,209 @@
+"""Parts of one network under two sets of names.
+
+A drop-in's parts hang under their released names, and its native network runs them under its own. :class:`SharedParts`
+keeps the two alike, whatever is put in a part's place and on whichever side: an adapter, a quantised layer, a new norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+from madformer.config import MADFormerConfig
+from madformer.model import MADFormer as NativeMADFormer
+
+
+class Names(nn.Module):
+    """Holds parts under their released names. It is never called: the native network calls the parts."""
+
+
+def names(**parts: nn.Module) -> Names:
+    """Such a module, with its parts in this order."""
+    module = Names()
+    for name, part in parts.items():
+        module.add_module(name, part)
+    return module
+
+
+def reorder(module: nn.Module, *names: str) -> nn.Module:
+    """Move these children to the end, in this order: an optimiser numbers parameters in that of registration."""
+    for name in names:
+        module._modules[name] = module._modules.pop(name)
+    return module
+
+
+@dataclass
+class Place:
+    """Where a native network has a part; ``agreed`` is what both sides had when they were compared last."""
+
+    owner: nn.Module
+    name: str
+    agreed: nn.Module | None
+
+    def settle(self, siblings: dict[str, nn.Module | None], name: str, path: str) -> None:
+        """Put what is new, here or among the ``siblings``, on the other side."""
+        released, native = siblings.get(name), self.owner._modules.get(self.name)
+        if released is not native:
+            if released is None or (released is not self.agreed and native is not self.agreed):
+                what = "was removed" if released is None else "was replaced, and so was the native model's"
+                raise ValueError(f"{path} {what}: the network cannot run")
+            if native is self.agreed:
+                self.owner._modules[self.name] = released
+            else:
+                siblings[name] = released = native
+        self.agreed = released
+
+
+@dataclass
+class Container:
+    """A module that is not called itself: its name and a dot, its class, how many children it has, and which."""
+
+    path: str
+    kind: type[nn.Module]
+    count: int
+    containers: dict[str, Container] = field(default_factory=dict)
+    parts: dict[str, list[Place]] = field(default_factory=dict)
+
+    def follow(self, module: nn.Module, *, check: bool) -> None:
+        """Settle all parts below; ``check`` raises ``ValueError`` where something would not be run."""
+        siblings = module._modules
+        for name, places in self.parts.items():
+            for place in places:
+                part = place.agreed
+                if siblings.get(name) is not part or place.owner._modules.get(place.name) is not part:
+                    place.settle(siblings, name, f"{self.path}{name}")
+        for name, container in self.containers.items():
+            child = siblings.get(name)
+            if check:
+                container.check(child)
+            if isinstance(child, nn.Module):
+                container.follow(child, check=check)
+
+    def check(self, module: nn.Module | None) -> None:
+        """Raises ``ValueError`` where it is not as it was made, or would do more if it were called."""
+        if module is None or type(module) is not self.kind:
+            change = "was removed" if module is None else f"was replaced by a {type(module).__name__}"
+        elif len(module._modules) != self.count:
+            change = f"has {len(module._modules)} parts and not {self.count}"
+        elif is_hooked(module):
+            change = "has hooks or a forward of its own"
+        else:
+            return
+        raise ValueError(f"{self.path[:-1]} {change}, which would not run: the parts in it are called one by one")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class's ``forward``."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+class SharedParts:
+    """The parts that a drop-in and its native networks have in common.
+
+    Args:
+        model: the drop-in.
+        pairs: a part's name in it, a network, and the name there. What ``model`` has is put there.
+        idle: modules of it that are not called, and hold no part.
+    """
+
+    def __init__(self, model: nn.Module, pairs: Iterable[tuple[str, nn.Module, str]], idle: Iterable[str] = ()) -> None:
+        self.root = Container("", type(model), len(model._modules))
+        for released, network, native in pairs:
+            prefix, _, name = released.rpartition(".")
+            owner, _, last = native.rpartition(".")
+            part = model.get_submodule(released)
+            place = Place(network.get_submodule(owner), last, part)
+            place.owner._modules[last] = part
+            self._container(model, prefix).parts.setdefault(name, []).append(place)
+        for released in idle:
+            self._container(model, released)
+
+    def _container(self, model: nn.Module, path: str) -> Container:
+        container, module = self.root, model
+        for step in path.split(".") if path else ():
+            module = module.get_submodule(step)
+            made = Container(f"{container.path}{step}.", type(module), len(module._modules))
+            container = container.containers.setdefault(step, made)
+        return container
+
+    def follow(self, model: nn.Module, *, check: bool = True) -> None:
+        """Bring both sides up to date.
+
+        Args:
+            check: whether everything that hangs under a released name is run.
+
+        Raises:
+            ValueError: a part was removed, or replaced on both sides; with ``check`` also a module that holds parts
+                was replaced or has hooks, neither of which would run.
+        """
+        self.root.follow(model, check=check)
+
+
+class Released(nn.Module):
+    """A drop-in: parts under released names, run by native networks that are no submodules of it."""
+
+    def _share(
+        self,
+        networks: dict[str, NativeMADFormer],
+        pairs: Iterable[tuple[str, nn.Module, str]],
+        idle: Iterable[str] = (),
+    ) -> None:
+        # Not registered as submodules: parameters must appear once, under their released names.
+        self.__dict__.update(networks=networks, parts=SharedParts(self, pairs, idle))
+
+    def _follow(self, *, check: bool = True) -> None:
+        """Run what hangs under the released names now; see :meth:`SharedParts.follow`."""
+        self.__dict__["parts"].follow(self, check=check)
+
+    def to_native(self) -> NativeMADFormer:
+        """The native model; it shares this model's weights and parts, with whatever was put in a part's place.
+
+        It is one object: a native model that was given out before is brought up to date by every call of ``forward``,
+        ``sample`` or ``to_native``.
+
+        Raises:
+            ValueError: something was put under a released name that would not run; the message names it.
+        """
+        self._follow()
+        native = self.__dict__["networks"]["native"]
+        if native.device.type != "meta" and native.rope.cos.device != native.device:
+            native.rope.to(native.device)
+        return native
+
+    @property
+    def config(self) -> MADFormerConfig:
+        return self.__dict__["networks"]["native"].config
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self._follow(check=False)
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._follow(check=False)
+        return super().state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow(check=False)
+        return self.__dict__
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._follow(check=False)
+        super()._apply(fn, recurse)
+        if recurse:
+            self.__dict__["networks"]["native"].rope._apply(fn)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        for network in self.__dict__["networks"].values():
+            network.train(mode)
+        return super().train(mode)
