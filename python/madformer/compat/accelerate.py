@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
+from madformer.compat.parts import is_hooked
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import QK_NORM_EPS, RMSNorm
 from madformer.model.rope import token_positions
@@ -37,7 +38,10 @@ FAMILIES: dict[type[CompatMADFormer], tuple[str, ...]] = {
     madformer_imagenet.MADFormer: (*PARTS, *TEXT_PARTS),
 }
 """Our classes, and what an instance of the released one of each has."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+POSITIONS = ("position_ids_precompute", "text_position_ids")
+ROOT_SETTINGS = (*SIZES, *SWITCHES, *POSITIONS, "max_len")
+PLAIN = (bool, int, float, str, tuple, list)
+UNWATCHED = ("training", *nn.Module().__dict__)
 # Relative. The frequencies are a buffer, which is cast with the model: bf16 rounds by half of that.
 FREQUENCY_TOLERANCE = 1e-2
 
@@ -103,20 +107,23 @@ class Acceleration:
     """What :func:`accelerate` binds to a module: a model of ours over its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.model = _recognise(module)
+        self.module = module
+        self._recognise()
+
+    def _recognise(self) -> None:
+        self.model = _recognise(self.module)
+        self.known = [Known(name, part) for name, part in self.module.named_modules()]
         for name, part in self.model.named_modules():
             if part._parameters:
                 # The dictionary, not what is in it: `load_state_dict(assign=True)` and functional calls replace that.
-                part.__dict__["_parameters"] = module.get_submodule(name)._parameters
+                part.__dict__["_parameters"] = self.module.get_submodule(name)._parameters
 
     def current(self) -> CompatMADFormer:
-        """The model, with what belongs to no part of it brought up to date."""
-        boi = cast(nn.Parameter, self.model._parameters["boi_block"])
-        for network in _networks(self.model):
-            if "boi" in network._parameters:
-                network._parameters["boi"] = boi
-        if self.model.rope.cos.device != boi.device:
-            self.model.rope.to(boi.device)
+        """The model over the module as it is now; raises ``ValueError`` where it is no longer a released one."""
+        if any(known.has_changed() for known in self.known):
+            backends = [(network.backend, network.attention_backend) for network in _networks(self.model)]
+            self._recognise()
+            _set_backend(self.model, *backends[0])
         return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
@@ -126,6 +133,33 @@ class Acceleration:
     def sample(self, *args: Any, **kwargs: Any) -> Tensor:
         """The ``sample`` of one of :data:`FAMILIES`."""
         return self.current().sample(*args, **kwargs)
+
+
+class Known:
+    """A part of a module as it was recognised, to tell whether it is still that."""
+
+    def __init__(self, name: str, part: nn.Module) -> None:
+        self.part, self.type, self.is_root = part, type(part), not name
+        self.children = tuple(part._modules.values())
+        # of the model itself, where scripts keep notes, what it is recognised by
+        attributes = part.__dict__
+        names = ROOT_SETTINGS if self.is_root else [name for name in attributes if name not in UNWATCHED]
+        settings = [(name, attributes.get(name)) for name in names]
+        self.values = [(name, value) for name, value in settings if isinstance(value, PLAIN)]
+        self.objects = [(name, value) for name, value in settings if not isinstance(value, PLAIN)]
+
+    def has_changed(self) -> bool:
+        """Whether its ``forward`` may give something else by now; of its parameters' values nothing is asked."""
+        part = self.part
+        if type(part) is not self.type or len(part._modules) != len(self.children):
+            return True
+        if any(new is not old for new, old in zip(part._modules.values(), self.children, strict=True)):
+            return True
+        if not self.is_root and is_hooked(part):
+            return True
+        return any(getattr(part, name, None) != value for name, value in self.values) or any(
+            getattr(part, name, None) is not value for name, value in self.objects
+        )
 
 
 # Recognition
@@ -139,7 +173,7 @@ def _recognise(module: nn.Module) -> CompatMADFormer:
         inside = getattr(module, "module", getattr(module, "_orig_mod", None))
         hint = f"; pass the {type(inside).__name__} inside it" if isinstance(inside, nn.Module) else ""
         raise ValueError(f"{name} is no released MADFormer: it has no {', '.join(missing)}{hint}")
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and _acceleration_of(module) is None:
         raise ValueError(f"forward of this {name} was replaced by something else: accelerate it before that")
     try:
         with torch.device("meta"):
@@ -211,10 +245,10 @@ def _behaviour_differences(module: nn.Module) -> Iterator[str]:
             yield f"{name}.act_fn is not SiLU"
         if isinstance(part, nn.Dropout) and part.p > 0:
             yield f"{name} drops {part.p:g} of its input"
-        if name and any(getattr(part, kind) for kind in HOOKS):
-            yield f"{name} has hooks, which would not run"
         if name and "forward" in part.__dict__:
             yield f"{name}.forward was replaced"
+        elif name and is_hooked(part):
+            yield f"{name} has hooks, which would not run"
 
 
 def _position_differences(template: CompatMADFormer, module: nn.Module) -> Iterator[str]:
