@@ -34,7 +34,7 @@ from madformer.config import MADFormerConfig
 from madformer.data.fields import DataSummary, caption_of, label_of, summarize
 from madformer.data.images import ImageDataset, ImageSize, shape_of
 from madformer.data.shards import ShardDataset
-from madformer.data.text import decode_json
+from madformer.data.text import MAX_BYTES, decode_json, printable
 from madformer.model.persistence import atomic_path, fingerprint
 from madformer.vae import downscale
 
@@ -151,7 +151,7 @@ class LatentDescription:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; `madformer data latents` writes one")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = decode_json(path.read_bytes(), str(path))
             if (version := values.pop("version")) != VERSION:
                 raise ValueError(f"version {version}, where {VERSION} is known")
             values |= {name: tuple(values[name]) for name in ("class_names", "latent_shape")}
@@ -220,8 +220,21 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return summarize(len(self), self._annotations, self.class_names, limit)
 
     def _annotations(self, index: int) -> tuple[int, str]:
-        record = decode_json(self.shards.member(index, "json") or b"", self.shards.key(index))
-        return label_of(record["label"]), caption_of(record["caption"])
+        record = self._record(index)
+        return record["label"], record["caption"]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        record = decode_json(self._member(index, "json", MAX_BYTES))
+        if not isinstance(record, dict) or not {"key", "label", "caption"} <= record.keys():
+            raise ValueError("its record lacks key, label or caption")
+        label, caption = label_of(record["label"]), caption_of(record["caption"])
+        return {"key": str(record["key"]), "label": label, "caption": caption}
+
+    def _member(self, index: int, name: str, limit: int) -> bytes:
+        data = self.shards.member(index, name, limit)
+        if data is None:
+            raise ValueError("a member is missing")
+        return data
 
     @property
     def shard_lengths(self) -> list[int]:
@@ -251,16 +264,29 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         if flipped and not self.flips:
             raise ValueError(f"{self.folder} holds no flips: it was written with --no-flip")
-        record = self.shards.member(index, "json")
-        data = self.shards.member(index, FLIPPED if flipped else PLAIN)
         try:
-            if record is None or data is None:
-                raise ValueError("a member is missing")
-            moments = np.load(io.BytesIO(data))
-            if moments.shape != (2, *self.description.latent_shape):
-                raise ValueError(f"its shape is {moments.shape}")
             # torch's conversion from fp16 is ten times as fast as NumPy's
-            mean, deviation = torch.from_numpy(moments).float()
-            return {"mean": mean, "deviation": deviation, **json.loads(record)}
+            mean, deviation = torch.from_numpy(self._moments(index, FLIPPED if flipped else PLAIN)).float()
+            return {"mean": mean, "deviation": deviation, **self._record(index)}
         except ValueError as error:
-            raise ValueError(f"{self.shards.path(index)}:{self.shards.key(index)} is damaged: {error}") from error
+            place = f"{printable(self.shards.path(index))}:{self.shards.key(index)}"
+            raise ValueError(f"{place} is damaged: {error}") from error
+
+    def _moments(self, index: int, name: str) -> np.ndarray[Any, Any]:
+        """``(2, C, H, W)`` of a member, if it is what the description says; whatever else it says, no more is read."""
+        shape, dtype = (2, *self.description.latent_shape), np.dtype(self.description.dtype)
+        size = math.prod(shape) * dtype.itemsize
+        data = self._member(index, name, size + 4096)
+        file = io.BytesIO(data)
+        try:
+            np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:
+            raise ValueError((str(error).splitlines() or [""])[0] or type(error).__name__) from error
+        if found != (shape, False, dtype):
+            raise ValueError(f"its shape is {found[0]} of {found[2]}, not {shape} of {dtype}")
+        body = data[file.tell() :]
+        if len(body) != size:
+            raise ValueError(f"it holds {len(body)} bytes for the shape {shape}")
+        # a copy, that torch may write to
+        return np.frombuffer(body, dtype).reshape(shape).copy()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["fetch_batches"]
+__all__ = ["fetch_batches", "lost_worker"]
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -31,6 +32,9 @@ def fetch_batches(
 
     Raises:
         ValueError, OSError: as ``fetch`` raised it; a ``DataLoader`` would put the worker's traceback in its message.
+        ChildProcessError: one of the processes was killed, by the system for want of memory, say. Where that happens
+            while the user of the batches is at work, PyTorch's signal handler raises ``RuntimeError`` there;
+            :func:`lost_worker` tells it from others.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Fetching(fetch),
@@ -40,7 +44,7 @@ def fetch_batches(
         pin_memory=pin_memory,
         worker_init_fn=_ignore_interrupts,
     )
-    for fetched in loader:
+    for fetched in _named_losses(loader):
         if isinstance(fetched, Exception):
             try:
                 raise fetched
@@ -48,6 +52,27 @@ def fetch_batches(
                 # or it would be in a cycle: its traceback holds this frame
                 del fetched
         yield fetched
+
+
+def lost_worker(error: RuntimeError) -> ChildProcessError | None:
+    """What to raise in place of PyTorch's error about a process of its ``DataLoader`` that is gone; else None."""
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+    if found is None:
+        return None
+    reason = found[2].strip().rstrip(".")
+    return ChildProcessError(f"a process that reads the data (pid {found[1]}) {reason}; was there too little memory?")
+
+
+def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise lost_worker(error) or error from error
+        yield batch
 
 
 class _Fetching(Dataset[Batch], Generic[Item, Batch]):
