@@ -303,7 +303,9 @@ def test_images_take_prompts_and_classes_in_turn(
     assert len(drawn) == NUM_IMAGES
     for image, latents in enumerate(drawn):
         told = {"prompt": TEXTS[image % 3], "labels": [1, 0][image % 2]}
-        expected = prompted(1, 2, **told, **options, seed=5 + image, output_type="latent").images
+        expected = prompted(
+            num_images_per_prompt=1, num_inference_steps=2, **told, **options, seed=5 + image, output_type="latent"
+        ).images
         assert relative_error(latents, expected[0]) < 1e-5
     assert main(command(prompted_model, tmp_path / "shards", *SHARDS, *PROMPTED)) == 0
     dataset = ShardDataset(tmp_path / "shards")

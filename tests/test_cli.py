@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from madformer.cli import sample
+from madformer.cli import sample_options
 from madformer.cli.main import main
 from madformer.config import TextConfig, tiny
 from madformer.engine.precision import PRECISIONS, apply
@@ -188,7 +188,7 @@ def test_classes(class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("which", "options", "message"),
     [
         ("text_model", [], "a prompt is missing: the model was made for text"),
-        ("text_model", ["--prompt", "a", "--prompts", "p.txt"], "two ways to say what to draw: give one"),
+        ("text_model", ["--prompt", "a", "--prompts", "p.txt"], "ways to say what to draw: give one"),
         ("text_model", ["--prompts", "none.txt"], "none.txt"),
         ("text_model", ["--prompts", os.devnull], f"--prompts {os.devnull} holds no prompt"),
         ("text_model", ["--prompt", "a", "--negative-prompt", "b"], "--negative-prompt is for --guidance"),
@@ -223,7 +223,7 @@ def test_bad_intervals(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_precisions_are_the_engines() -> None:
-    assert ("auto", *PRECISIONS) == sample.PRECISIONS
+    assert ("auto", *PRECISIONS) == sample_options.PRECISIONS
 
 
 def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

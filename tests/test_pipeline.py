@@ -23,7 +23,8 @@ from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks
-from madformer.pipeline import MADFormerPipeline, default_scheduler, image_grid
+from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.sheets import image_grid
 from madformer.streaming import reports
 from madformer.tokenizer import ByteTokenizer
 from testing import perturb, relative_error, small_vae

@@ -85,17 +85,20 @@ def test_pictures_across_the_boundary(seed: int) -> None:
     transformer = perturb(MADFormer(tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1)))
     pipeline = MADFormerPipeline(transformer, None, default_scheduler("epsilon"))  # type: ignore[arg-type]
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(4, 1, seed=seed, output_type="latent").images
-    alone = [pipeline(1, 1, seed=seed + image, output_type="latent").images[0] for image in range(4)]
+    drawn = pipeline(num_images_per_prompt=4, num_inference_steps=1, seed=seed, output_type="latent").images
+    alone = [
+        pipeline(num_images_per_prompt=1, num_inference_steps=1, seed=seed + image, output_type="latent").images[0]
+        for image in range(4)
+    ]
     assert relative_error(drawn, torch.stack(alone)) < 1e-4
-    low = pipeline(4, 1, seed=0, output_type="latent").images
+    low = pipeline(num_images_per_prompt=4, num_inference_steps=1, seed=0, output_type="latent").images
     pictures = torch.cat([drawn, low]).flatten(1)
     assert (torch.cdist(pictures, pictures) + torch.eye(8) > 0.5).all()
     for refused in (-1, 2**63 - 3):
         with pytest.raises(ValueError, match="must be from 0 to"):
-            pipeline(4, 1, seed=refused, output_type="latent")
+            pipeline(num_images_per_prompt=4, num_inference_steps=1, seed=refused, output_type="latent")
     own = torch.Generator().manual_seed(2**40)
-    given = pipeline(1, 1, generator=own, output_type="latent").images
+    given = pipeline(num_images_per_prompt=1, num_inference_steps=1, generator=own, output_type="latent").images
     assert relative_error(given[0], low[0]) < 1e-4  # a generator is used as it is
 
 

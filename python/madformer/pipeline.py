@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +69,6 @@ def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolver
             :meth:`madformer.training.config.TrainingConfig.noise_options`; nothing for the linear schedule.
     """
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
-
-
-def image_grid(images: list[Image.Image], rows: int | None = None) -> Image.Image:
-    """Pictures of one size in a square, row by row; or dealt to ``rows``, one after the other."""
-    columns = math.ceil(math.sqrt(len(images)) if rows is None else len(images) / rows)
-    places = [divmod(i, columns) if rows is None else (i % rows, i // rows) for i in range(len(images))]
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, (max(row for row, _ in places) + 1) * height), "white")
-    for (row, column), image in zip(places, images, strict=True):
-        grid.paste(image, (column * width, row * height))
-    return grid
 
 
 class MADFormerPipeline(DiffusionPipeline):

@@ -6,10 +6,13 @@ Shape legend: B images of a batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import safetensors.torch
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from madformer.bulk.folder import OutputFolder
+from madformer.bulk.records import png_text, safetensors_metadata
 from madformer.vae import check_finite, decode, finite, to_uint8
 
 if TYPE_CHECKING:
@@ -34,11 +38,12 @@ class Drawing:
     waits for what is being written, also after an error.
 
     Args:
-        on_written: called with the number of images once they are in the folder, from another thread.
+        on_written: called with the number of images and of their bytes once they are in the folder, from another
+            thread.
     """
 
     def __init__(
-        self, pipeline: MADFormerPipeline, folder: OutputFolder, on_written: Callable[[int], object] | None = None
+        self, pipeline: MADFormerPipeline, folder: OutputFolder, on_written: Callable[[int, int], object] | None = None
     ) -> None:
         self.pipeline, self.folder, self.on_written = pipeline, folder, on_written
         self._encoders = ThreadPoolExecutor(ENCODERS, "encode")
@@ -119,14 +124,17 @@ class Drawing:
             ready.synchronize()
         check_finite(sound, self.pipeline.vae)
         span = self.folder.span(batch)
-        # the list is what raises an encoder's error
-        list(self._encoders.map(self._write_image, span, images))
+        # the sum is what raises an encoder's error
+        size = sum(self._encoders.map(self._write_image, span, images))
         self.folder.pack()
         if self.on_written is not None:
-            self.on_written(len(span))
+            self.on_written(len(span), size)
 
-    def _write_image(self, index: int, image: Tensor) -> None:
-        self.folder.write(index, encode_latents(image) if self.folder.settings.latents else encode_png(image))
+    def _write_image(self, index: int, image: Tensor) -> int:
+        encode = encode_latents if self.folder.settings.latents else encode_png
+        data = encode(image, self.folder.record(index))
+        self.folder.write(index, data)
+        return len(data)
 
 
 def _begin_copy(tensor: Tensor) -> Tensor:
@@ -154,30 +162,66 @@ def draw_missing(
         OSError: a file cannot be written. FloatingPointError: the network gave numbers that are not finite. Every
             image finished before is in the folder.
     """
-    batches = folder.batches(rank, world_size)
-    missing = folder.missing(batches)
-    with progress_bar(folder, batches, missing, progress) as bar, Drawing(pipeline, folder, bar.update) as drawing:
-        for batch in missing:
+    batches, drawn = folder.batches(rank, world_size), 0
+    with Progress(folder, batches, progress) as shown, Drawing(pipeline, folder, shown.update) as drawing:
+        for batch in folder.missing(batches):
             drawing.draw(batch)
-    return num_images(folder, missing)
+            drawn += len(folder.span(batch))
+    return drawn
 
 
-def num_images(folder: OutputFolder, batches: Sequence[int]) -> int:
-    return sum(len(folder.span(batch)) for batch in batches)
+class Progress:
+    """A bar over the images of ``batches``: rate and time left are of what is drawn now, the count is of all.
+
+    After the first batch it says what the rest will take: until then nobody knows.
+    """
+
+    def __init__(self, folder: OutputFolder, batches: range, shown: bool) -> None:
+        self._total, done = folder.count(batches), folder.count_done(batches)
+        self._path, self._left, self._estimated, self._started = (
+            folder.path,
+            self._total - done,
+            False,
+            time.monotonic(),
+        )
+        self._bar = tqdm(total=self._total, initial=done, desc="sampling", unit="image", disable=not shown)
+
+    def update(self, images: int, size: int) -> None:
+        """Add images that were written, in so many bytes."""
+        self._bar.update(images)
+        if not (self._estimated or self._bar.disable or images == self._left):
+            needed, free = (self._left - images) * size / images, shutil.disk_usage(self._path).free
+            seconds = (self._left - images) * (time.monotonic() - self._started) / images
+            short = f", and {_bytes(free)} are free" if needed > free else ""
+            tqdm.write(
+                f"{self._left - images:,} more images take about {_bytes(needed)} and {_duration(seconds)} here{short}",
+                file=sys.stderr,
+            )
+        self._estimated = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
 
-def progress_bar(folder: OutputFolder, batches: Sequence[int], missing: Sequence[int], shown: bool) -> tqdm:
-    """Over images: rate and time left are of what is drawn now, the count is of all ``batches``."""
-    total = num_images(folder, batches)
-    done = total - num_images(folder, missing)
-    return tqdm(total=total, initial=done, desc="sampling", unit="image", disable=not shown)
+def _bytes(count: float) -> str:
+    return f"{tqdm.format_sizeof(count, divisor=1000)}B"
 
 
-def encode_png(image_HWC: Tensor) -> bytes:
+def _duration(seconds: float) -> str:
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60))
+    name, length = next((unit for unit in units if seconds >= 2 * unit[1]), ("seconds", 1))
+    return f"{seconds / length:,.1f} {name}"
+
+
+def encode_png(image_HWC: Tensor, record: Mapping[str, Any] | None = None) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC.numpy()).save(buffer, "PNG")
+    Image.fromarray(image_HWC.numpy()).save(buffer, "PNG", pnginfo=None if record is None else png_text(record))
     return buffer.getvalue()
 
 
-def encode_latents(latents_CHW: Tensor) -> bytes:
-    return safetensors.torch.save({"latents": latents_CHW.contiguous()})
+def encode_latents(latents_CHW: Tensor, record: Mapping[str, Any] | None = None) -> bytes:
+    metadata = None if record is None else safetensors_metadata(record)
+    return safetensors.torch.save({"latents": latents_CHW.contiguous()}, metadata)

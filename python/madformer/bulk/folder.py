@@ -9,6 +9,7 @@ With shards, images wait as files in ``unpacked/`` until their shard's are all t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from madformer.bulk.image_set import ImageSet
 from madformer.bulk.settings import Settings
 from madformer.data.shards import KEY, write_shard
 from madformer.model.persistence import atomic_path, check_writable, locked
@@ -27,6 +30,8 @@ from madformer.seeds import check_seed
 MANIFEST = "manifest.json"
 UNPACKED = "unpacked"
 VERSION = 1
+# what the shards' JSON held before pictures had records
+_FIRST_RECORD = ("seed", "steps", "scheduler", "precision", "model", "prompt", "labels")
 _IMAGE = re.compile(r"(\d{8,})\.(?:png|safetensors)")
 _SHARD = re.compile(r"(?:images|latents)-(\d{6,})\.tar")
 # how `atomic_path` names what it has not finished
@@ -50,6 +55,7 @@ class OutputFolder:
         self.sharded = settings.format == "wds"
         self.images = self.path / UNPACKED if self.sharded else self.path
         self.extension = "safetensors" if settings.latents else "png"
+        self._found = ImageSet()
 
     @contextmanager
     def opened(self, rank: int = 0, world_size: int = 1, *, overwrite: bool = False) -> Iterator[OutputFolder]:
@@ -69,8 +75,11 @@ class OutputFolder:
             with locked(self.path / ".lock"):
                 if overwrite:
                     self._clear()
-                self._settle_manifest()
+                complete = self._settle_manifest()
                 self._tidy(rank, world_size)
+                self._found = self.present()
+                if complete and not self.had_all:
+                    self._write_manifest(complete=False)
             yield self
 
     def span(self, batch: int) -> range:
@@ -82,13 +91,30 @@ class OutputFolder:
         """The batches that a process is dealt."""
         return range(rank, -(-self.num_images // self.settings.batch_size), world_size)
 
-    def missing(self, batches: Iterable[int]) -> list[int]:
-        """Those of ``batches`` that have to be drawn."""
-        present = self.present()
-        return [batch for batch in batches if not present.issuperset(self.span(batch))]
+    def count(self, batches: range) -> int:
+        """The images of all these batches."""
+        size = self.settings.batch_size
+        number = max(0, -(-(batches.stop - batches.start) // batches.step))  # `len` ends at 2^63 - 1
+        last = -(-self.num_images // size) - 1
+        return number * size - (size - len(self.span(last)) if last in batches else 0)
 
-    def present(self) -> set[int]:
-        """The images that are there."""
+    def count_done(self, batches: range) -> int:
+        """The images of those batches that were complete when the folder was opened."""
+        seen = itertools.takewhile(lambda batch: self.span(batch).start < self._found.end, batches)
+        return sum(len(self.span(batch)) for batch in seen if self._found.issuperset(self.span(batch)))
+
+    def missing(self, batches: range) -> Iterator[int]:
+        """Those of ``batches`` that had to be drawn when the folder was opened, found as they are asked for."""
+        return (batch for batch in batches if not self._found.issuperset(self.span(batch)))
+
+    @property
+    def had_all(self) -> bool:
+        """Whether nothing was missing when the folder was opened."""
+        return len(self._found) == self.num_images
+
+    def present(self) -> ImageSet:
+        """The images that are there now."""
+        # files first: another process may pack them in between
         found = self._unpacked()
         for shard in self._shards():
             found.update(self._shard_span(shard))
@@ -97,6 +123,10 @@ class OutputFolder:
     def file(self, image: int) -> Path:
         """Where an image is or will be, until it is packed."""
         return self.images / f"{self.settings.seed + image:08d}.{self.extension}"
+
+    def record(self, image: int) -> dict[str, Any] | None:
+        """What the image's file says of itself; None where the folder was begun before they did."""
+        return self.settings.record(range(image, image + 1)) if self.settings.recorded else None
 
     def write(self, image: int, data: bytes) -> None:
         # a batch that is drawn again may have images in a shard that was complete
@@ -114,7 +144,9 @@ class OutputFolder:
     def finish(self) -> bool:
         """Note in the manifest that all images are there, if they are; whether this call was the one to do it."""
         with locked(self.path / ".lock"):
-            if self._read_manifest()["complete"] or len(self.present()) < self.num_images:
+            if self._read_manifest()["complete"]:
+                return False
+            if len(self.present()) < self.num_images:
                 return False
             self._write_manifest(complete=True)
             if self.sharded:
@@ -143,15 +175,10 @@ class OutputFolder:
             self._unlink(span)
 
     def _sample(self, image: int) -> dict[str, Any]:
-        settings, file = self.settings, self.file(image)
-        origin = {
-            "seed": settings.seed + image,
-            "steps": settings.steps,
-            "scheduler": settings.scheduler["class"],
-            "precision": settings.precision,
-            "model": settings.model,
-            **settings.prompts.entry(image),
-        }
+        file, origin = self.file(image), self.record(image)
+        if origin is None:
+            record = self.settings.record(range(image, image + 1))
+            origin = {name: record[name] for name in _FIRST_RECORD if name in record}
         return {KEY: file.stem, self.extension: file.read_bytes(), "json": origin}
 
     def _shard(self, shard: int) -> Path:
@@ -164,38 +191,65 @@ class OutputFolder:
         first = shard * self._shard_size
         return range(first, min(first + self._shard_size, self.num_images))
 
-    def _unpacked(self) -> set[int]:
+    def _unpacked(self) -> ImageSet:
         """The images that are files of their own."""
-        found = {int(match[1]) - self.settings.seed for match in _matches(_IMAGE, self.images)}
-        return found.intersection(range(self.num_images))
+        found, seed, end = ImageSet(), self.settings.seed, f".{self.extension}"
+        for name in _names(self.images):
+            stem, dot, extension = name.partition(".")
+            # of the two, `isdecimal` takes other scripts' digits, and `file` writes no leading zeros beyond the eighth
+            if (
+                dot + extension == end
+                and stem.isascii()
+                and stem.isdecimal()
+                and len(stem) == max(8, len(stem.lstrip("0")))
+            ):
+                image = int(stem) - seed
+                if 0 <= image < self.num_images:
+                    found.add(image)
+        return found
 
     def _unlink(self, images: Iterable[int]) -> None:
         for image in images:
             self.file(image).unlink(missing_ok=True)
 
-    def _settle_manifest(self) -> None:
-        """Write the manifest of a new run, check that of an old one, and make room for more images."""
+    def _settle_manifest(self) -> bool:
+        """Write the manifest of a new run, check that of an old one, and make room for more images.
+
+        Returns:
+            Whether it says that all images are there.
+        """
         found = self._first_file()
         if not (self.path / MANIFEST).exists():
             if found:
                 raise ValueError(f"{self.path} holds {found} but no {MANIFEST}: take another folder, or overwrite")
             self._write_manifest(complete=False)
-            return
+            return False
         manifest = self._read_manifest()
+        if found and "recorded" not in manifest["settings"]:
+            self._go_on_as_before()
         if difference := self.settings.difference(manifest["settings"]):
             # a run that ended before its first image binds nobody
             if found:
                 raise ValueError(f"{self.path} is of a run with {difference}: take another folder, or overwrite")
             self._write_manifest(complete=False)
-            return
+            return False
         before = manifest["num_images"]
         if self.num_images < before:
             raise ValueError(f"num_images={self.num_images} is less than the {before} that {self.path} is made for")
-        if self.num_images > before and self.sharded:
-            self._unpack_last(before)
-        complete = manifest["complete"] and len(self.present()) == self.num_images
-        if (before, manifest["complete"]) != (self.num_images, complete):
-            self._write_manifest(complete)
+        if self.num_images > before:
+            if self.sharded:
+                self._unpack_last(before)
+            self._write_manifest(complete=False)
+            return False
+        return bool(manifest["complete"])
+
+    def _go_on_as_before(self) -> None:
+        """In a folder of madformer 0.1.0 from before pictures had records: the rest is to be as it would have been."""
+        self.settings = replace(self.settings, recorded={})
+        if self.settings.seed + self.num_images > 1 << 32:
+            raise ValueError(f"{self.path} was begun when seeds from 2^32 on drew others' images: take another folder")
+        if self.settings.prompts.guidance_scale < 1:
+            raise ValueError(f"{self.path} was begun when guidance below 1 was some: take another folder")
 
     def _first_file(self) -> str | None:
         """The name of an image or shard, of whatever settings."""
@@ -224,14 +278,15 @@ class OutputFolder:
 
         Called under the lock, where nobody packs. Images that other processes may be writing are left to them.
         """
-        own = {self.file(image).name for batch in self.batches(rank, world_size) for image in self.span(batch)}
         for folder in {self.path, self.images}:
             for match in _matches(_TEMPORARY, folder):
-                if match[1] in own or not _IMAGE.fullmatch(match[1]):
+                image = int(match[2]) - self.settings.seed if match[2] else None
+                if image is None or image // self.settings.batch_size % world_size == rank:
                     (folder / match[0]).unlink(missing_ok=True)
-        for shard in self._shards():
-            self._unlink(self._unpacked().intersection(self._shard_span(shard)))
-        self._pack(self._complete_shards())
+        if self.sharded:
+            shards = set(self._shards())
+            self._unlink(image for image in self._unpacked() if image // self._shard_size in shards)
+            self._pack(self._complete_shards())
 
     def _clear(self) -> None:
         for pattern in (_IMAGE, _SHARD, _TEMPORARY):
@@ -241,14 +296,7 @@ class OutputFolder:
         (self.path / MANIFEST).unlink(missing_ok=True)
 
     def _read_manifest(self) -> dict[str, Any]:
-        path = self.path / MANIFEST
-        try:
-            manifest = json.loads(path.read_text())
-            if manifest["version"] != VERSION:
-                raise ValueError(f"version {manifest['version']}, where {VERSION} is known")
-            return {name: manifest[name] for name in ("settings", "num_images", "complete")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no manifest of a sampling run: {error}") from error
+        return read_manifest(self.path / MANIFEST)
 
     def _write_manifest(self, complete: bool) -> None:
         values = {
@@ -261,10 +309,33 @@ class OutputFolder:
             path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Of a run: ``settings``, ``num_images`` and whether it is ``complete``.
+
+    Raises:
+        OSError: there is none. ValueError: it is damaged, or of something else; one line.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["version"] != VERSION:
+            raise ValueError(f"version {manifest['version']}, where {VERSION} is known")
+        if not isinstance(manifest["settings"], dict) or not isinstance(manifest["num_images"], int):
+            raise TypeError("settings must be an object, num_images a whole number")
+        return {name: manifest[name] for name in ("settings", "num_images", "complete")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no manifest of a sampling run: {error}") from error
+
+
 def _matches(pattern: re.Pattern[str], folder: Path) -> Iterator[re.Match[str]]:
     """Of the names in a folder, which need not exist."""
+    return filter(None, map(pattern.fullmatch, _names(folder)))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """In a folder of millions one after the other, in no order."""
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                yield entry.name
     except FileNotFoundError:
         return
-    yield from filter(None, map(pattern.fullmatch, sorted(names)))

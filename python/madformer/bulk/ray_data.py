@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from madformer.bulk.drawing import Drawing, num_images, progress_bar
+from madformer.bulk.drawing import Drawing, Progress
 from madformer.bulk.folder import OutputFolder
 from madformer.kernels.dispatch import BackendUnavailableError
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
 
+# batches that Ray is told of at once: it plans all of them before the first is drawn
+ROUND = 10_000
+
 
 class _Actor:
     """Holds a pipeline, and draws the batches that it is sent. A row comes back when its images are in the folder."""
 
     def __init__(self, load: Callable[[], MADFormerPipeline], folder: OutputFolder) -> None:
-        self.folder, self.drawing = folder, Drawing(load(), folder)
+        self.drawing, self.written = Drawing(load(), folder, self._count), (0, 0)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[int]]:
         for batch in rows["batch"]:
             self.drawing.draw(int(batch))
         self.drawing.wait()
-        return {"images": [len(self.folder.span(int(batch))) for batch in rows["batch"]]}
+        (images, size), self.written = self.written, (0, 0)
+        return {"images": [images], "size": [size]}
+
+    def _count(self, images: int, size: int) -> None:
+        self.written = self.written[0] + images, self.written[1] + size
 
 
 def draw_missing(
@@ -53,9 +61,7 @@ def draw_missing(
         import ray.data
     except ImportError as error:
         raise ImportError("Ray is not installed: pip install 'madformer[ray]'") from error
-    batches = folder.batches()
-    missing = folder.missing(batches)
-    if not missing:
+    if folder.had_all:
         return 0
     started_here = not ray.is_initialized()
     if started_here:
@@ -69,26 +75,31 @@ def draw_missing(
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # one block a batch: it is what Ray deals, and what it repeats where an actor was lost
-        rows = ray.data.from_items([{"batch": batch} for batch in missing], override_num_blocks=len(missing))
-        drawn = rows.map_batches(
-            _Actor,
-            fn_constructor_args=(load, folder),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing))),
-            num_gpus=1 if on_gpu else None,
-            # without it an actor's torch has one thread
-            num_cpus=None if on_gpu else max(1, int(resources["CPU"]) // workers),
-        )
-        with progress_bar(folder, batches, missing, progress) as bar:
-            for row in drawn.iter_rows():
-                bar.update(row["images"])
+        # without it an actor's torch has one thread
+        num_cpus = None if on_gpu else max(1, int(resources["CPU"]) // workers)
+        batches, drawn = folder.batches(), 0
+        missing = folder.missing(batches)
+        with Progress(folder, batches, progress) as shown:
+            while dealt := list(itertools.islice(missing, ROUND)):
+                # one block a batch: it is what Ray deals, and what it repeats where an actor was lost
+                rows = ray.data.from_items([{"batch": batch} for batch in dealt], override_num_blocks=len(dealt))
+                done = rows.map_batches(
+                    _Actor,
+                    fn_constructor_args=(load, folder),
+                    batch_size=1,
+                    compute=ray.data.ActorPoolStrategy(size=min(workers, len(dealt))),
+                    num_gpus=1 if on_gpu else None,
+                    num_cpus=num_cpus,
+                )
+                for row in done.iter_rows():
+                    shown.update(row["images"], row["size"])
+                    drawn += row["images"]
     except ray.exceptions.RayError as error:
         raise _first_cause(error) from None
     finally:
         if started_here:
             ray.shutdown()
-    return num_images(folder, missing)
+    return drawn
 
 
 def _first_cause(error: BaseException) -> BaseException:

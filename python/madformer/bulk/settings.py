@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+import madformer
 from madformer.bulk.prompts import Prompts
 from madformer.model.persistence import fingerprint
 from madformer.seeds import check_seed
+from madformer.vae import downscale, tile_of
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -35,6 +37,9 @@ class Settings:
         model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
             latents.
         prompts: what the images are of. refresh_every: see :meth:`madformer.engine.sampler.Sampler.plan`.
+        recorded: what pictures say of themselves besides the above: ``size`` (rows and columns of pixels, None for
+            latents), ``class_names`` of the prompts' labels, ``diffusion_layers`` of an elastic model. Empty for a
+            folder that was begun before pictures said anything; those added to it say nothing, too.
     """
 
     format: Format
@@ -51,6 +56,7 @@ class Settings:
     vae_tile: int | None
     prompts: Prompts = field(default_factory=Prompts)
     refresh_every: int = 1
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "shard_size", "refresh_every"):
@@ -79,8 +85,6 @@ class Settings:
 
         Call it on the model as loaded: once a precision is applied, the weights are others.
         """
-        from madformer.vae import tile_of
-
         vae, config = None if latents else pipeline.vae, pipeline.transformer.config
         return cls(
             format="png" if shard_size is None else "wds",
@@ -97,19 +101,68 @@ class Settings:
             vae_tile=None if vae is None else tile_of(vae),
             prompts=prompts or Prompts(),
             refresh_every=refresh_every,
+            recorded=_recorded(pipeline, prompts or Prompts(), latents),
         )
+
+    def record(self, images: range) -> dict[str, Any]:
+        """How an image was drawn, or a sheet of several, in JSON's types."""
+        prompts, several = self.prompts, len(images) > 1
+        names = self.recorded.get("class_names", ())
+        lists = {"prompt": prompts.texts, "labels": prompts.labels, "class": names}
+        entries = {name: list(values[: len(images)]) for name, values in lists.items() if values}
+        if not several:
+            entries = {name: values[images[0] % len(values)] for name, values in lists.items() if values}
+        height, width = self.recorded.get("size") or (None, None)
+        tiled = self.vae_tile and height and max(height, width) > self.vae_tile
+        optional = {
+            "negative_prompt": prompts.negative_text,
+            "guidance_interval": prompts.guidance_interval and list(prompts.guidance_interval),
+            "refresh_every": self.refresh_every if self.refresh_every > 1 else None,
+            "diffusion_layers": self.recorded.get("diffusion_layers"),
+            "height": height,
+            "width": width,
+            "vae_tile": self.vae_tile if tiled else None,
+            "vae": self.vae,
+        }
+        return {
+            "version": madformer.__version__,
+            "seed": self.seed + images[0],
+            **({"num_images": len(images)} if several else {}),
+            **entries,
+            "guidance_scale": prompts.guidance_scale,
+            "steps": self.steps,
+            "scheduler": self.scheduler["class"],
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "model": self.model,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         values = {own.name: getattr(self, own.name) for own in fields(self)}
+        if not self.recorded:
+            del values["recorded"]
         return {**values, "prompts": self.prompts.to_dict()}
 
     def difference(self, stored: Mapping[str, Any]) -> str | None:
         """The first field in which ``stored`` is not these settings, as ``name=its value, not ours``; or None."""
-        own, other = _flat(self.to_dict()), _flat(stored)
+        own, other = flat(self.to_dict()), flat(stored)
         for name in [*own, *(name for name in other if name not in own)]:
             if name not in own or name not in other or own[name] != other[name]:
                 return f"{name}={other.get(name, 'absent')!r}, not {own.get(name, 'absent')!r}"
         return None
+
+
+def _recorded(pipeline: MADFormerPipeline, prompts: Prompts, latents: bool) -> dict[str, Any]:
+    config, names = pipeline.transformer.config, pipeline.config.class_names
+    values: dict[str, Any] = {"size": None}
+    if not (latents or pipeline.vae is None):
+        values["size"] = [side * downscale(pipeline.vae) for side in config.latent_shape[1:]]
+    if names and prompts.labels:
+        values["class_names"] = [names[label] if label >= 0 else "" for label in prompts.labels]
+    if config.elastic_diffusion_layers:
+        values["diffusion_layers"] = config.diffusion_layers
+    return values
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
@@ -123,10 +176,11 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, **finite}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without nesting: a value by the names and places that lead to it, with points between them."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
             value = {str(index): entry for index, entry in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

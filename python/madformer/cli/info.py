@@ -1,4 +1,4 @@
-"""``madformer info``: what runs here and why, and what a model folder holds."""
+"""``madformer info``: what runs here and why, what a model folder holds, and how a picture was drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
+
+from madformer.cli import recorded
 
 PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "xformers")
 
@@ -14,8 +17,14 @@ PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "xformers")
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="show what runs here, or what a model is",
-        description="Show versions, devices and backends with the reason for each; with --model, a model too.",
+        help="show what runs here, what a model is, or how a picture was drawn",
+        description="Show versions, devices and backends with the reason for each; with --model, a model too. "
+        "Of a picture, latents, a shard or a folder that madformer sample wrote, show how it was drawn.",
+        epilog="examples:\n  madformer info samples/00000007.png\n  madformer info images-000000.tar/00000007.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path", nargs="?", type=Path, metavar="PICTURE", help="file or folder of madformer sample, or a model"
     )
     parser.add_argument("--model", help="a model folder or hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -23,6 +32,16 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from madformer.bulk.folder import MANIFEST
+
+    if args.path and args.model:
+        raise ValueError("a picture and --model are two questions: ask one")
+    if args.path and args.path.is_dir() and not (args.path / MANIFEST).exists():
+        args.model = str(args.path)
+    elif args.path:
+        described = recorded.describe(args.path)
+        print(json.dumps(described) if args.json else "\n".join(recorded.lines(described)))
+        return
     record = _machine()
     if args.model:
         record["model"] = _model(args.model)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from madformer.cli import bench, convert, data, export, info, sample, train
+from madformer.cli.process import Parser, exit_status, output_is_closed, settle_streams, terminable
 
 COMMANDS = (sample, train, data, export, convert, info, bench)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="madformer",
         description="Images made block by block: autoregression across blocks, diffusion within.",
         epilog='First steps: madformer sample --model assets/emoji64 --prompt "red apple" --grid apple.png',
@@ -25,18 +26,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input is one line on stderr and exit status 1."""
+    """Run a command; bad input is one line on stderr and exit status 1, a signal the status that the shell has for it.
+
+    From any thread; signals end it in the process's first one.
+    """
+    settle_streams()
     args = build_parser().parse_args(arguments)
     try:
-        args.run(args)
+        with terminable():
+            args.run(args)
+            # here, where a full disk or a closed pipe is an error like others
+            sys.stdout.flush()
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            return 128 + signal.SIGPIPE
         if os.environ.get("MADFORMER_TRACEBACK") or not _is_for_the_user(error):
             raise
         print(f"madformer {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"madformer {args.command}: interrupted", file=sys.stderr)
+        return exit_status(stop)
     return 0
 
 

@@ -5,36 +5,24 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
-import os
-import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from madformer.choices import device_of, precision_of
-from madformer.seeds import check_seed
+from madformer.cli.process import exit_status
+from madformer.cli.sample_options import SCHEDULERS, SHARD_SIZE, add_options, check, texts_of, this_process
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from madformer.bulk import OutputFolder, Prompts
+    from madformer.bulk import OutputFolder, Settings
     from madformer.pipeline import MADFormerPipeline
 
 # What the released scripts decode with; the one download that sampling may make.
 RELEASED_VAE = "stabilityai/sd-vae-ft-mse"
-SCHEDULERS = {
-    "dpmpp": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-PRECISIONS = ("auto", "exact", "default", "fp8")
-BACKENDS = ("auto", "triton", "reference")
-FORMATS = ("png", "wds")
-SHARD_SIZE = 1000
-
 EXAMPLES = """examples:
   madformer sample --model assets/emoji64 --prompt "red apple" --guidance 3 --num-images 16 --grid samples/grid.png
   madformer sample --model runs/emoji64/model --num-images 100 --seed 7 --out samples/
@@ -57,83 +45,29 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", required=True, help="folder (or hub id) that save_pretrained or convert wrote")
-    add("--num-images", type=int, default=1, help="how many (default 1)")
-    add("--steps", type=int, default=25, help="denoising steps of every block (default 25)")
-    add("--seed", type=int, default=0, help="of the first image, from 0 to 2^63 - 1 (default 0)")
-    add("--batch-size", type=int, default=16, help="images at once (default 16)")
-    add("--refresh-every", type=int, default=1, metavar="K", help="run the diffusion layers in every K-th step alone")
-    add("--diffusion-layers", type=int, metavar="D", help="split of an elastic model (default: its own)")
-    add("--height", type=int, metavar="PIXELS", help="of the images (default: as trained; others are extrapolated)")
-    add("--width", type=int, metavar="PIXELS", help="likewise")
-    add("--scheduler", choices=SCHEDULERS, help="replace the model's own")
-    add("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
-    add("--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles (default 1024; 0 never)")
-    add("--precision", choices=PRECISIONS, default="auto", help="exact is fp32, default bf16; auto takes the faster")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--backend", choices=BACKENDS, default="auto", help="of the kernels; auto takes the best one here")
-    group = parser.add_argument_group("what to draw", "With several prompts or classes the images take them in turn.")
-    add = group.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="for a model with text; may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help="one prompt a line, in place of --prompt")
-    add("--class", action="append", dest="classes", metavar="NAME", help="name or number, for a model with classes")
-    add("--guidance", type=float, default=1.0, metavar="SCALE", help="classifier-free guidance; none up to 1 (default)")
-    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
-    add("--guidance-interval", type=_interval, metavar="LOW,HIGH", help="timesteps with guidance (default: all)")
-    add("--tokenizer", help="bytes, a folder or a hub id, in place of the model's own")
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--out", type=Path, help="folder for the images, named by their seeds; goes on where it stopped")
-    add("--overwrite", action="store_true", help="remove what an earlier run wrote to --out")
-    add("--format", choices=FORMATS, default="png", help="a file an image, or WebDataset tar shards (default png)")
-    add("--shard-size", type=int, help=f"images of a shard (default {SHARD_SIZE})")
-    add("--latents", action="store_true", help="write latents (.safetensors) to --out: needs no VAE")
-    add("--grid", type=Path, help="file for one PNG with all images")
-    add("--json", action="store_true", help="print one JSON object at the end and no progress bar")
-    add("--ray", type=int, nargs="?", const=0, metavar="N", help="on N actors of Ray Data (default: one a GPU)")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low = high = math.nan
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers with a comma between them")
-    return low, high
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which is to end a run as Ctrl-C does."""
-
-
 def run(args: argparse.Namespace) -> None:
-    _check(args)
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    check(args)
     try:
         _sample(args)
     except KeyboardInterrupt as stop:
-        if _process()[0] == 0:
+        if this_process()[0] == 0:
             again = "the same command" + (" without --overwrite" if args.overwrite else "")
             resume = f"; {again} goes on from what is in {args.out}" if args.out else ", nothing was written"
             print(f"madformer sample: interrupted{resume}", file=sys.stderr)
-        raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise SystemExit(exit_status(stop)) from None
 
 
 def _sample(args: argparse.Namespace) -> None:
     from madformer.bulk import OutputFolder, Prompts, Settings
     from madformer.engine.schedule import tabulate
+    from madformer.sheets import check_grid
 
     device = device_of(args.device, elsewhere=args.ray is not None)
-    texts = _texts(args)
+    texts = texts_of(args)
     if args.ray is not None:
         _make_absolute(args)
     pipeline = _load(args, "cpu" if args.ray is not None else device)
@@ -146,30 +80,27 @@ def _sample(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance,
         guidance_interval=args.guidance_interval,
     )
-    precision = precision_of(args.precision, device)
-    folder = None
-    if args.out:
-        shard_size = (args.shard_size or SHARD_SIZE) if args.format == "wds" else None
-        settings = Settings.of(
-            pipeline,
-            steps=args.steps,
-            precision=precision,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            latents=args.latents,
-            shard_size=shard_size,
-            prompts=prompts,
-            refresh_every=args.refresh_every,
-        )
-        folder = OutputFolder(args.out, settings, args.num_images)
+    settings = Settings.of(
+        pipeline,
+        steps=args.steps,
+        precision=precision_of(args.precision, device),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        latents=args.latents,
+        shard_size=(args.shard_size or SHARD_SIZE) if args.format == "wds" else None,
+        prompts=prompts,
+        refresh_every=args.refresh_every,
+    )
+    if args.grid:
+        check_grid(args.num_images, _rows(settings, args), *settings.recorded["size"])
     if args.ray is None:
-        _prepare(pipeline, args, precision)
-    if not args.json and _process()[0] == 0:
-        print(f"{args.model}: {_describe(pipeline, args, precision)}", file=sys.stderr)
-    if folder is not None:
-        _fill(folder, pipeline, args, device)
+        _prepare(pipeline, args, settings.precision)
+    if not args.json and this_process()[0] == 0:
+        print(f"{args.model}: {_describe(pipeline, args, settings.precision)}", file=sys.stderr)
+    if args.out:
+        _fill(OutputFolder(args.out, settings, args.num_images), pipeline, args, device)
     else:
-        _draw_grid(pipeline, prompts, args)
+        _draw_grid(pipeline, settings, args)
 
 
 def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Namespace, device: str) -> None:
@@ -177,10 +108,8 @@ def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Name
     from madformer import bulk
     from madformer.bulk import ray_data
 
-    rank, world_size = _process()
-    prompts = folder.settings.prompts
+    rank, world_size = this_process()
     with folder.opened(rank, world_size, overwrite=args.overwrite):
-        had_all = len(folder.present()) == args.num_images
         started = time.perf_counter()
         if args.ray is not None:
             load = functools.partial(_load_and_prepare, args, "cuda" if device.startswith("cuda") else device)
@@ -192,83 +121,30 @@ def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, args: argparse.Name
             drawn = bulk.draw_missing(pipeline, folder, rank=rank, world_size=world_size, progress=progress)
         seconds = time.perf_counter() - started
         completed = folder.finish()
-    if args.grid:
-        from PIL import Image
-
-        _save_grid([Image.open(folder.file(image)) for image in range(args.num_images)], prompts, args.grid)
-    if completed or (had_all and rank == 0):
-        _report(args, pipeline, prompts, folder.settings.precision, device, drawn, seconds)
+        if args.grid:
+            _save_grid(map(_read_picture, map(folder.file, range(args.num_images))), folder.settings, args)
+    if completed or (folder.had_all and rank == 0):
+        _report(args, pipeline, folder.settings, device, drawn, seconds)
 
 
-def _draw_grid(pipeline: MADFormerPipeline, prompts: Prompts, args: argparse.Namespace) -> None:
+def _draw_grid(pipeline: MADFormerPipeline, settings: Settings, args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    _save_grid(_pictures(pipeline, settings, args), settings, args)
+    seconds = time.perf_counter() - started
+    _report(args, pipeline, settings, str(pipeline.transformer.device), args.num_images, seconds)
+
+
+def _pictures(pipeline: MADFormerPipeline, settings: Settings, args: argparse.Namespace) -> Iterator[Image.Image]:
+    """Batch after batch, as they are asked for."""
     from tqdm import tqdm
 
-    images: list[Image.Image] = []
-    started = time.perf_counter()
     shown = args.num_images > args.batch_size and not args.json
     with tqdm(total=args.num_images, desc="sampling", unit="image", disable=not shown) as bar:
         for first in range(0, args.num_images, args.batch_size):
             batch = range(first, min(first + args.batch_size, args.num_images))
-            options = prompts.options(batch) | {"refresh_every": args.refresh_every}
-            images += pipeline(num_inference_steps=args.steps, seed=args.seed + first, **options).images
+            options = settings.prompts.options(batch) | {"refresh_every": args.refresh_every}
+            yield from pipeline(num_inference_steps=args.steps, seed=args.seed + first, **options).images
             bar.update(len(batch))
-    seconds = time.perf_counter() - started
-    _save_grid(images, prompts, args.grid)
-    device = str(pipeline.transformer.device)
-    _report(args, pipeline, prompts, precision_of(args.precision, device), device, args.num_images, seconds)
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Everything that can be wrong with the arguments, before minutes of work."""
-    at_least_one = ("num_images", "steps", "batch_size", "shard_size", "refresh_every")
-    for name, low in (*((name, 1) for name in at_least_one), ("ray", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
-    check_seed(args.seed, args.num_images)
-    several = _process()[1] > 1
-    refusals = {
-        "nothing to write: give --out FOLDER, --grid FILE, or both": not (args.out or args.grid),
-        "--latents writes to a folder: give --out": args.latents and not args.out,
-        "--latents gives no pictures: leave out --grid": args.latents and args.grid,
-        "--latents decodes nothing: leave out --vae-tile": args.latents and args.vae_tile is not None,
-        "--format wds writes to a folder: give --out": args.format == "wds" and not args.out,
-        "--format wds leaves no files for --grid to show": args.format == "wds" and args.grid,
-        "--shard-size is for --format wds": args.shard_size is not None and args.format != "wds",
-        "--overwrite is for --out": args.overwrite and not args.out,
-        "--ray writes to a folder: give --out": args.ray is not None and not args.out,
-        "--ray deals the work itself: run it without torchrun": args.ray is not None and several,
-        "--prompt and --prompts are two ways to say what to draw: give one": args.prompt and args.prompts,
-        "--negative-prompt is for --guidance": args.negative_prompt is not None and args.guidance <= 1,
-        "--guidance-interval is for --guidance": args.guidance_interval and args.guidance <= 1,
-        "several processes share a folder: give --out": several and not args.out,
-        "several processes have no pictures in common: leave out --grid": several and args.grid,
-        "several processes would remove each other's images: leave out --overwrite": several and args.overwrite,
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise ValueError(message)
-    from madformer.model.persistence import check_writable
-
-    for folder in filter(None, (args.out, args.grid and args.grid.parent)):
-        check_writable(folder)
-    if args.grid and args.grid.is_dir():
-        raise ValueError(f"--grid {args.grid} is a folder; it names a file")
-
-
-def _texts(args: argparse.Namespace) -> list[str]:
-    """The prompts; empty lines of a file are none."""
-    if not args.prompts:
-        return args.prompt or []
-    texts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not texts:
-        raise ValueError(f"--prompts {args.prompts} holds no prompt")
-    return texts
-
-
-def _process() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says; they share nothing but the folder."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
@@ -328,7 +204,7 @@ def _prepare(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: s
 
     pipeline.transformer = apply(pipeline.transformer, precision)
     pipeline.transformer.set_backend(args.backend)
-    alone = args.num_images <= args.batch_size and _process()[0] == 0
+    alone = args.num_images <= args.batch_size and this_process()[0] == 0
     pipeline.set_progress_bar_config(disable=args.json or not alone, desc="sampling", unit="step")
 
 
@@ -354,26 +230,42 @@ def _describe(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: 
     return f"{what} on {model.device}; layers: {layers}, denoise_step: {update}"
 
 
-def _save_grid(images: list[Image.Image], prompts: Prompts, file: Path) -> None:
-    """A square; where several prompts have several images, a row of each prompt's."""
-    from madformer.model.persistence import atomic_path
-    from madformer.pipeline import image_grid
+def _rows(settings: Settings, args: argparse.Namespace) -> int | None:
+    """Of a grid: a square, or a row of each prompt's where several have several images."""
+    different = settings.prompts.num_different
+    return different if 1 < different < args.num_images else None
 
-    rows = prompts.num_different if 1 < prompts.num_different < len(images) else None
-    with atomic_path(file) as path:
-        image_grid(images, rows).save(path, "PNG")
+
+def _read_picture(file: Path) -> Image.Image:
+    """In memory, its file closed again: there may be more of them than a process may open."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return picture.copy()
+
+
+def _save_grid(pictures: Iterable[Image.Image], settings: Settings, args: argparse.Namespace) -> None:
+    from madformer.bulk.records import png_text
+    from madformer.model.persistence import atomic_path
+    from madformer.sheets import grid_shape, image_grid
+
+    rows, columns = grid_shape(args.num_images, _rows(settings, args))
+    record = {**settings.record(range(args.num_images)), "rows": rows, "columns": columns}
+    grid = image_grid(pictures, _rows(settings, args), count=args.num_images)
+    with atomic_path(args.grid) as path:
+        grid.save(path, "PNG", pnginfo=png_text(record))
 
 
 def _report(
     args: argparse.Namespace,
     pipeline: MADFormerPipeline,
-    prompts: Prompts,
-    precision: str,
+    settings: Settings,
     device: str,
     drawn: int,
     seconds: float,
 ) -> None:
     """What is there, and what this process did for it."""
+    prompts = settings.prompts
     written = [str(path) for path in (args.out, args.grid) if path]
     each = seconds / drawn if drawn else None
     if args.json:
@@ -390,9 +282,10 @@ def _report(
             "guidance_interval": prompts.guidance_interval,
             "refresh_every": args.refresh_every,
             "scheduler": type(pipeline.scheduler).__name__,
-            "precision": precision,
+            "precision": settings.precision,
+            "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
             "device": device,
-            "world_size": _process()[1],
+            "world_size": this_process()[1],
             "num_drawn": drawn,
             "seconds": round(seconds, 3),
             "seconds_per_image": each and round(each, 4),
@@ -401,5 +294,5 @@ def _report(
         print(json.dumps(record))
     else:
         did = f"drew {drawn} in {seconds:.1f} s ({each:.2f} s an image)" if each else "all were there"
-        process = "this process " if drawn and _process()[1] > 1 else ""
+        process = "this process " if drawn and this_process()[1] > 1 else ""
         print(f"{args.num_images} images in {', '.join(written)}: {process}{did}")

@@ -51,8 +51,10 @@ def decode_text(data: bytes, name: str = "") -> str:
         return data.removeprefix(mark).decode(encoding)
     except UnicodeDecodeError as error:
         found = data[len(mark) + error.start : len(mark) + error.start + 1].hex()
+        line = data[len(mark) : len(mark) + error.start].decode(encoding, "ignore").count("\n") + 1
         raise ValueError(
-            f"{where}not {encoding.upper()} text: byte 0x{found} at {len(mark) + error.start} (save it as UTF-8)"
+            f"{where}not {encoding.upper()} text: byte 0x{found} at {len(mark) + error.start}, "
+            f"line {line} (save it as UTF-8)"
         ) from error
 
 

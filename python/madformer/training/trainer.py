@@ -26,7 +26,8 @@ from madformer.data import open_dataset
 from madformer.data.latents import LatentDataset, holds_latents
 from madformer.model import MADFormer
 from madformer.model.persistence import atomic_path
-from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler, image_grid
+from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.sheets import image_grid
 from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import RUN_CONFIG, TrainingConfig
