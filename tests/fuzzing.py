@@ -1,10 +1,11 @@
 """Damages picture files in ways that follow from a number, and says what a reader made of them.
 
-    python tests/fuzzing.py [--first 0] [--count 240000] [--per-process 2000]
+    python tests/fuzzing.py [--what pictures] [--first 0] [--count 240000] [--per-process 2000]
 
 Case ``i`` is the same wherever the same Pillow wrote the files that are damaged. Even cases break any byte of a file,
 chunk by chunk with the checksums mended or blindly: the reader may refuse it, in one line. Odd cases break the metadata
-alone: the reader must find the pixels of the sound file, turned as far as the EXIF still says so.
+alone: the reader must find the pixels of the sound file, turned as far as the EXIF still says so. ``--what shards``
+damages headers, members and indexes of tar shards, of images and of latents.
 
 Cases run in processes that may use 4 GiB and 30 s each, so that a crash, a hang and a flood of memory are seen. The
 last line on stdout is the metrics as JSON; exit status 1 where a case failed.
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from fuzz_seeds import png_chunk, sound_files
+from fuzz_shards import check_shard, make_shard, sound_shards
 from PIL import Image
 
 from madformer.data.images import UnreadableImageError, decode_image
@@ -77,12 +79,27 @@ def check_damaged_metadata(sound: bytes, damaged: bytes, orientation: int) -> st
     return "equal"
 
 
-def run_case(number: int) -> tuple[str, str]:
+Case = Callable[[int], tuple[str, str]]
+
+
+def run_shard(number: int) -> tuple[str, str]:
+    """Kind, and what became of case ``number`` of ``--what shards``."""
+    kind, data, index = make_shard(number, (_flip, _extreme, _truncate, _repeat, _remove, _insert))
+    try:
+        return kind, check_shard(kind, data, index)
+    except AssertionError as error:
+        return kind, f"failed: {error}"
+
+
+def run_picture(number: int) -> tuple[str, str]:
     """Format, and what became of case ``number``."""
     format_, data, sound, orientation = make_case(number)
-    if sound is None:
-        return format_, check_any_damage(data)
-    return format_, check_damaged_metadata(sound, data, orientation)
+    try:
+        if sound is None:
+            return format_, check_any_damage(data)
+        return format_, check_damaged_metadata(sound, data, orientation)
+    except AssertionError as error:
+        return format_, f"failed: {error}"
 
 
 def make_case(number: int) -> tuple[str, bytes, bytes | None, int]:
@@ -335,7 +352,7 @@ METADATA: dict[str, Callable[[bytes, bytes, random.Random], bytes]] = {
 }
 
 
-def _run_cases(numbers: range, report: Path, place: Any) -> None:
+def _run_cases(run: Case, numbers: range, report: Path, place: Any) -> None:
     """In a process of its own: what became of each case, as lines of JSON; ``place`` says which one is at work."""
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff's own messages
@@ -345,19 +362,17 @@ def _run_cases(numbers: range, report: Path, place: Any) -> None:
             place.write(struct.pack("<q", number))
             place.flush()
             signal.alarm(30)
-            try:
-                outcome: tuple[str, str] = run_case(number)
-            except AssertionError as error:
-                outcome = (make_case(number)[0], f"failed: {error}")
+            outcome = run(number)
             signal.alarm(0)
             lines.write(json.dumps((number, *outcome)) + "\n")
             lines.flush()
 
 
-def fuzz(numbers: range) -> list[tuple[int, str, str]]:
+def fuzz(numbers: range, run: Case = run_picture) -> list[tuple[int, str, str]]:
     """Number, format and outcome of every case, crashes and hangs among them."""
     done: list[tuple[int, str, str]] = []
     sound_files()
+    sound_shards()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         while numbers:
@@ -365,7 +380,7 @@ def fuzz(numbers: range) -> list[tuple[int, str, str]]:
                 process = os.fork()
                 if process == 0:
                     try:
-                        _run_cases(numbers, report, place)
+                        _run_cases(run, numbers, report, place)
                     finally:
                         os._exit(0)
                 _, status = os.waitpid(process, 0)
@@ -375,13 +390,14 @@ def fuzz(numbers: range) -> list[tuple[int, str, str]]:
                 place.seek(0)
                 (last,) = struct.unpack("<q", place.read(8))
             name = signal.Signals(os.WTERMSIG(status)).name
-            done.append((last, make_case(last)[0], f"failed: ended the process by {name}"))
+            done.append((last, "?", f"failed: ended the process by {name}"))
             numbers = range(last + 1, numbers.stop)
     return done
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=("pictures", "shards"), default="pictures", help="(default pictures)")
     parser.add_argument("--first", type=int, default=0, help="the first case (default 0)")
     parser.add_argument("--count", type=int, default=240_000, help="cases (default 240,000)")
     parser.add_argument("--per-process", type=int, default=2000, help="cases of a process (default 2000)")
@@ -389,7 +405,7 @@ def main() -> int:
     began, outcomes, failures, errors = time.monotonic(), Counter(), [], Counter()
     for first in range(args.first, args.first + args.count, args.per_process):
         numbers = range(first, min(first + args.per_process, args.first + args.count))
-        for number, format_, outcome in fuzz(numbers):
+        for number, format_, outcome in fuzz(numbers, run_picture if args.what == "pictures" else run_shard):
             kind, _, reason = outcome.partition(": ")
             outcomes[format_, kind] += 1
             errors[reason if kind == "refused" else ""] += 1

@@ -43,6 +43,14 @@ def test_a_few_hundred_mutated_files() -> None:
     assert {"read", "refused"} <= {outcome.partition(":")[0] for _, _, outcome in outcomes}
 
 
+def test_mutated_shards() -> None:
+    outcomes = fuzzing.fuzz(range(10**6, 10**6 + 120), fuzzing.run_shard)
+    assert [case for case in outcomes if case[2].startswith("failed")] == []
+    assert {(kind, outcome.partition(":")[0]) for _, kind, outcome in outcomes} == {
+        (kind, outcome) for kind in ("shards", "latents") for outcome in ("read", "refused")
+    }
+
+
 @pytest.mark.parametrize("kind", sorted(sound_files()))
 def test_sound_files_are_read_and_lose_nothing_with_their_metadata(kind: str) -> None:
     for data in sound_files()[kind]:
