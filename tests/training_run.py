@@ -56,7 +56,8 @@ def stop_after(trainer: Trainer, step: int) -> None:
 
     def stopping(batches: Any) -> dict[str, torch.Tensor]:
         record = train_step(batches)
-        trainer._stop = trainer.step == step
+        if trainer.step == step:
+            trainer.stop()
         return record
 
     trainer._train_step = stopping  # type: ignore[method-assign]

@@ -73,9 +73,13 @@ def run(args: argparse.Namespace) -> None:
     from madformer.training.trainer import Trainer
 
     try:
-        Trainer(config, args.out, resume=args.resume).run()
+        trainer = Trainer(config, args.out, resume=args.resume)
+        trainer.run()
     finally:
         leave()
+    if trainer.stopped_by:
+        # as the shell has it for a process that a signal ended
+        raise SystemExit(128 + trainer.stopped_by)
 
 
 def _base(args: argparse.Namespace) -> TrainingConfig:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +40,49 @@ def check_writable(folder: str | Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends without an error.
 
+    Until then it is locked, so that :func:`remove_leftovers` can tell it from what a killed process left.
+
     Raises:
         OSError: the folder cannot be made or written; the message names it.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = _locked_temporary(path)
     except OSError as error:
         raise OSError(f"cannot write to {path.parent}: {error.strerror}") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        # what writes through an open file does not know its name
+        if error.filename is None and error.strerror is not None:
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if handle in _held:
+            temporary.unlink(missing_ok=True)
+        _release(handle)
+
+
+def remove_leftovers(folder: str | Path, *names: str) -> None:
+    """Remove what :func:`atomic_path` had begun for processes that are no more.
+
+    Args:
+        folder: with all that is in it. names: patterns of the files' names there, as ``fnmatch`` has them.
+    """
+    import fcntl
+
+    for path in Path(folder).glob("**/.*"):
+        begun = _TEMPORARY.fullmatch(path.name)
+        if begun is None or path.is_dir() or not any(fnmatchcase(begun[1], name) for name in names):
+            continue
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 @contextmanager
@@ -65,12 +94,61 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """
     import fcntl  # Unix has it; nothing else here needs Unix
 
-    with path.open("w") as file:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(handle)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise OSError(f"another process is filling {path.parent}") from error
+        except OSError as error:
+            raise OSError(f"cannot lock {path}: {error.strerror}") from error
         yield
+    finally:
+        _release(handle)
+
+
+def check_unlocked(path: Path) -> None:
+    """Raise what :func:`locked` would without waiting; nothing is held or made."""
+    if path.exists():
+        with locked(path, wait=False):
+            pass
+
+
+# how `atomic_path` names what it has not finished: with eight characters of `tempfile`'s
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+_held: set[int] = set()
+
+
+def _release(handle: int) -> None:
+    if handle in _held:
+        _held.remove(handle)
+        os.close(handle)
+
+
+def _release_all() -> None:
+    for handle in list(_held):
+        _release(handle)
+
+
+# a lock belongs to every process that inherits its file: a loader's worker would hold it for a run that was killed
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_all)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    import fcntl
+
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _held.add(handle)
+        # a file system without locks: then nothing is taken for a leftover, either
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        # `remove_leftovers` of another process came between
+        _release(handle)
 
 
 def umask() -> int:

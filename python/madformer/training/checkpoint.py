@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -84,6 +85,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The inverse: of a checkpoint's path."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
@@ -103,21 +111,14 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: Future[Any] | None = None
         self._target: Path | None = None
-        if is_first:
-            for left_over in folder.glob(".step-*"):
-                shutil.rmtree(left_over, ignore_errors=True)
 
     def paths(self) -> list[Path]:
         """Those that are whole, oldest first."""
         return whole_checkpoints(self.folder)
 
     def save(self, state: RunState) -> None:
-        """Copy the state, and write the copy while the run goes on; waits for the write before this one.
-
-        Raises:
-            OSError: that one failed.
-        """
-        self.finish()
+        """Copy the state, and write the copy while the run goes on; the write before this one has to be finished."""
+        assert self._pending is None
         path = self.folder / checkpoint_name(state.step)
         written = dcp.async_save(state.state_dict(), checkpoint_id=self._hidden(path), process_group=self.group)
         assert isinstance(written, Future)
@@ -135,9 +136,17 @@ class Checkpoints:
         try:
             self._pending.result()
         except (Exception, CheckpointException) as error:
+            assert self._target is not None
+            if self.is_first:
+                shutil.rmtree(self._hidden(self._target), ignore_errors=True)
             raise OSError(f"cannot write {self._target}: {_one_line(error)}") from error
         finally:
             self._pending = None
+
+    def abandon(self) -> None:
+        """Wait as well, where it no longer matters whether it could be written."""
+        with contextlib.suppress(OSError):
+            self.finish()
 
     def _hidden(self, path: Path) -> Path:
         return path.with_name(f".{path.name}")
@@ -164,4 +173,7 @@ class Checkpoints:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        # a traceback for every process
+        error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200]

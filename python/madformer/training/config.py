@@ -24,6 +24,13 @@ NOT_NEGATIVE = (
     "clean_loss_weight", "text_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps",
     "num_threads", "shard_group",
 )  # fmt: skip
+# A run that is resumed may have other values here. The rest says what it learns from, in which order, and how.
+MAY_CHANGE = (
+    "steps", "accumulation_steps", "cache_latents", "num_workers", "max_bad_fraction", "explosion", "max_skipped_steps",
+    "parallel", "shard_group", "precision", "compile", "activation_checkpointing", "backend", "attention_backend",
+    "device", "num_threads", "log_every", "save_every", "keep_checkpoints", "sample_every", "sample_images",
+    "sample_steps", "sample_guidance", "tensorboard", "wandb", "profile_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

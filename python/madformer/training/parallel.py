@@ -50,9 +50,32 @@ class World:
             values /= self.size
         return values
 
-    def barrier(self) -> None:
+    def largest(self, values: Tensor) -> Tensor:
+        """Over all processes; in place."""
         if self.size > 1:
-            dist.barrier()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what a process may refuse by itself, with no exchange in it: where one raises, all end.
+
+        One says why; the others end with status 1.
+        """
+        raised: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            raised = error
+        if self.size == 1:
+            return
+        first = self.largest(torch.tensor(self.size - self.rank if raised else 0)).item()
+        if raised is not None and first == self.size - self.rank:
+            raise raised
+        if first:
+            raise SystemExit(1)
 
 
 def join(config: TrainingConfig) -> World:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,12 +72,18 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def open_sinks(config: TrainingConfig, folder: Path) -> list[Sink]:
-    """Those that the configuration asks for.
+def check_sinks(config: TrainingConfig) -> None:
+    """Whether what the configuration asks for is installed.
 
     Raises:
-        ImportError: W&B was named and is not installed. TensorBoard, which is on by default, is left out with a line.
+        ImportError: W&B was named and is not. TensorBoard, which is on by default, is left out with a line.
     """
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ImportError(f"wandb={config.wandb!r} needs the package: pip install wandb")
+
+
+def open_sinks(config: TrainingConfig, folder: Path) -> list[Sink]:
+    """Those that the configuration asks for and that are installed."""
     sinks: list[Sink] = []
     if config.tensorboard:
         try:
@@ -82,10 +91,7 @@ def open_sinks(config: TrainingConfig, folder: Path) -> list[Sink]:
         except ImportError:
             logger.warning("no event files: pip install tensorboard, or --no-tensorboard")
     if config.wandb:
-        try:
-            sinks.append(WeightsAndBiases(config, folder))
-        except ImportError as error:
-            raise ImportError(f"wandb={config.wandb!r} needs the package: pip install wandb") from error
+        sinks.append(WeightsAndBiases(config, folder))
     return sinks
 
 
@@ -123,25 +129,29 @@ class Reporter:
         }
         if device.type == "cuda":
             record["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        self.stream.write(json.dumps({"step": step, **record}) + "\n")
+        with _naming(self.file):
+            self.stream.write(json.dumps({"step": step, **record}) + "\n")
         self.bar.update(step - self.bar.n)
         shown = {name: record[name] for name in ("loss", "image", "hidden", "images_per_second") if name in record}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()} | {"mfu": f"{record['mfu']:.1%}"})
         for sink in self.sinks:
-            sink.numbers(step, record)
+            with _naming(self.folder):
+                sink.numbers(step, record)
         self.begun, self.begun_at = time.perf_counter(), step
 
     def picture(self, step: int, image: Image.Image) -> None:
         with atomic_path(self.folder / "samples" / f"step-{step:08d}.png") as path:
             image.save(path, "PNG")
         for sink in self.sinks:
-            sink.picture(step, image)
+            with _naming(self.folder):
+                sink.picture(step, image)
 
     def close(self) -> None:
-        self.bar.close()
-        self.stream.close()
-        for sink in self.sinks:
-            sink.close()
+        with _naming(self.folder), contextlib.ExitStack() as closing:
+            for sink in self.sinks:
+                closing.callback(sink.close)
+            closing.callback(self.stream.close)
+            closing.callback(self.bar.close)
 
     def _forget_after(self, step: int) -> None:
         """Drop what a killed run reported beyond the checkpoint that this one goes on from, and a half-written line."""
@@ -150,6 +160,15 @@ class Reporter:
         lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
         with atomic_path(self.file) as path:
             path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What writes through an open file does not know its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _step_of(line: str) -> float:

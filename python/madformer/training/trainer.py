@@ -7,9 +7,7 @@ unbroken one would have drawn, whatever number of processes it has now.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,18 +23,19 @@ from madformer.benchmark.timing import matmul_rate
 from madformer.data import open_dataset
 from madformer.data.latents import LatentDataset, holds_latents
 from madformer.model import MADFormer
-from madformer.model.persistence import atomic_path
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
 from madformer.sheets import image_grid
 from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
-from madformer.training.config import RUN_CONFIG, TrainingConfig
+from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
 from madformer.training.data import Batch, BatchStream, Conditioning, cache_latents, check_data, draw_split
+from madformer.training.folder import RunFolder
 from madformer.training.losses import training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
-from madformer.training.reporting import Reporter
+from madformer.training.reporting import Reporter, check_sinks
+from madformer.training.stopping import Ending
 from madformer.vae import load_vae
 
 logger = logging.getLogger("madformer.training")
@@ -51,9 +50,15 @@ class Trainer:
     ``metrics.jsonl``, ``samples/``, ``tensorboard/``, ``checkpoints/`` (to resume from) and ``model/``: a pipeline with
     the averaged weights, ready to sample from, renewed with every checkpoint.
 
+    Nothing in the folder is made or changed before :meth:`run` has the data of its first step: whatever is refused
+    leaves it as it was.
+
     Args:
         resume: go on from the newest checkpoint in the folder, if there is one. Without it a folder that already
             holds a run is refused.
+
+    Attributes:
+        stopped_by: number of the signal that ended the last :meth:`run` before its last step, or 0.
 
     Raises:
         ValueError, OSError: see the message.
@@ -63,20 +68,22 @@ class Trainer:
         self.config, self.folder = config, Path(folder)
         self.world = join(config)
         self.device = self.world.device
+        self.run_folder = RunFolder(folder)
+        with self.world.together():
+            if self.world.is_first:
+                self.run_folder.check_free()
+            newest = self.run_folder.check(config, resume=resume)
+            check_sinks(config)
+            if config.num_threads:
+                torch.set_num_threads(config.num_threads)
+            self.vae = load_vae(config.vae, self.device)
+            self.data = self._open_data()
+            check_data(self.data, self.vae, config.model, config.flip)
+            self.conditioning = Conditioning(
+                self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
+            )
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.keep_checkpoints, is_first=self.world.is_first
-        )
-        self.world.barrier()
-        found = self.checkpoints.paths()
-        if found and not resume:
-            raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
-        self.vae = load_vae(config.vae, self.device)
-        self.data = self._open_data()
-        check_data(self.data, self.vae, config.model, config.flip)
-        self.conditioning = Conditioning(
-            self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
+            self.run_folder.checkpoints, config.keep_checkpoints, is_first=self.world.is_first
         )
         self.costs, self.weights = costs_of(config), loss_weights(config)
         self.model, self.wrapped = make_model(config, self.world, self.costs.unread)
@@ -92,10 +99,10 @@ class Trainer:
         self.guard = StepGuard(self.optimizer, self.device, config.explosion)
         self.state = RunState(self.model, self.averages, self.optimizer, self.guard)
         self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type, **config.noise_options())
-        self._stop = False
-        self._describe()
-        if found:
-            self.state.load(found[-1])
+        if newest is not None:
+            self.state.load(newest)
+        self._saved = self.step
+        self._ending, self.stopped_by = Ending(), 0
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
@@ -123,24 +130,65 @@ class Trainer:
         check_tokenizer(tokenizer, text)
         return tokenizer
 
-    def _describe(self) -> None:
-        """Say in the folder what the run is."""
-        if not self.world.is_first:
-            return
-        with atomic_path(self.folder / RUN_CONFIG) as path:
-            path.write_text(self.config.to_json())
-        described = environment("train", self.device, PACKAGES) | {"processes": self.world.size}
-        with atomic_path(self.folder / "environment.json") as path:
-            path.write_text(json.dumps(described, indent=2) + "\n")
-
     def run(self) -> None:
-        """Train to the last step. SIGTERM and SIGINT save a checkpoint and end the run in good order.
+        """Train to the last step.
+
+        SIGTERM, SIGINT and :meth:`stop` save a checkpoint and end the run in good order, and so does a loader that can
+        give no more data: its error follows the checkpoint. A second signal ends the process at once. Nothing is
+        written before the first step has its data.
 
         Raises:
             ValueError: too many steps in a row were skipped, or images unreadable.
+            OSError: another process is training into the folder, what it should hold cannot be written, or a loader's
+                process was killed. The last good checkpoint is there.
         """
+        with contextlib.ExitStack() as held:
+            try:
+                self._run(held)
+            finally:
+                self.stopped_by = self._ending.signal if self.step < self.config.steps else 0
+                self._ending = Ending()
+
+    def _run(self, held: contextlib.ExitStack) -> None:
+        config, ending = self.config, self._ending
+        batches = self._batches()
+        held.callback(batches.close)
+        held.enter_context(ending.listening())
+        fetched = self._fetch(batches) if self.step < config.steps else []
+        if ending.agreed(self.world):
+            ending.settle()
+            return
+        reporter = self._open_folder(held)
+        record: dict[str, Tensor] = {}
+        with self._attention(), self._profiler() as end_of_step:
+            while self.step < config.steps and not ending.agreed(self.world):
+                record = self._train_step(iter(fetched))
+                last = self.step == config.steps
+                if last or self.step % config.log_every == 0:
+                    self._report(record, reporter)
+                    record = {}
+                if last or self.step % config.save_every == 0:
+                    self._pausing(reporter, self.save)
+                if config.sample_every and (last or self.step % config.sample_every == 0):
+                    self._pausing(reporter, lambda: self._draw(reporter))
+                end_of_step()
+                if not last and not ending.asked:
+                    fetched = self._fetch(batches)
+        if record:
+            self._report(record, reporter)
+        if self.step != self._saved:
+            self._pausing(reporter, self.save)
+        with self.world.together():
+            self.checkpoints.finish()
+        ending.settle()
+
+    def stop(self) -> None:
+        """Ask a run, from any thread, to end after its step as it does on SIGTERM."""
+        self._ending.asked = True
+
+    def _batches(self) -> BatchStream:
         config, world = self.config, self.world
-        batches = BatchStream(
+        return BatchStream(
             self.data,
             self.vae,
             config=config.model,
@@ -156,25 +204,26 @@ class Trainer:
             conditioning=self.conditioning,
             order=config.data_order,
         )
-        reporter = self._reporter() if world.is_first else None
+
+    def _fetch(self, batches: BatchStream) -> list[Batch]:
+        """The micro-batches of the next step; none where they cannot be had, which is then the run's failure."""
         try:
-            with self._stopping_in_good_order(), self._attention(), self._profiler() as end_of_step:
-                while self.step < config.steps and not self._stop:
-                    record = self._train_step(batches)
-                    self._stop = self._any(self._stop)
-                    last = self.step == config.steps or self._stop
-                    if last or self.step % config.log_every == 0:
-                        self._report(record, reporter)
-                    if last or self.step % config.save_every == 0:
-                        self._pausing(reporter, self.save)
-                    if config.sample_every and (self.step == config.steps or self.step % config.sample_every == 0):
-                        self._pausing(reporter, lambda: self._draw(reporter))
-                    end_of_step()
-            self.checkpoints.finish()
-        finally:
-            batches.close()
-            if reporter is not None:
-                reporter.close()
+            return [next(batches) for _ in range(self.config.accumulation_steps)]
+        except (ValueError, OSError) as error:
+            self._ending.failure = error
+            return []
+
+    def _open_folder(self, held: contextlib.ExitStack) -> Reporter | None:
+        """Hold the folder until the run ends, and say in it what the run is."""
+        reporter = None
+        with self.world.together():
+            if self.world.is_first:
+                described = environment("train", self.device, PACKAGES) | {"processes": self.world.size}
+                held.enter_context(self.run_folder.opened(self.config, described, self.step))
+                reporter = self._reporter()
+                held.callback(reporter.close)
+        held.callback(self.checkpoints.abandon)
+        return reporter
 
     def _train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step; gives the losses of this process's samples, on the device."""
@@ -215,11 +264,12 @@ class Trainer:
         """The one place in a step that waits for the device."""
         values = self.world.mean(torch.stack(list(record.values())))
         skipped, in_a_row = int(self.guard.skipped), int(self.guard.in_a_row)
-        if reporter is not None:
-            named = dict(zip(record, values.tolist(), strict=True))
-            named |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": skipped}
-            named["unreadable_images"] = getattr(self.data, "num_bad", 0)
-            reporter.numbers(self.step, named, self.device)
+        with self.world.together():
+            if reporter is not None:
+                named = dict(zip(record, values.tolist(), strict=True))
+                named |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": skipped}
+                named["unreadable_images"] = getattr(self.data, "num_bad", 0)
+                reporter.numbers(self.step, named, self.device)
         if in_a_row > self.config.max_skipped_steps:
             newest = self.checkpoints.paths()
             raise ValueError(
@@ -231,10 +281,14 @@ class Trainer:
         """Write a checkpoint behind the next steps, and renew ``model/``. Nothing while steps are being skipped."""
         if int(self.guard.in_a_row):
             return
+        with self.world.together():
+            self.checkpoints.finish()
         self.checkpoints.save(self.state)
+        self._saved = self.step
         pipeline = self.pipeline()
-        if self.world.is_first:
-            pipeline.save_pretrained(self.folder / "model")
+        with self.world.together():
+            if self.world.is_first:
+                pipeline.save_pretrained(self.folder / "model")
 
     def pipeline(self, decay: float | None = None) -> MADFormerPipeline:
         """The averaged weights (the first decay's, unless named), ready to sample; every process must call this."""
@@ -251,8 +305,11 @@ class Trainer:
 
     def _draw(self, reporter: Reporter | None) -> None:
         pipeline = self.pipeline()
-        if reporter is None:
-            return
+        with self.world.together():
+            if reporter is not None:
+                self._draw_grid(pipeline, reporter)
+
+    def _draw_grid(self, pipeline: MADFormerPipeline, reporter: Reporter) -> None:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.to(default_dtype(self.device))
         count, told = self.config.sample_images, self._told()
@@ -285,25 +342,6 @@ class Trainer:
         work()
         if reporter is not None:
             reporter.pause(time.perf_counter() - started)
-
-    @contextlib.contextmanager
-    def _stopping_in_good_order(self) -> Iterator[None]:
-        def request(*_: Any) -> None:
-            self._stop = True
-
-        handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def _any(self, stop: bool) -> bool:
-        """Whether any process was told to stop: they stop at the same step."""
-        if self.world.size == 1:
-            return stop
-        # between processors: the devices are not waited for
-        return bool(self.world.mean(torch.tensor(float(stop))))
 
     def _attention(self) -> contextlib.AbstractContextManager[Any]:
         # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward. At 1,152 it is not.

@@ -1,0 +1,155 @@
+"""A run's folder: whom it belongs to, what it is of, and that nothing in it changes before a run has been accepted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from madformer.model.persistence import atomic_path, check_unlocked, locked, remove_leftovers
+from madformer.training.checkpoint import step_of, whole_checkpoints
+from madformer.training.config import MAY_CHANGE, RUN_CONFIG, TrainingConfig
+
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
+# what `atomic_path` writes into a run's folder, wherever in it
+WRITTEN = (RUN_CONFIG, ENVIRONMENT, "metrics.jsonl", "*.json", "*.safetensors", "step-*.png")
+
+
+class RunFolder:
+    """The folder of one run. Making one touches nothing, nor does :meth:`check`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def check_free(self) -> None:
+        """Raise ``OSError`` where another process is training into it."""
+        check_unlocked(self.path / LOCK)
+
+    def check(self, config: TrainingConfig, *, resume: bool) -> Path | None:
+        """The checkpoint that a run goes on from, if it does.
+
+        Raises:
+            ValueError: the folder is of a run that is not to be resumed, or that differs in more than
+                :data:`~madformer.training.config.MAY_CHANGE`; the message names the first field and both values. Or it
+                is of something else.
+            OSError: it cannot be written.
+        """
+        check_can_be_made(self.path)
+        found = whole_checkpoints(self.checkpoints)
+        if found and not resume:
+            raise ValueError(f"{self.path} already holds a run; resume it, or choose another folder")
+        if not (self.path / RUN_CONFIG).exists():
+            return found[-1] if found else None
+        stored = TrainingConfig.of_run(self.path)
+        if not found:
+            # what ended before its first checkpoint binds nobody
+            return None
+        if difference := difference_of(stored, config):
+            raise ValueError(
+                f"{self.path} is of a run with {difference}: resume it as it was, or choose another folder"
+            )
+        if config.steps < (step := step_of(found[-1])):
+            raise ValueError(f"steps={config.steps} is less than the {step} that {self.path} has come to")
+        return found[-1]
+
+    @contextlib.contextmanager
+    def opened(self, config: TrainingConfig, described: dict[str, Any], step: int) -> Iterator[None]:
+        """Hold the folder for a run that has been accepted: write what it is, and clear away what a kill left.
+
+        Args:
+            described: what ``environment.json`` is to say. step: that the run goes on from.
+
+        Raises:
+            OSError: another process is at work in it or has been meanwhile, or it cannot be written. Then nothing in it
+                has changed, and a new folder is not there.
+        """
+        lock = self.path / LOCK
+        with contextlib.ExitStack() as undo:
+            for folder in make_folders(self.path):
+                undo.callback(_remove_empty, folder)
+            is_new = not lock.exists()
+            with locked(lock, wait=False):
+                with contextlib.ExitStack() as undo_lock:
+                    if is_new:
+                        undo_lock.callback(lock.unlink)
+                    self._take(config, described, step)
+                    undo_lock.pop_all()
+                undo.pop_all()
+                yield
+
+    def _take(self, config: TrainingConfig, described: dict[str, Any], step: int) -> None:
+        newest = max(map(step_of, whole_checkpoints(self.checkpoints)), default=0)
+        if newest > step:
+            raise OSError(f"{self.path} has come to step {newest} meanwhile: another process went on with it")
+        self._describe(config, described)
+        for left_over in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        remove_leftovers(self.path, *WRITTEN)
+
+    def _describe(self, config: TrainingConfig, described: dict[str, Any]) -> None:
+        # both are written before either is renamed
+        with atomic_path(self.path / RUN_CONFIG) as run, atomic_path(self.path / ENVIRONMENT) as environment:
+            run.write_text(config.to_json(), encoding="utf-8")
+            environment.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def difference_of(stored: TrainingConfig, given: TrainingConfig) -> str | None:
+    """The first field that must not change and does, as ``name=its value, not ours``; or None."""
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name in (*MAY_CHANGE, "model"):
+            continue
+        theirs, ours = getattr(stored, field.name), getattr(given, field.name)
+        if theirs != ours:
+            return f"{field.name}={theirs!r}, not {ours!r}"
+    theirs, ours = stored.model.to_dict(), given.model.to_dict()
+    return _first_difference(theirs, ours, "model.")
+
+
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> str | None:
+    for name in ours:
+        if theirs[name] == ours[name]:
+            continue
+        if isinstance(theirs[name], dict) and isinstance(ours[name], dict):
+            return _first_difference(theirs[name], ours[name], f"{prefix}{name}.")
+        return f"{prefix}{name}={theirs[name]!r}, not {ours[name]!r}"
+    return None
+
+
+def check_can_be_made(folder: Path) -> None:
+    """Raise ``OSError`` where a folder is none, or cannot be made or written, without trying it."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {folder}: {there} is read-only for this user")
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those that it lies in; gives those that were not there, outermost first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+    return missing[::-1]
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
