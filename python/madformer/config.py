@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
+
+from madformer.objects import check_types, from_object, parse_object, read_object
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
@@ -43,7 +44,7 @@ class UNetConfig:
     time_embed_dim: int = 128
 
     def __post_init__(self) -> None:
-        _check_types(self, "unet.")
+        check_types(self, "unet.")
         levels = len(self.block_out_channels)
         _require(levels >= 1, f"unet.block_out_channels={self.block_out_channels} must name at least one level")
         for name in ("layers_per_block", "attention"):
@@ -90,7 +91,7 @@ class TextConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        _check_types(self, "text.")
+        check_types(self, "text.")
         for name in ("vocab_size", "length"):
             _require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
         _require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
@@ -161,7 +162,7 @@ class MADFormerConfig(Mapping[str, Any]):
     square_blocks: bool = True
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
+        check_types(self)
         for own in dataclasses.fields(self):
             value, low = getattr(self, own.name), 0 if own.name in ("num_classes", "rope_base") else 1
             if own.type == "int":
@@ -384,8 +385,7 @@ class MADFormerConfig(Mapping[str, Any]):
         names = (*FOREIGN, *(marked if isinstance(marked, list) else ()))
         notes = {name: values[name] for name in names if name in values}
         values = {key: value for key, value in values.items() if not key.startswith("_") and key not in notes}
-        parts = {"unet": values.pop("unet", {}), "text": values.pop("text", None)}
-        config = _build(cls, {**values, **{name: _part(name, value) for name, value in parts.items()}}, "")
+        config = from_object(cls, values)
         return config.register(**notes) if notes else config
 
     def to_json(self) -> str:
@@ -394,13 +394,14 @@ class MADFormerConfig(Mapping[str, Any]):
     @classmethod
     def from_json(cls, text: str) -> MADFormerConfig:
         """Inverse of :meth:`to_json`; raises ``ValueError`` for text that is no such JSON."""
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_object(text))
 
     @classmethod
     def from_file(cls, path: str | Path) -> MADFormerConfig:
         """Read ``config.json``; the error message names the file."""
+        values = read_object(path)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -423,58 +424,6 @@ def _rows_and_columns(shape: tuple[int, ...], count: int) -> tuple[int, int]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _part(name: str, value: Any) -> Any:
-    """The U-Net's or the text's configuration, of JSON."""
-    cls = {"unet": UNetConfig, "text": TextConfig}[name]
-    if value is None or isinstance(value, cls):
-        return value
-    _require(isinstance(value, Mapping), f"{name}={value!r} must be an object with fields")
-    return _build(cls, value, f"{name}.")
-
-
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    known = dataclasses.fields(cls)
-    unknown = sorted(set(values) - {own.name for own in known})
-    _require(not unknown, f"unknown configuration field {', '.join(prefix + key for key in unknown)}")
-    needed = (own.name for own in known if {own.default, own.default_factory} == {dataclasses.MISSING})
-    missing = [prefix + name for name in needed if name not in values]
-    _require(not missing, f"configuration field {', '.join(missing)} is missing")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _check_types(config: Any, prefix: str) -> None:
-    """Raises ``ValueError`` for a field that is not of the kind that its annotation names."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is ClassVar:
-            continue
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            listed = ", ".join(map(repr, get_args(hint)))
-            _require(value in get_args(hint), f"{prefix}{name}={value!r} must be one of {listed}")
-        else:
-            _require(_is_a(value, hint), f"{prefix}{name}={value!r} must be {_kind(hint)}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_is_a(value, choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(entry, get_args(hint)[0]) for entry in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _kind(hint: Any) -> str:
-    """What a field of this annotation holds, in words."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_kind(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        return {int: "whole numbers", bool: "truth values"}[get_args(hint)[0]]
-    names = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
-    return names.get(hint, "an object with fields")
 
 
 def ffhq1024() -> MADFormerConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -32,9 +34,7 @@ def fetch_batches(
 
     Raises:
         ValueError, OSError: as ``fetch`` raised it; a ``DataLoader`` would put the worker's traceback in its message.
-        ChildProcessError: one of the processes was killed, by the system for want of memory, say. Where that happens
-            while the user of the batches is at work, PyTorch's signal handler raises ``RuntimeError`` there;
-            :func:`lost_worker` tells it from others.
+        ChildProcessError: one of the processes was killed, by the system for want of memory, say.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Fetching(fetch),
@@ -64,7 +64,8 @@ def lost_worker(error: RuntimeError) -> ChildProcessError | None:
 
 
 def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    batches = iter(loader)
+    with _deaf_to_children():
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)
@@ -73,6 +74,22 @@ def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
         except RuntimeError as error:
             raise lost_worker(error) or error from error
         yield batch
+
+
+@contextlib.contextmanager
+def _deaf_to_children() -> Iterator[None]:
+    """Keep a ``DataLoader`` from raising wherever the program is when a worker dies: within an optimiser's step, say.
+
+    It finds out as well, within seconds, when it is asked for a batch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 class _Fetching(Dataset[Batch], Generic[Item, Batch]):

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from madformer import config as model_presets
 from madformer.config import MADFormerConfig
+from madformer.objects import check_types, from_object, read_object
 from madformer.seeds import check_seed
 
 RUN_CONFIG = "config.json"
@@ -144,10 +145,7 @@ class TrainingConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if isinstance(value, str) and choices and value not in choices:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        check_types(self)
         for names, low in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
             for name in names:
                 if not getattr(self, name) >= low:
@@ -198,7 +196,11 @@ class TrainingConfig:
         file = Path(folder) / RUN_CONFIG
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no run: no {RUN_CONFIG}")
-        return cls.from_dict(json.loads(file.read_text()))
+        values = read_object(file)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file} is of no run of this version: {error}") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
@@ -207,11 +209,9 @@ class TrainingConfig:
         Raises:
             ValueError: a field that this version does not have.
         """
-        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"a training configuration has no field {', '.join(sorted(unknown))}")
-        model, decays = MADFormerConfig.from_dict(values["model"]), tuple(values.get("ema_decays", (0.9999,)))
-        return cls(**{**values, "model": model, "ema_decays": decays})
+        if "model" not in values:
+            raise ValueError("configuration field model is missing")
+        return from_object(cls, values)
 
 
 def ffhq1024() -> TrainingConfig:

@@ -154,13 +154,15 @@ class Trainer:
         batches = self._batches()
         held.callback(batches.close)
         held.enter_context(ending.listening())
+        # around the first images' encoding, too: the autoencoder attends
+        held.enter_context(self._attention())
         fetched = self._fetch(batches) if self.step < config.steps else []
         if ending.agreed(self.world):
             ending.settle()
             return
         reporter = self._open_folder(held)
         record: dict[str, Tensor] = {}
-        with self._attention(), self._profiler() as end_of_step:
+        with self._profiler() as end_of_step:
             while self.step < config.steps and not ending.agreed(self.world):
                 record = self._train_step(iter(fetched))
                 last = self.step == config.steps
