@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,11 @@ def unbroken(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("unbroken")
     Trainer(config, folder).run()
     return folder
+
+
+@pytest.fixture
+def stopped(unbroken: Path, tmp_path: Path) -> Path:
+    """A run that has come to step 4 of 6."""
+    run = shutil.copytree(unbroken, tmp_path / "stopped")
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    return run

@@ -38,14 +38,6 @@ def unchanged(folder: Path) -> Iterator[None]:
     assert contents(folder) == before
 
 
-@pytest.fixture
-def stopped(unbroken: Path, tmp_path: Path) -> Path:
-    """A run that has come to step 4 of 6."""
-    run = shutil.copytree(unbroken, tmp_path / "stopped")
-    shutil.rmtree(run / "checkpoints" / "step-00000006")
-    return run
-
-
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [

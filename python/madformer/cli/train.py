@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from madformer.training.config import TrainingConfig
 
 EXAMPLES = """examples:
+  madformer train tiny --data photos --out runs/photos --steps 200
   madformer train emoji64 --out runs/emoji64
-  madformer train emoji64 --out runs/emoji64 --resume
+  madformer train --resume --out runs/emoji64
   madformer train ffhq1024 --dry-run
   torchrun --no-python --nproc-per-node 8 madformer train ffhq1024 --data LATENTS --parallel fsdp --out runs/ffhq
   madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("preset", nargs="?", help="emoji64, ffhq1024 or imagenet256")
+    parser.add_argument("preset", nargs="?", help="tiny, emoji64, ffhq1024 or imagenet256")
     parser.add_argument(
         "--released-config",
         type=Path,
@@ -47,7 +48,11 @@ def add_parser(commands: Any) -> None:
         "--released-model-config", type=Path, metavar="FILE", help="the JSON file that its MODEL_CONFIG_PATH stands for"
     )
     parser.add_argument("--out", type=Path, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in the folder; without a preset as its config.json says",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and operations, and stop")
     _add_fields(parser.add_argument_group("run (default: the preset's)"), _training_fields(), "")
     _add_fields(parser.add_argument_group("model (default: the preset's)"), _model_fields(), "model.")
@@ -73,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     from madformer.training.trainer import Trainer
 
     try:
-        trainer = Trainer(config, args.out, resume=args.resume)
+        # a released configuration says all of it, and so does that of a run
+        trainer = Trainer(config, args.out, resume=args.resume, given=given if args.preset else None)
         trainer.run()
     finally:
         leave()
@@ -87,6 +93,8 @@ def _base(args: argparse.Namespace) -> TrainingConfig:
     from madformer.compat.released_config import read_released_config
     from madformer.training.config import PRESETS, TrainingConfig
 
+    if args.resume and args.out is not None and args.preset is None and args.released_config is None:
+        return TrainingConfig.of_run(args.out)
     if (args.preset is None) == (args.released_config is None):
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), or --released-config FILE")
     if args.preset is not None:

@@ -22,7 +22,7 @@ WRITTEN = (RUN_CONFIG, ENVIRONMENT, "metrics.jsonl", "*.json", "*.safetensors", 
 
 
 class RunFolder:
-    """The folder of one run. Making one touches nothing, nor does :meth:`check`."""
+    """The folder of one run. Nothing but :meth:`opened` touches it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -31,30 +31,32 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check_free(self) -> None:
-        """Raise ``OSError`` where another process is training into it."""
-        check_unlocked(self.path / LOCK)
+    def check_free(self, *, resume: bool) -> None:
+        """Whether a run can begin here at all, before anything is known of it.
 
-    def check(self, config: TrainingConfig, *, resume: bool) -> Path | None:
+        Raises:
+            ValueError: the folder holds a run that is not to be resumed.
+            OSError: another process is training into it, or it cannot be written.
+        """
+        check_can_be_made(self.path)
+        check_unlocked(self.path / LOCK)
+        if whole_checkpoints(self.checkpoints) and not resume:
+            raise ValueError(f"{self.path} already holds a run; resume it, or choose another folder")
+
+    def newest(self, config: TrainingConfig) -> Path | None:
         """The checkpoint that a run goes on from, if it does.
 
         Raises:
-            ValueError: the folder is of a run that is not to be resumed, or that differs in more than
+            ValueError: the folder is of a run that differs in more than
                 :data:`~madformer.training.config.MAY_CHANGE`; the message names the first field and both values. Or it
                 is of something else.
-            OSError: it cannot be written.
         """
-        check_can_be_made(self.path)
         found = whole_checkpoints(self.checkpoints)
-        if found and not resume:
-            raise ValueError(f"{self.path} already holds a run; resume it, or choose another folder")
-        if not (self.path / RUN_CONFIG).exists():
-            return found[-1] if found else None
-        stored = TrainingConfig.of_run(self.path)
+        stored = TrainingConfig.of_run(self.path) if (self.path / RUN_CONFIG).exists() else None
         if not found:
             # what ended before its first checkpoint binds nobody
             return None
-        if difference := difference_of(stored, config):
+        if stored is not None and (difference := difference_of(stored, config)):
             raise ValueError(
                 f"{self.path} is of a run with {difference}: resume it as it was, or choose another folder"
             )

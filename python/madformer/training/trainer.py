@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,16 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from madformer.benchmark.environment import environment
 from madformer.benchmark.timing import matmul_rate
-from madformer.data import open_dataset
-from madformer.data.latents import LatentDataset, holds_latents
+from madformer.data.images import ImageDataset
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.pipeline import MODEL_INDEX, MADFormerPipeline, default_dtype, default_scheduler
 from madformer.sheets import image_grid
 from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
 from madformer.training.data import Batch, BatchStream, Conditioning, cache_latents, check_data, draw_split
+from madformer.training.fitting import check_fit, describe, fit, open_data, too_small
 from madformer.training.folder import RunFolder
 from madformer.training.losses import training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
@@ -56,6 +56,9 @@ class Trainer:
     Args:
         resume: go on from the newest checkpoint in the folder, if there is one. Without it a folder that already
             holds a run is refused.
+        given: fields of the configuration that were chosen, those of the model after ``model.``: what the data say of
+            the others decides, see :func:`madformer.training.fitting.fit`. None for a configuration that is as it is to
+            be.
 
     Attributes:
         stopped_by: number of the signal that ended the last :meth:`run` before its last step, or 0.
@@ -64,20 +67,31 @@ class Trainer:
         ValueError, OSError: see the message.
     """
 
-    def __init__(self, config: TrainingConfig, folder: str | Path, *, resume: bool = False) -> None:
-        self.config, self.folder = config, Path(folder)
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        given: Collection[str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
         self.world = join(config)
         self.device = self.world.device
         self.run_folder = RunFolder(folder)
         with self.world.together():
             if self.world.is_first:
-                self.run_folder.check_free()
-            newest = self.run_folder.check(config, resume=resume)
+                self.run_folder.check_free(resume=resume)
+            data = open_data(config)
+            self.config = config = self._fitted(config, data, given)
+            newest = self.run_folder.newest(config)
             check_sinks(config)
             if config.num_threads:
                 torch.set_num_threads(config.num_threads)
             self.vae = load_vae(config.vae, self.device)
-            self.data = self._open_data()
+            # of images to be cached, their geometry is checked before all of them are encoded
+            check_data(data, self.vae, config.model, config.flip and not config.cache_latents)
+            self.data = self._cached(data)
             check_data(self.data, self.vae, config.model, config.flip)
             self.conditioning = Conditioning(
                 self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
@@ -101,7 +115,7 @@ class Trainer:
         self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type, **config.noise_options())
         if newest is not None:
             self.state.load(newest)
-        self._saved = self.step
+        self._saved, self._has_model = self.step, newest is not None
         self._ending, self.stopped_by = Ending(), 0
 
     @classmethod
@@ -113,14 +127,23 @@ class Trainer:
     def step(self) -> int:
         return self.state.step
 
-    def _open_data(self) -> Any:
+    def _fitted(self, config: TrainingConfig, data: Any, given: Collection[str] | None) -> TrainingConfig:
+        """The configuration for these data; what a user should know of them is logged."""
+        summary = data.summary()
+        if given is not None:
+            config = fit(config, summary, given)
+        notices = check_fit(config, summary)
+        if isinstance(data, ImageDataset):
+            notices += too_small(data, config.image_shape)
+        if self.world.is_first:
+            logger.warning("%s", describe(config, summary))
+            for notice in notices:
+                logger.warning("%s", notice)
+        return config
+
+    def _cached(self, data: Any) -> Any:
         config = self.config
-        if holds_latents(config.data):
-            return LatentDataset(config.data)
-        images = open_dataset(
-            config.data, config.image_shape, on_error="skip", max_bad_fraction=config.max_bad_fraction
-        )
-        return cache_latents(self.vae, images) if config.cache_latents else images
+        return cache_latents(self.vae, data) if config.cache_latents and isinstance(data, ImageDataset) else data
 
     def _open_tokenizer(self) -> Tokenizer | None:
         text = self.config.model.text
@@ -290,7 +313,15 @@ class Trainer:
         pipeline = self.pipeline()
         with self.world.together():
             if self.world.is_first:
-                pipeline.save_pretrained(self.folder / "model")
+                self._renew(pipeline, self.folder / "model")
+
+    def _renew(self, pipeline: MADFormerPipeline, folder: Path) -> None:
+        if self._has_model and (folder / MODEL_INDEX).is_file():
+            # all else is as it was, and is not put at risk by a disk that is full
+            pipeline.transformer.save_pretrained(folder / "transformer")
+        else:
+            pipeline.save_pretrained(folder)
+            self._has_model = True
 
     def pipeline(self, decay: float | None = None) -> MADFormerPipeline:
         """The averaged weights (the first decay's, unless named), ready to sample; every process must call this."""
