@@ -216,12 +216,18 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return self.description.num_images - len(self)
 
     def summary(self, limit: int = 10_000) -> DataSummary:
-        """Classes and captions, of up to ``limit`` samples, spread evenly."""
-        return summarize(len(self), self._annotations, self.class_names, limit)
+        """Classes and captions, of up to ``limit`` samples, spread evenly; the name of a class is no caption."""
+        names, named = self.class_names, []
 
-    def _annotations(self, index: int) -> tuple[int, str]:
-        record = self._record(index)
-        return record["label"], record["caption"]
+        def annotations(index: int) -> tuple[int, str]:
+            record = self._record(index)
+            label, caption = record["label"], record["caption"]
+            is_name = 0 <= label < len(names) and caption == names[label]
+            named.append(is_name)
+            return label, "" if is_name else caption
+
+        summary = summarize(len(self), annotations, names, limit)
+        return dataclasses.replace(summary, names_as_captions=any(named))
 
     def _record(self, index: int) -> dict[str, Any]:
         record = decode_json(self._member(index, "json", MAX_BYTES))

@@ -133,7 +133,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         stored = self._as_stored(dtype)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         folder = Path(save_directory)
-        with _staging(folder) as staged:
+        with staging(folder) as staged:
             try:
                 super(PretrainedMixin, stored).save_pretrained(str(staged), is_main_process, save_function, **options)
             except SafetensorError as error:  # the disk is full
@@ -302,7 +302,7 @@ def _in_one_line(error: Exception, name: str) -> Exception:
 
 
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
+def staging(folder: Path) -> Iterator[Path]:
     """A new folder inside ``folder`` that is gone when the block ends; those of saves that were killed go, too."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

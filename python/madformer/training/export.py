@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import torch
 
 from madformer.model import MADFormer
-from madformer.model.persistence import atomic_path
+from madformer.model.pretrained import staging
 from madformer.pipeline import MODEL_INDEX
 from madformer.training.checkpoint import checkpoint_name, read_checkpoint, whole_checkpoints
 from madformer.training.config import TrainingConfig
+from madformer.training.folder import make_folders, remove_empty
 
 RAW = "raw"
+PARTS = ("transformer", "vae", "scheduler", "tokenizer")
 
 
 def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | None = None) -> MADFormer:
@@ -53,18 +57,34 @@ def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | 
 def save_pipeline(folder: str | Path, run: str | Path, model: MADFormer) -> None:
     """Write a run's ``model/`` with other weights; scheduler, autoencoder, tokenizer and class names are copied.
 
+    Everything is written beside what the folder holds before any of it is replaced, whole.
+
     Raises:
-        FileNotFoundError: the run has no ``model/`` yet. OSError: ``folder`` cannot be written.
+        FileNotFoundError: the run has no ``model/`` yet. OSError: ``folder`` cannot be written; nothing in it changed.
     """
-    source = Path(run) / "model"
+    source, folder = Path(run) / "model", Path(folder)
     if not (source / MODEL_INDEX).is_file():
         raise FileNotFoundError(f"{run} holds no model/ to take the rest of the pipeline from")
-    model.save_pretrained(Path(folder) / "transformer")
-    # less the run's weights, and what it is just writing
-    less = shutil.ignore_patterns("transformer", ".*")
-    shutil.copytree(source, folder, ignore=less, copy_function=_copy, dirs_exist_ok=True)
+    with contextlib.ExitStack() as undo:
+        for made in make_folders(folder):
+            undo.callback(remove_empty, made)
+        with staging(folder) as staged:
+            model.save_pretrained(staged / "transformer")
+            try:
+                # less the run's weights, and what it is just writing
+                less = shutil.ignore_patterns("transformer", ".*")
+                shutil.copytree(source, staged, ignore=less, dirs_exist_ok=True)
+            except shutil.Error as error:
+                raise OSError(f"cannot write to {folder}: {error.args[0][0][2]}") from error
+            _publish(staged, folder)
+        undo.pop_all()
 
 
-def _copy(source: str, target: str) -> None:
-    with atomic_path(target) as path:
-        shutil.copyfile(source, path)
+def _publish(staged: Path, folder: Path) -> None:
+    # where this process is killed, rather a folder that is no pipeline than one with parts of two
+    (folder / MODEL_INDEX).unlink(missing_ok=True)
+    for part in PARTS:
+        if (folder / part).is_dir():
+            shutil.rmtree(folder / part)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == MODEL_INDEX):
+        os.replace(path, folder / path.name)

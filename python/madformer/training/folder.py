@@ -78,7 +78,7 @@ class RunFolder:
         lock = self.path / LOCK
         with contextlib.ExitStack() as undo:
             for folder in make_folders(self.path):
-                undo.callback(_remove_empty, folder)
+                undo.callback(remove_empty, folder)
             is_new = not lock.exists()
             with locked(lock, wait=False):
                 with contextlib.ExitStack() as undo_lock:
@@ -152,6 +152,7 @@ def make_folders(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
-def _remove_empty(folder: Path) -> None:
+def remove_empty(folder: Path) -> None:
+    """The inverse, of one of them that nothing was written into."""
     with contextlib.suppress(OSError):
         folder.rmdir()
