@@ -52,7 +52,8 @@ def fit(config: TrainingConfig, summary: DataSummary, given: Collection[str]) ->
         elif model.text is not None and not summary.num_captioned:
             model = model.replace(text=None)
             config = dataclasses.replace(config, text_loss_weight=0.0)
-    if "model.num_classes" not in given and not _reads_labels(config, model):
+    # a class that is the text need not be told twice
+    if "model.num_classes" not in given and (model.num_classes or not _reads_labels(config, model)):
         model = _with_classes(model, summary.num_classes if _all_labelled(summary) else 0, given)
     return dataclasses.replace(config, model=model)
 
