@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,11 +22,17 @@ from torch import Tensor
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
+from madformer.engine.packing import PackedWeights
+from madformer.engine.plan import Exclusive, NonFiniteError, computing
 from madformer.engine.prompts import Prompt, check_guidable
-from madformer.engine.sampler import NonFiniteError, Sampler, bytes_per_image
+from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.blocks import block_order
+from madformer.model.madformer import MADFormer
+
+logger = logging.getLogger("madformer.engine")
 
 
 class QueueFullError(RuntimeError):
@@ -55,6 +62,11 @@ class InFlightBatcher:
     :meth:`run_until_idle`. An image is the one that a plan draws from the same noise alone: to rounding, because
     matrix products of another batch size may add up in another order.
 
+    The model is looked at in every :meth:`step`, and in :meth:`run_until_idle` whenever an image is admitted or done:
+    however it was changed by then, all images go on with what it is. Those that were begun before keep the blocks that
+    are done, and what the model of that time cached of them; to draw each image with one model, change it while
+    nothing runs.
+
     Args:
         sampler: of a scheduler that can be tabulated: DDIM or DPM-Solver++.
         slots: R, images at once.
@@ -75,33 +87,37 @@ class InFlightBatcher:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.sampler, self.num_slots = sampler, slots
         self.max_steps, self.max_waiting, self.guided = max_steps, max_waiting, guided
-        self.config = sampler.source.config
-        self.launcher = sampler.launcher or launcher_for(sampler.source.device)
+        self.kind = sampler.kind()
+        self.config, self.device = self.kind.config, self.kind.device
+        self.launcher = sampler.launcher or launcher_for(self.device)
         self.clip = self._table(1).clip
-        device = sampler.source.device
         if guided:
             check_guidable(self.config)
-        per_slot = bytes_per_image(sampler.source, max_steps, guided=guided)
-        self.cache, self.slots = memory.largest_fit(self._allocate, slots, per_slot, device)
-        self._schedules: dict[tuple[int, float], tuple[ScheduleRows, float]] = {}
+        per_slot = bytes_per_image(sampler.source, max_steps, guided=guided, grid=sampler.grid)
+        self.cache, self.slots = memory.largest_fit(self._allocate, slots, per_slot, self.device)
+        self.packed = PackedWeights()
+        with torch.inference_mode():
+            self.passes = sampler.passes(sampler.current_model(), self.cache, self.slots, self.clip, sampler.backend)
+        # of passes that were captured, none where Python runs them
         self._launches: dict[tuple[str, int], tuple[Work, Tensor]] = {}
-        self._prepared_for: memory.Fingerprint | None = None
+        self._prepared_for: Signature | None = None
+        self._touched, self._alone = True, Exclusive("this batcher is at a step already")
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._lock, self._arrivals = threading.Lock(), itertools.count()
 
     @torch.inference_mode()
     def _allocate(self, slots: int) -> tuple[ConditioningCache, Slots]:
-        model = self.sampler.source
+        kind = self.kind
         rows = slots + self.launcher.captures  # what a captured batch is filled up with works on a row of its own
-        slots_of = Slots(model.config, rows, self.max_steps, model.device, guided=self.guided)
+        slots_of = Slots(kind.config, rows, self.max_steps, kind.device, guided=self.guided)
         cache = ConditioningCache(
-            model.config, slots_of.branches * rows, dtype=model.dtype, device=model.device, backend=model.backend
+            kind.config, slots_of.branches * rows, dtype=kind.dtype, device=kind.device, backend=kind.backend
         )
         return cache, slots_of
 
     def _table(self, num_steps: int) -> ScheduleTable:
-        table = tabulate(self.sampler.scheduler, num_steps, self.sampler.source.device)
+        table = tabulate(self.sampler.scheduler, num_steps, self.device)
         if table is None:
             name = type(self.sampler.scheduler).__name__
             raise ValueError(f"in-flight batching needs a scheduler that can be tabulated, and this {name} cannot")
@@ -140,12 +156,14 @@ class InFlightBatcher:
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
         if tuple(noise_MLC.shape) != shape:
             raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
+        if not noise_MLC.isfinite().all():
+            raise ValueError("noise must be finite")
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
         prompt = prompt or Prompt()
         prompt.check(self.config, (), guided=self.guided)
+        schedule, sigma = self._schedule(num_inference_steps, guidance)
         with self._lock:
-            schedule, sigma = self._schedule(num_inference_steps, guidance)
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
             if len(self._waiting) >= self.max_waiting:
@@ -156,17 +174,17 @@ class InFlightBatcher:
 
     def _schedule(self, num_steps: int, guidance: float) -> tuple[ScheduleRows, float]:
         """What a slot is given for ``num_steps`` steps, and the standard deviation of its noise."""
-        if (num_steps, guidance) not in self._schedules:
-            table = self._table(num_steps)
-            if table.num_steps > self.max_steps:
-                raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
-            rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, Guidance(guidance))
-            self._schedules[num_steps, guidance] = rows, table.init_noise_sigma
-        return self._schedules[num_steps, guidance]
+        table = self._table(num_steps)
+        if table.num_steps > self.max_steps:
+            raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
+        guided = Guidance(guidance)
+        rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, guided)
+        return rows, table.init_noise_sigma
 
     @property
     def num_waiting(self) -> int:
-        return sum(not job.future.cancelled() for job in self._waiting)
+        with self._lock:
+            return sum(not job.future.cancelled() for job in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -174,31 +192,47 @@ class InFlightBatcher:
 
     # The loop
 
-    @torch.inference_mode()
     def step(self) -> int:
         """One denoising step of every image that has a slot, after those that are done have left and others joined.
 
         Returns:
             How many images took it; 0 where there is nothing to do.
+
+        Raises:
+            RuntimeError: it is called in another thread, or from a future's callback; or images are being drawn of a
+                model whose configuration, dtype or device changed.
         """
+        with self._alone, computing(self.device):
+            self._touched = True
+            return self._step()
+
+    def run_until_idle(self) -> None:
+        """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
+        with self._alone, computing(self.device):
+            self._touched = True
+            while self._step():
+                pass
+
+    def _step(self) -> int:
         self._leave()
+        joined = self._join()
+        if joined or (self._touched and self._running):
+            self._follow()
         between = [job for job in self._running if job.step == job.schedule.num_steps]
         if between:
             self._launch("next_block", between)
             for job in between:
                 job.block, job.step = job.block + 1, 0
-        if joined := self._join():
+        if joined:
+            for job in joined:
+                self._place(job)
+            self._running += joined
             self._launch("first_block", joined)
         if self._running:
             self._launch("denoise", self._running)
             for job in self._running:
                 job.step += 1
         return len(self._running)
-
-    def run_until_idle(self) -> None:
-        """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
-        while self.step():
-            pass
 
     def _leave(self) -> None:
         """Images that are done, and requests that were cancelled, give up their slots."""
@@ -208,6 +242,7 @@ class InFlightBatcher:
         for job in done:
             if not job.future.set_running_or_notify_cancel():
                 continue
+            self._touched = True  # by whoever waits for it
             self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
             sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
             if sound < steps * self.config.num_blocks:
@@ -227,11 +262,6 @@ class InFlightBatcher:
                 if not job.future.cancelled():
                     job.row = free.pop(0)
                     joined.append(job)
-        if joined and not self._running:
-            self.warmup()  # weights may have changed while nothing ran
-        for job in joined:
-            self._place(job)
-        self._running += joined
         return joined
 
     def _place(self, job: Job) -> None:
@@ -244,27 +274,50 @@ class InFlightBatcher:
 
     # Launches
 
-    @torch.inference_mode()
     def warmup(self) -> InFlightBatcher:
         """Make ready what the first steps would: pack weights, compile, capture each batch size.
 
         Raises:
             RuntimeError: images are being drawn, whose state it would overwrite.
         """
-        if self._running:
-            raise RuntimeError(f"warmup() while {len(self._running)} images are being drawn")
-        signature = memory.fingerprint(self.sampler.source, versions=self.sampler.pack_weights)
-        if signature == self._prepared_for:
-            return self
+        with self._alone, computing(self.device):
+            if self._running:
+                raise RuntimeError(f"warmup() while {len(self._running)} images are being drawn")
+            self._follow()
+        return self
+
+    def _follow(self) -> None:
+        """Make the passes those of the model as it is now."""
         sampler = self.sampler
-        self.passes = sampler.passes(sampler.prepare_model(), self.cache, self.slots, self.clip, sampler.backend)
+        if (kind := sampler.kind()) != self.kind:
+            raise RuntimeError(f"the model changed to {kind}: this batcher was made for {self.kind}")
+        self._touched = False
+        built: Signature | None = None
+        lasting = self.launcher.captures or sampler.compile_unet
+        if lasting:
+            try:
+                built = signature(sampler.source)
+            except UnknownPartError as unknown:
+                logger.warning("not captured or compiled: %s", unknown)
+        if built is not None and built == self._prepared_for:
+            self._look_through(self.passes.model)
+            return
+        # capturing would overwrite what the images that run hold: they go on as Python runs the passes
+        prepare = built is not None and not self._running
+        model = sampler.lasting_model() if prepare else sampler.current_model(None if lasting else self.packed)
+        self._look_through(model)
         self._launches = {}
-        if self.launcher.captures:
+        if prepare and self.launcher.captures:
             for size in self._sizes():
                 for name in ("first_block", "denoise", "next_block"):
                     self._prepare(name, size)
-        self._prepared_for = signature
-        return self
+        self._prepared_for = built if prepare else None
+
+    def _look_through(self, model: MADFormer) -> None:
+        self.passes.follow(model)
+        for job in self._running:
+            self.slots.tabulate(job.schedule, model, job.row)
+            self.slots.condition_on(job.prompt, model, job.row)
 
     def _sizes(self) -> list[int]:
         """The batch sizes that are captured: powers of two, and all slots."""
@@ -280,7 +333,7 @@ class InFlightBatcher:
 
     def _launch(self, name: str, jobs: list[Job]) -> None:
         rows = [job.row for job in jobs]
-        if not self.launcher.captures:
+        if not self._launches:
             getattr(self.passes, name)(torch.tensor(rows, device=self.slots.block_R.device))
             return
         size = next(size for size in self._sizes() if size >= len(rows))

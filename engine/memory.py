@@ -1,4 +1,4 @@
-"""Whether a plan fits on its device, and what it was made from."""
+"""Whether a plan fits on its device."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-Fingerprint = tuple[tuple[int, ...], ...]
 T = TypeVar("T")
 
 
 class OutOfMemoryError(RuntimeError):
     """A batch does not fit; the message names the largest that does."""
-
-
-def fingerprint(model: nn.Module, *, versions: bool = True) -> Fingerprint:
-    """Changes when a weight is replaced or, with ``versions``, written to."""
-    parameters = [p for p in model.parameters() if not (versions and p.is_inference())]
-    return tuple((p.data_ptr(), p._version) if versions else (p.data_ptr(),) for p in parameters)
 
 
 def available(device: torch.device) -> int | None:

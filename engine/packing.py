@@ -4,83 +4,131 @@ PyTorch's eager convolutions and linear layers hand oneDNN and MKL plain weights
 the sizes of a denoising step (2 images, 8 x 8 to 16 x 16 positions) that costs as much as the arithmetic. On two cores,
 128 to 512 channels, against channels-last eager: convolutions 1.2 to 1.5 times as fast in fp32 and 1.2 to 2.5 in bf16,
 linear layers 1.05 to 1.4.
+
+A weight can be written to in ways of which PyTorch keeps no account (``.data``, NumPy), so packed weights are kept by
+what they were made of: a digest of the weight's bytes is looked at again in every tree of :func:`packed`.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import platform
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from madformer.engine.structure import process_is_plain, rebuilt
 from madformer.model import MADFormer
 
 
-def can_pack(model: MADFormer) -> bool:
-    """Whether this machine runs packed weights of the model's dtype: x86 processors, through oneDNN."""
+def can_pack(tensor: Tensor | MADFormer) -> bool:
+    """Whether this machine runs packed weights of this dtype on this device: x86 processors, through oneDNN."""
     return (
-        model.device.type == "cpu"
+        tensor.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (
-            model.dtype == torch.float32
-            or (model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            tensor.dtype == torch.float32
+            or (tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
     )
 
 
-def shared_copy(model: MADFormer) -> MADFormer:
-    """A module tree of its own over the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+@dataclass
+class PackedWeights:
+    """Packed weights by the names of their layers, each with what it was made of.
 
-
-def packed(model: MADFormer) -> MADFormer:
-    """A copy of the module tree, over the same parameters, that computes with packed ones.
-
-    It takes the memory of the weights that it uses a second time, packs each at its first use, and does not follow
-    later changes: compare :func:`madformer.engine.memory.fingerprint`. For inference only.
+    It takes the memory of the weights that are used a second time.
     """
-    duplicate = shared_copy(model)
-    for module in list(duplicate.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Conv2d and child.groups == 1 and child.padding_mode == "zeros":
-                setattr(module, name, PackedConv2d(child))
-            elif type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
-    return duplicate
+
+    entries: dict[str, tuple[Hashable, Tensor]] = field(default_factory=dict)
+
+    def get(self, name: str, weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
+        """``pack()`` of the weight as it is now, or what it gave before for the same bytes and the same ``how``."""
+        made_of = how, weight.shape, weight.stride(), weight.dtype, digest(weight)
+        entry = self.entries.get(name)
+        if entry is None or entry[0] != made_of:
+            entry = self.entries[name] = made_of, pack()
+        return entry[1]
+
+
+def digest(tensor: Tensor) -> Hashable:
+    """Of a tensor's bytes in the order in which they lie in memory."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dense = tensor.detach().permute(order).contiguous()
+    content: Any = dense.view(-1).view(torch.uint8).numpy()
+    return hashlib.sha1(content, usedforsecurity=False).digest()
+
+
+def packed(model: MADFormer, weights: PackedWeights | None = None) -> MADFormer:
+    """The model as it is now, with its plain linear layers and convolutions computing with packed weights.
+
+    It is for one run: made anew, with the same ``weights``, it is as cheap as looking at the weights. It shares
+    everything with the model but the modules that lead to packed ones. For inference only.
+    """
+    weights = weights if weights is not None else PackedWeights()
+    names: set[str] = set()
+
+    def stand_in(name: str, module: nn.Module) -> nn.Module | None:
+        layer: nn.Module | None = None
+        if type(module) is nn.Conv2d:
+            if module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+                layer = PackedConv2d(module, weights, name)
+        elif type(module) is nn.Linear:
+            layer = PackedLinear(module, weights, name)
+        if layer is None or not all(can_pack(tensor) for tensor in module._parameters.values() if tensor is not None):
+            return None
+        names.add(name)
+        return layer
+
+    result = rebuilt(model, stand_in) if process_is_plain() else model
+    weights.entries = {name: entry for name, entry in weights.entries.items() if name in names}
+    return result
 
 
 class PackedConv2d(nn.Module):
     """``nn.Conv2d`` on weights packed for the image size that it meets first, and again where that changes."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, weights: PackedWeights | None = None, name: str = "") -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
+        assert isinstance(conv.padding, tuple)
         self.geometry = list(conv.padding), list(conv.stride), list(conv.dilation), 1
+        self.weights, self.name = weights or PackedWeights(), name
         self.shape: torch.Size | None = None
         self.packed: Tensor | None = None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         # not where the batch does: in-flight batching changes it at every step, and the layout is the same
         if x_NCHW.shape[1:] != self.shape:
-            weight = self.weight.contiguous(memory_format=torch.channels_last)
             self.shape = x_NCHW.shape[1:]
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(x_NCHW.shape))
+            how = self.shape, tuple(tuple(numbers) for numbers in self.geometry[:3])
+            self.packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(x_NCHW.shape))
         return torch.ops.mkldnn._convolution_pointwise(x_NCHW, self.packed, self.bias, *self.geometry, "none", [], "")
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, list(shape))
 
 
 class PackedLinear(nn.Module):
     """``nn.Linear`` on weights packed for the number of rows that it meets first."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, weights: PackedWeights | None = None, name: str = "") -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.weights, self.name = weights or PackedWeights(), name
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             rows = x.numel() // x.shape[-1]
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+            self.packed = self.weights.get(self.name, self.weight, rows, lambda: self._pack(rows))
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _pack(self, rows: int) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)

@@ -58,6 +58,11 @@ class Passes:
         shape = (len(cache.lengths_R), self.config.block_size, model.rope.cos.shape[-1])
         self.cos_RSD, self.sin_RSD = (table.new_zeros(shape) for table in (model.rope.cos, model.rope.sin))
 
+    def follow(self, model: MADFormer) -> None:
+        """Compute with another model of the same kind from now on, and look up anew what was looked up in the last."""
+        self.model = model
+        self._look_up_rotation(None)
+
     def reset(self) -> None:
         """Put every row before the first step of its first block."""
         self.cache.reset()

@@ -18,6 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+# those that the tables write out: not what was put in their place
+_STEPS = (DDIMScheduler.step, DPMSolverMultistepScheduler.step)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
     Supported are ``DDIMScheduler`` with ``eta = 0`` and ``DPMSolverMultistepScheduler`` with the algorithm
     ``dpmsolver++`` of order one or two, each with all its options for betas, spacing, sigmas and final steps,
     and with the prediction types epsilon, sample and v_prediction. Everything else gives None: other classes
-    and subclasses, dynamic thresholding, stochastic variants, flow matching, learned variances, and schedules
-    with a step whose coefficients are not finite, such as epsilon prediction where no signal is left.
+    and subclasses, methods that were replaced, dynamic thresholding, stochastic variants, flow matching, learned
+    variances, and schedules with a step whose coefficients are not finite, such as epsilon prediction where no signal
+    is left.
 
     Args:
         scheduler: a diffusers scheduler; it is not changed.
@@ -64,6 +67,8 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_inference_steps={num_steps} must be between 1 and num_train_timesteps={limit}")
     # `is`, not isinstance: a subclass may step differently.
+    if any(callable(value) for value in vars(scheduler).values()) or type(scheduler).step not in _STEPS:
+        return None
     if type(scheduler) is DDIMScheduler and _supports_ddim(scheduler):
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(num_steps)
@@ -83,6 +88,43 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
         clip=clip,
         init_noise_sigma=float(scheduler.init_noise_sigma),
     )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run steps by: a table, or where a scheduler has none its own ``step``.
+
+    Attributes:
+        scheduler: a copy in the state before the first step, which nothing changes.
+        num_inference_steps: what was asked for.
+        timesteps: (S,), of which a scheduler of several evaluations a step has more.
+    """
+
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+    table: ScheduleTable | None
+    timesteps: Tensor
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> Schedule:
+        """The scheduler as it is now; raises what :func:`tabulate` raises."""
+        scheduler = copy.deepcopy(scheduler)
+        table = tabulate(scheduler, num_steps, device)
+        if table is None:
+            scheduler.set_timesteps(num_steps, device=device)
+        timesteps = (scheduler if table is None else table).timesteps.to(device)
+        return cls(scheduler, num_steps, table, timesteps)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return float((self.table or self.scheduler).init_noise_sigma)
+
+    def start(self) -> SchedulerMixin:
+        """A scheduler to step by, that remembers no step: multistep ones remember the last block's predictions."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.num_inference_steps, device=self.timesteps.device)
+        return scheduler
 
 
 def _to_x0(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

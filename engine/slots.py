@@ -134,16 +134,20 @@ class Slots:
         self.clean_R = self.start_R + num_rows_of(max_steps) - 1
 
     def assign(self, schedule: ScheduleRows, model: MADFormer, row: int | None = None) -> None:
-        """Give a slot (all of them for None) a schedule, and put it before the first step of the first block.
+        """Give a slot (all of them for None) a schedule, and put it before the first step of the first block."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        self.tabulate(schedule, model, row)
+        self.end_R[rows] = self.start_R[rows] + schedule.num_steps
+        self.reset(row)
 
-        The time embeddings are tabulated in fp32 with the weights as they are now: the timestep is a raw integer,
-        which bf16 cannot hold.
+    def tabulate(self, schedule: ScheduleRows, model: MADFormer, row: int | None = None) -> None:
+        """Put into the schedule of a slot (all of them for None) what the weights, as they are now, make of it.
+
+        The time embeddings are tabulated in fp32: the timestep is a raw integer, which bf16 cannot hold.
         """
         rows = slice(None) if row is None else slice(row, row + 1)
         columns = (*model.time_embeddings(schedule.timesteps_T), schedule.guidance_T[:, None], schedule.coefficients_T6)
         self.schedule_RTW[rows] = torch.cat(columns, dim=-1)
-        self.end_R[rows] = self.start_R[rows] + schedule.num_steps
-        self.reset(row)
 
     def condition_on(self, prompt: Prompt, model: MADFormer, row: int | None = None) -> None:
         """Give a slot (all of them for None) its prompt, which :meth:`Prompt.check` has passed."""

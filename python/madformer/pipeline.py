@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
-from madformer.engine.packing import shared_copy
-from madformer.engine.sampler import Plan, Progress, Sampler
+from madformer.engine.pool import PlanPool
+from madformer.engine.sampler import Progress, Sampler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
@@ -101,7 +101,7 @@ class MADFormerPipeline(DiffusionPipeline):
             raise ValueError(f"class_names has {len(class_names)} entries for num_classes={config.num_classes}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(class_names=None if class_names is None else list(class_names))
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans = PlanPool()
 
     @classmethod
     def from_pretrained(
@@ -241,37 +241,36 @@ class MADFormerPipeline(DiffusionPipeline):
         guidance_scale = 1.0 if guidance_scale <= 1 else guidance_scale
         request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=guidance_scale != 1)
         generators = generators_of(count, seed, generator)
-        model = self._model_of_size(height, width)
-        config = model.config
+        grid = self.grid_of(height, width)
+        config = self.transformer.config.at_grid(*grid)
         if (image is None) != (blocks is None):
             raise ValueError("image and blocks go together: what to keep, and which of its blocks to draw anew")
         if blocks is not None:
             check_blocks(blocks, config)
         given = None if image is None else self._blocks_of(image, count, config)
         order = order_around(blocks or (), config)
-        plan = self.plan(
-            count, num_inference_steps, guidance_scale, guidance_interval, refresh_every=refresh_every, model=model
-        )
-        steps = len(plan.timesteps)
         noise = noise_of(latents, generators, config)
-        # a GPU makes all steps of a block in one launch, unless somebody wants to look in between
-        by_step = callback_on_step_end is not None or plan.cache.on_host
-
         drawn = set(order if blocks is None else blocks)
-        with self.progress_bar(total=len(drawn) * steps) as bar:
+        # made anew by every call: it holds the scheduler as it is now
+        sampler = Sampler(self.transformer, self.scheduler, grid=grid if (height or width) else None)
+        with (
+            self._plans.plan(
+                sampler,
+                count,
+                num_inference_steps,
+                guidance=guidance_scale,
+                guidance_interval=guidance_interval,
+                refresh_every=refresh_every,
+            ) as plan,
+            self.progress_bar(total=len(drawn) * len(plan.timesteps)) as bar,
+        ):
+            timesteps = plan.timesteps
 
             def on_step(progress: Progress) -> None:
-                bar.update()
-                if callback_on_step_end is not None:
-                    tensors = {"latents": progress.latents_BLC, "block": progress.block}
-                    step = order.index(progress.block) * steps + progress.step
-                    callback_on_step_end(self, step, plan.timesteps[progress.step], tensors)
-
-            def on_done(place: int, latents_BLC: Tensor) -> None:
-                if not by_step:
-                    bar.update(steps)
-                if on_block is not None:
-                    on_block(place, latents_BLC)
+                assert callback_on_step_end is not None
+                tensors = {"latents": progress.latents_BLC, "block": progress.block}
+                step = order.index(progress.block) * len(timesteps) + progress.step
+                callback_on_step_end(self, step, timesteps[progress.step], tensors)
 
             drawn_BMLC = plan.run(
                 noise,
@@ -280,8 +279,9 @@ class MADFormerPipeline(DiffusionPipeline):
                 blocks=blocks,
                 order=order,
                 generator=generators,
-                callback=on_step if by_step else None,
-                on_block=on_done,
+                callback=on_step if callback_on_step_end is not None else None,
+                on_block=on_block,
+                progress=bar.update,
             )
         images = self._finish(from_blocks(drawn_BMLC, config), output_type)
         return MADFormerPipelineOutput(images) if return_dict else (images,)  # type: ignore[return-value]
@@ -345,48 +345,6 @@ class MADFormerPipeline(DiffusionPipeline):
     def reader(self) -> PromptReader:
         """What makes the engine's prompts of texts and class names."""
         return PromptReader(self.transformer.config, self.tokenizer, self.config.class_names or [])
-
-    def plan(
-        self,
-        batch: int,
-        num_inference_steps: int,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = Guidance.interval,
-        *,
-        refresh_every: int = 1,
-        model: MADFormer | None = None,
-    ) -> Plan:
-        """The engine's plan for these; kept and reused.
-
-        Args:
-            model: in place of the transformer, over the same weights.
-        """
-        scheduler = self.scheduler.config
-        model = model or self.transformer
-        what = (batch, num_inference_steps, guidance_scale, tuple(guidance_interval), refresh_every)
-        how = (model.dtype, model.device, model.backend, model.attention_backend)
-        key = (*what, id(self.transformer), model.config, *how, str(scheduler))
-        if key not in self._plans:
-            plan = Sampler(model, self.scheduler).plan(
-                batch,
-                num_inference_steps,
-                guidance=guidance_scale,
-                guidance_interval=guidance_interval,
-                refresh_every=refresh_every,
-            )
-            # one plan at a time: each holds a cache of its own
-            self._plans = {key: plan}
-        plan = self._plans[key]
-        # of another size it is a copy over the transformer's weights, which may have been replaced since
-        plan.sampler.source = model
-        return plan
-
-    def _model_of_size(self, height: int | None, width: int | None) -> MADFormer:
-        """The transformer, or one over its weights that draws images of another size."""
-        grid = self.grid_of(height, width)
-        if grid == self.transformer.config.grid:
-            return self.transformer
-        return shared_copy(self.transformer).set_grid(*grid)
 
     def grid_of(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Rows and columns of blocks in an image of so many pixels; the model's own for None.

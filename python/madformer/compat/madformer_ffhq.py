@@ -379,14 +379,8 @@ def draw(
         drawn = randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)
         return (drawn if to_latents is None else to_latents(drawn))[:, 0]
 
-    memory = [(parameter, parameter.data) for parameter in native.parameters()]
     plan = Sampler(native, scheduler, **options).plan(images, num_inference_steps, guidance=guidance)
-    # a copy, so that the result is no inference tensor and may be trained on
-    sampled = plan.run(noise, prompt, generator=generator).to(dtype, copy=True)
-    # The plan makes convolutions channels-last; an optimiser's state and DDP's buckets go by the layout that they met.
-    for parameter, data in memory:
-        parameter.data = data
-    return sampled
+    return plan.run(noise, prompt, generator=generator).to(dtype)
 
 
 def native_config(values: Mapping[str, Any], **fields: Any) -> MADFormerConfig:

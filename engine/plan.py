@@ -1,0 +1,595 @@
+"""A batch size and a step count made ready, and the run of a batch.
+
+Shape legend: B batch, M blocks, L latents of a block, C channels, T rows of a schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from madformer.config import MADFormerConfig
+from madformer.engine.cache import ConditioningCache
+from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
+from madformer.engine.packing import PackedWeights
+from madformer.engine.passes import Passes
+from madformer.engine.prompts import Prompt
+from madformer.engine.schedule import Schedule, ScheduleTable
+from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.engine.structure import Signature, UnknownPartError, compute_dtype, signature
+from madformer.model.blocks import block_order, check_blocks, check_order
+from madformer.model.madformer import MADFormer
+
+if TYPE_CHECKING:
+    from madformer.engine.sampler import Sampler
+
+logger = logging.getLogger("madformer.engine")
+
+NoiseSource = Callable[[int], Tensor]
+"""Gives a block's standard normal noise, ``(B, L, C)``."""
+
+
+class NonFiniteError(FloatingPointError):
+    """Latents that are not finite; the message says from which block and step on."""
+
+
+class NonFiniteInputError(NonFiniteError, ValueError):
+    """Noise or given latents that are not finite; the message says of which image and block."""
+
+
+class InUseError(RuntimeError):
+    """A plan or batcher that is drawing was asked to draw, from another thread or from what it calls."""
+
+
+class Exclusive:
+    """A context that one thread is in at a time, once; whoever else enters it is refused, and does not wait."""
+
+    def __init__(self, message: str) -> None:
+        self.message, self._lock = message, threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise InUseError(self.message)
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _first_fault(tensor_BMLC: Tensor, places: Sequence[int]) -> tuple[int, int] | None:
+    """Image and block of the first number that is not finite, among blocks of these places."""
+    sound_BP = tensor_BMLC[:, list(places)].isfinite().all(-1).all(-1)
+    if sound_BP.all():
+        return None
+    image, index = sound_BP.logical_not().nonzero()[0].tolist()
+    return image, places[index]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the place of the ``block`` and the ``step`` count from 0.
+
+    ``latents_BLC`` is the block after that step, in the memory that the next step overwrites.
+    """
+
+    block: int
+    step: int
+    latents_BLC: Tensor
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A copy of a block's latents, and on a GPU when they will be there."""
+
+    place: int
+    latents_BLC: Tensor
+    end: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, place: int, latents_BLC: Tensor) -> FinishedBlock:
+        end = torch.cuda.Event() if latents_BLC.is_cuda else None
+        copied = latents_BLC.clone()
+        if end is not None:
+            end.record()
+        return cls(place, copied, end)
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.end is not None and not self.end.query()
+
+    def report(self, on_block: Callable[[int, Tensor], object], stream: torch.cuda.Stream | None) -> None:
+        """Wait for it, and hand it out; on a GPU on a stream beside the blocks that follow."""
+        if self.end is not None:
+            self.end.synchronize()
+        with torch.cuda.stream(stream):
+            on_block(self.place, self.latents_BLC)
+        if stream is not None:
+            # the allocator may give the latents' memory away, and not before this stream is done with it
+            self.latents_BLC.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a plan's memory and passes are made for, of a model."""
+
+    config: MADFormerConfig
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    attention_backend: str
+
+    @classmethod
+    def of(cls, model: MADFormer, grid: tuple[int, int] | None = None) -> ModelKind:
+        config = model.config if grid is None else model.config.at_grid(*grid)
+        return cls(config, compute_dtype(model), model.device, model.backend, model.attention_backend)
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """What a plan depends on. Values of weights and of schedules are not in it."""
+
+    batch: int
+    num_steps: int
+    guided: bool
+    refresh_every: int
+    tabulated: bool
+    clip: float | None
+    kind: ModelKind
+
+    @classmethod
+    def of(cls, batch: int, schedule: Schedule, kind: ModelKind, *, guided: bool, refresh_every: int) -> PlanKey:
+        steps, table = len(schedule.timesteps), schedule.table
+        clip = None if table is None else table.clip
+        return cls(batch, steps, guided, min(refresh_every, steps), table is not None, clip, kind)
+
+
+@contextlib.contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """The engine computes in the model's dtype, whatever its caller has asked autocast for."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class Plan:
+    """A batch size and a step count made ready; :meth:`run` may be called again and again, one call at a time.
+
+    Nothing that is made of the model's weights outlasts a run unless it is compared with them: every run begins by
+    looking at the model, and so does the next pass after a callback was called, a block was handed out or noise was
+    asked for. What was drawn and cached until then stays.
+
+    On a GPU a run does no Python work for a step and waits for the device only to look for numbers that are not
+    finite: its passes are captured once, and each block's steps are one launch where the driver allows it. They read
+    the weights where they lie, and are captured anew where the model is built in another way. A model that may change
+    without being seen (:func:`madformer.engine.structure.signature`) is not captured.
+    """
+
+    launcher: Launcher
+    slots: Slots
+    cache: ConditioningCache
+    passes: Passes
+    model: MADFormer
+    _frozen: bool
+
+    def __init__(self, sampler: Sampler, key: PlanKey, schedule: Schedule, guidance: Guidance | None = None) -> None:
+        self._alone = Exclusive("this plan is drawing already: of several runs at a time each needs a plan of its own")
+        self._drawing, self._touched = False, False
+        self._drawn: list[int] = []
+        self.packed = PackedWeights()
+        self.settle(sampler, schedule, guidance)
+        self._allocate(key)
+
+    def settle(self, sampler: Sampler, schedule: Schedule, guidance: Guidance | None) -> None:
+        """Draw from now on with these, of a plan's own kind."""
+        self.sampler, self.schedule, self.guidance = sampler, schedule, guidance
+
+    def rest(self) -> None:
+        """Let go of the model, until :meth:`settle`, as far as it was not captured."""
+        del self.sampler
+        if not self._frozen:
+            del self.passes.model, self.model
+
+    @property
+    def config(self) -> MADFormerConfig:
+        return self.key.kind.config
+
+    @property
+    def batch(self) -> int:
+        return self.key.batch
+
+    @property
+    def refresh_every(self) -> int:
+        return self.key.refresh_every
+
+    @property
+    def num_inference_steps(self) -> int:
+        return self.schedule.num_inference_steps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(S,), of every step of a block."""
+        return self.schedule.timesteps
+
+    @property
+    def table(self) -> ScheduleTable | None:
+        return self.schedule.table
+
+    @property
+    def scheduler(self) -> Any:
+        return self.schedule.scheduler
+
+    def _allocate(self, key: PlanKey) -> None:
+        self.key, kind = key, key.kind
+        # of one kind with what passes make, or a compiled one would be compiled for both
+        with torch.inference_mode():
+            self.slots = Slots(kind.config, key.batch, key.num_steps, kind.device, guided=key.guided)
+            rows = key.batch * self.slots.branches
+            self.cache = ConditioningCache(
+                kind.config, rows, dtype=kind.dtype, device=kind.device, backend=kind.backend
+            )
+            self.model = self.sampler.current_model()
+            options = (key.clip, self.sampler.backend, key.refresh_every)
+            self.passes = self.sampler.passes(self.model, self.cache, self.slots, *options)
+        # what a scheduler's own step needs of the host is not in a graph
+        self.launcher = self.sampler.launcher or launcher_for(kind.device) if key.tabulated else EagerLauncher()
+        self._frozen = self.launcher.captures or self.sampler.compile_unet
+        self._reports = torch.cuda.Stream(kind.device) if kind.device.type == "cuda" else None
+        self.prepared_for: Signature | None = None
+        self._order = block_order(kind.config)
+        self._told = ""
+
+    def warmup(self) -> Plan:
+        """Make ready what the first run would: compile, pack, capture. Logged with its times as ``madformer.engine``.
+
+        Raises:
+            InUseError: it is drawing.
+        """
+        with self._alone, computing(self.key.kind.device):
+            self._follow()
+        return self
+
+    def try_passes(self) -> None:
+        """Run every pass once, which shows whether its scratch memory is there."""
+        with self._alone, computing(self.key.kind.device):
+            self.slots.assign(self._rows(), self.model)
+            self.passes.reset()
+            self.passes.first_block(None)
+            self.passes.denoise(None)
+            if self.config.num_blocks > 1:
+                self.passes.next_block(None)
+
+    # The model, as it is now
+
+    def _follow(self) -> None:
+        """Make the passes those of the model as it is now."""
+        kind = self.sampler.kind()
+        if kind != self.key.kind:
+            if self._drawing:
+                raise RuntimeError("the model's configuration, dtype, device or backend changed while it was drawing")
+            self._allocate(replace(self.key, kind=kind))
+        self._touched = False
+        if not self._frozen:
+            self._look_through(self.sampler.current_model(self.packed))
+            if self.prepared_for is None:
+                self._prepare(self.launcher)
+                self.prepared_for = ()
+            return
+        built: Signature | None = None
+        try:
+            built = signature(self.sampler.source)
+        except UnknownPartError as unknown:
+            self._tell(f"not captured or compiled: {unknown}")
+        if built is None or (self._drawing and built != self.prepared_for):
+            # as it stands, and for a run that has begun: preparing would overwrite what it holds
+            self._look_through(self.sampler.current_model())
+            self._prepare(None)
+            self.prepared_for = None
+        elif built != self.prepared_for:
+            self._look_through(self.sampler.lasting_model())
+            self.slots.assign(self._rows(), self.model)
+            self._prepare(self.launcher)
+            self.prepared_for = built
+        else:
+            self._look_through(self.model)
+
+    def _look_through(self, model: MADFormer) -> None:
+        self.model = model
+        self.passes.follow(model)
+        if self._drawing:
+            self.slots.tabulate(self._rows(), model)
+            self.slots.condition_on(self._prompt, model)
+        elif self.prepared_for is None:
+            self.slots.assign(self._rows(), model)
+
+    def _rows(self) -> ScheduleRows:
+        coefficients = None if self.table is None else self.table.coefficients
+        return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self.guidance)
+
+    def _prepare(self, launcher: Launcher | None) -> None:
+        """Launches of all passes; for None, Python runs them, and none is run to get there."""
+        started, passes = time.perf_counter(), self.passes
+
+        def prepare(name: str, work: Callable[[None], None]) -> Work:
+            launch = functools.partial(work, None)
+            if launcher is None:
+                return launch
+            return launcher.prepare(f"{name}, batch {self.batch}", launch, passes.reset)
+
+        self.first_block = prepare("first block", passes.first_block)
+        self.denoise = prepare("denoising step", passes.denoise)
+        self.next_block = prepare("next block", passes.next_block) if self.config.num_blocks > 1 else self.first_block
+        steps, every = len(self.timesteps), self.refresh_every
+        self.reuse, step_round = self.denoise, self.denoise
+        if every > 1:
+            self.reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
+            step_round = prepare("round of steps", passes.denoise_round)
+        self.loop = (launcher or EagerLauncher()).loop(step_round, steps // every)
+        if launcher is not None:
+            logger.info("plan for batch %d ready in %.2f s", self.batch, time.perf_counter() - started)
+
+    def _tell(self, message: str) -> None:
+        if message != self._told:
+            logger.warning("%s", message)
+        self._told = message
+
+    # A run
+
+    def run(
+        self,
+        noise: Tensor | NoiseSource,
+        prompt: Prompt | None = None,
+        *,
+        given: Tensor | None = None,
+        blocks: Collection[int] | None = None,
+        order: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback: Callable[[Progress], object] | None = None,
+        on_block: Callable[[int, Tensor], object] | None = None,
+        progress: Callable[[int], object] | None = None,
+        out: Tensor | None = None,
+        check: bool = True,
+    ) -> Tensor:
+        """Draw ``batch`` images.
+
+        Args:
+            noise: standard normal, ``(B, M, L, C)`` by place; or called with each block's place, in order.
+            prompt: what the images are to be of, for a model with text or classes.
+            given: clean latents ``(B, M, L, C)`` of images to change. blocks: places of those that are drawn anew, from
+                what is before them; the others stay as they are. All of them for None.
+            order: places in the order to draw them in, for a model that was trained in every order; None for its own.
+            generator: for the noise that a stochastic scheduler adds in its steps.
+            callback: called after every step, which costs the single launch of a block's steps and a look at the model.
+            on_block: called with the place of a block that was drawn and its latents ``(B, L, C)``. On a GPU the next
+                one is mostly under way by then, and the call is made on another stream, which does not wait for it.
+            progress: told how many steps were launched since it was called last: one where Python launches each, else
+                those of a block. It must leave the model alone.
+            out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
+            check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
+
+        Returns:
+            Clean latents ``(B, M, L, C)`` in fp32.
+
+        Raises:
+            NonFiniteError: the network gave numbers that are not finite, or ``noise`` or ``given`` holds some.
+            InUseError: the plan is drawing already, in another thread or around this call.
+            RuntimeError: a callback changed the model's configuration, dtype or device.
+            ValueError: ``noise``, ``given``, ``out`` or the prompt is not what the plan was made for; ``blocks`` that
+                there are not, or with nothing given; an order that the model does not know; a model that cannot read
+                what it did not draw.
+        """
+        drawing = self.blocks(
+            noise,
+            prompt,
+            given=given,
+            blocks=blocks,
+            order=order,
+            generator=generator,
+            callback=callback,
+            report=on_block is not None,
+            progress=progress,
+            out=out,
+            check=check,
+        )
+        with contextlib.closing(drawing):
+            while True:
+                try:
+                    finished = next(drawing)
+                except StopIteration as end:
+                    return end.value
+                assert on_block is not None
+                finished.report(on_block, self._reports)
+
+    def blocks(
+        self,
+        noise: Tensor | NoiseSource,
+        prompt: Prompt | None = None,
+        *,
+        given: Tensor | None = None,
+        blocks: Collection[int] | None = None,
+        order: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback: Callable[[Progress], object] | None = None,
+        report: bool = True,
+        progress: Callable[[int], object] | None = None,
+        out: Tensor | None = None,
+        check: bool = True,
+    ) -> Generator[FinishedBlock, None, Tensor]:
+        """:meth:`run`, as a generator that gives every block that was drawn (none without ``report``) and returns all.
+
+        The plan is in use until the generator ends or is closed.
+        """
+        with self._alone:
+            device = self.key.kind.device
+            with computing(device):
+                prompt = prompt or Prompt()
+                prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
+                self._check_shapes(noise=noise, given=given, out=out)
+                drawn = self._check_blocks(given, blocks)
+                if order is not None:
+                    check_order(order, self.config)
+                places = list(order or block_order(self.config))
+                last = max(map(places.index, drawn))
+                kept = [place for place in places if place not in drawn]
+                for name, tensor, those in (("noise", noise, sorted(drawn)), ("given", given, kept)):
+                    if isinstance(tensor, Tensor) and (fault := _first_fault(tensor, those)) is not None:
+                        raise NonFiniteInputError("{} is not finite: image {}, block {}".format(name, *fault))
+                self._follow()
+                self._start(prompt, places)
+            try:
+                finished: list[FinishedBlock] = []
+                for number, place in enumerate(places[: last + 1]):
+                    with computing(device):
+                        if place in drawn:
+                            self._draw(noise, place)
+                        self._launch("next_block" if number else "first_block")
+                        if place in drawn:
+                            self._drawn.append(place)
+                            self._denoise(place, generator, callback, progress)
+                            if check and self.cache.on_host:
+                                self.check()
+                        elif given is not None:
+                            self.slots.latents_RLC.copy_(given[:, place])
+                        if report and place in drawn:
+                            finished.append(FinishedBlock.of(place, self.slots.latents_RLC))
+                    # a GPU is waited for with one block under way at least, so that it stays busy
+                    while finished and (len(finished) > 1 or number == last or not finished[0].is_under_way):
+                        self._touched = True
+                        yield finished.pop(0)
+                return self._finish(given, places[last + 1 :], out, check=check)
+            finally:
+                self._drawing = False
+
+    def _start(self, prompt: Prompt, places: list[int]) -> None:
+        self.slots.assign(self._rows(), self.model)
+        self.slots.condition_on(prompt, self.model)
+        if places != self._order:
+            # only then: the copy waits for the device
+            self.slots.order_RM.copy_(torch.tensor(places))
+            self._order = places
+        self.cache.reset()
+        self._prompt, self._drawn, self._drawing = prompt, [], True
+
+    def _finish(self, given: Tensor | None, untouched: list[int], out: Tensor | None, *, check: bool) -> Tensor:
+        # no inference tensor: one may train on it
+        out = torch.empty(self.slots.canvas_RMLC.shape, device=self.key.kind.device) if out is None else out
+        with computing(self.key.kind.device):
+            self.slots.finish_block(None)
+            out.copy_(self.slots.canvas_RMLC)
+            if given is not None:
+                out[:, untouched] = given[:, untouched].to(out)
+            if check:
+                self.check()
+        return out
+
+    def check(self) -> None:
+        """Look for numbers that are not finite in the last run; waits for the device.
+
+        Raises:
+            NonFiniteError: there are.
+        """
+        steps = len(self.timesteps)
+        for image, sound in enumerate(self.slots.sound_R.tolist()):
+            if sound < steps * len(self._drawn):
+                block, step = self._drawn[sound // steps], sound % steps
+                raise NonFiniteError(f"image {image} of the batch is not finite from block {block}, step {step} on")
+        # whoever was called after the last step may have written to it
+        if (fault := _first_fault(self.slots.canvas_RMLC, self._drawn)) is not None:
+            raise NonFiniteError("image {} of the batch is not finite in block {}, after its last step".format(*fault))
+
+    def _check_blocks(self, given: Tensor | None, blocks: Collection[int] | None) -> Collection[int]:
+        """The blocks to draw."""
+        if blocks is None:
+            return range(self.config.num_blocks)
+        check_blocks(blocks, self.config)
+        if given is None:
+            raise ValueError(f"blocks={list(blocks)}: what the others hold must be given")
+        if not self.config.has_clean_stream:
+            raise ValueError(f"context={self.config.context!r} reads blocks as it drew them, so none can be given")
+        return blocks
+
+    def _check_shapes(self, **tensors: Any) -> None:
+        shape = self.slots.canvas_RMLC.shape
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.shape != shape:
+                raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+    def _draw(self, noise: Tensor | NoiseSource, place: int) -> None:
+        """Put a block's noise where its pass finds it."""
+        if isinstance(noise, Tensor):
+            drawn = noise[:, place]
+        else:
+            drawn, self._touched = noise(place), True
+            # on a GPU it would have to be waited for: there its block's first step is what is named
+            if drawn.device.type == "cpu" and (fault := _first_fault(drawn[:, None], [0])) is not None:
+                raise NonFiniteInputError(f"noise is not finite: image {fault[0]}, block {place}")
+        target = self.slots.canvas_RMLC[:, place]
+        target.copy_(drawn, non_blocking=True)
+        target *= self.schedule.init_noise_sigma
+
+    def _launch(self, name: str) -> None:
+        """A pass, of the model as it is now."""
+        if self._touched:
+            self._follow()
+        getattr(self, name)()
+
+    def _denoise(
+        self,
+        place: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable[[Progress], object] | None,
+        progress: Callable[[int], object] | None,
+    ) -> None:
+        """The step loop of one block."""
+        steps, done = len(self.timesteps), 0
+        if self.table is not None and callback is None and (progress is None or self.launcher.captures):
+            self._launch("loop")
+            # steps that make no whole round
+            done = steps - steps % self.refresh_every
+            if progress is not None:
+                progress(done)
+        step = self._scheduler_step(generator) if self.table is None else self._step
+        for index in range(done, steps):
+            step(index)
+            if progress is not None:
+                progress(1)
+            if callback is not None:
+                self._touched = True
+                callback(Progress(place, index, self.slots.latents_RLC))
+
+    def _step(self, index: int) -> None:
+        self._launch("reuse" if index % self.refresh_every else "denoise")
+
+    def _scheduler_step(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
+        """A denoising step that the scheduler's own ``step`` ends."""
+        scheduler = self.schedule.start()
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        keywords = {"generator": generator} if takes_generator else {}
+
+        def step(index: int) -> None:
+            if self._touched:
+                self._follow()
+            timestep = self.timesteps[index]
+            # a copy: schedulers of several stages keep the sample that they were given
+            latents = self.slots.latents_RLC.clone()
+            *time, guidance_B1, _ = self.slots.schedule(None)
+            scaled = scheduler.scale_model_input(latents, timestep)
+            outputs = self.passes.predict(None, scaled, *time, refresh=index % self.refresh_every == 0)
+            output, *unconditional = (x.float() for x in outputs)
+            for other in unconditional:
+                output = other + guidance_B1[:, None] * (output - other)
+            stepped = scheduler.step(output, timestep, latents, **keywords).prev_sample
+            # not where a scheduler clamps what the network gave: infinity would be forgotten
+            stepped = stepped + 0 * output
+            self.slots.finish_step(None, stepped, self.slots.previous_RLC)
+            # what is not diffusers' may do anything
+            self._touched |= not type(scheduler).__module__.startswith("diffusers.")
+
+        return step

@@ -1,0 +1,184 @@
+"""What of a module tree another one may stand in for, and how a change of it is seen.
+
+A module may be replaced by something faster, or captured, only as long as calling it is running its class's
+``forward`` on its tensors. Hooks, a ``forward`` of the instance's own, parametrizations, tensors of a quantising
+library and classes that are not known here can each do something else, and at any time: such a module is called as it
+stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_KNOWN = ("torch.nn.modules.", "diffusers.", "madformer.")
+# what runs where nothing has been put in its place, for the whole process
+_ORIGINALS = ((nn.Linear, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__"))
+_CLASSES = tuple(getattr(cls, name) for cls, name in _ORIGINALS)
+_FUNCTIONS = F.linear, F.conv2d
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SIMPLE = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format)
+
+M = TypeVar("M", bound=nn.Module)
+Signature = tuple[Hashable, ...]
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's ``forward`` on plain tensors, and nothing else."""
+    attributes = vars(module)
+    return (
+        not any(attributes[name] for name in _HOOKS)
+        and "forward" not in attributes
+        and attributes.get("_compiled_call_impl") is None
+        and not any(_special(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    )
+
+
+def _special(tensor: Tensor | None) -> bool:
+    return tensor is not None and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def process_is_plain() -> bool:
+    """Whether no hook on every module, and no other linear layer or convolution, was put into the process."""
+    hooks = torch.nn.modules.module
+    return (
+        tuple(getattr(cls, name) for cls, name in _ORIGINALS) == _CLASSES
+        and (F.linear, F.conv2d) == _FUNCTIONS
+        and not hooks._global_forward_hooks
+        and not hooks._global_forward_pre_hooks
+    )
+
+
+def _known(value: object) -> bool:
+    """Whether it is of a library whose objects keep what they do in simple attributes."""
+    name = value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__
+    return (name or "").startswith(_KNOWN) or name in ("builtins", "collections", "torch", "torch.nn.functional")
+
+
+def rebuilt(model: M, stand_in: Callable[[str, nn.Module], nn.Module | None]) -> M:
+    """A tree of its own over the same tensors, hooks and attributes, with some modules replaced.
+
+    Modules above none that is replaced stay the very ones of ``model``, as do those that are not plain or of a class
+    that is not known, with all that is below: what those keep of a call is found where its owner looks for it.
+
+    Args:
+        stand_in: called with name and module; what takes its place, or None.
+    """
+    return _rebuilt(model, "", stand_in, {})  # type: ignore[return-value]
+
+
+def _rebuilt(
+    module: nn.Module,
+    name: str,
+    stand_in: Callable[[str, nn.Module], nn.Module | None],
+    done: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    if module in done:
+        return done[module]
+    result = module
+    if plain(module):
+        if (other := stand_in(name, module)) is not None:
+            result = other
+        elif module._modules and all(_known(value) for value in (module, *vars(module).values())):
+            children = {
+                child_name: None if child is None else _rebuilt(child, f"{name}.{child_name}", stand_in, done)
+                for child_name, child in module._modules.items()
+            }
+            if any(child is not module._modules[child_name] for child_name, child in children.items()):
+                result = over_the_same(module, children)
+    done[module] = result
+    return result
+
+
+def over_the_same(module: M, children: dict[str, nn.Module | None] | None = None) -> M:
+    """Another module of the same class that shares all but its children, and shares these too where none are given."""
+    other = object.__new__(type(module))
+    other.__dict__ = vars(module) | {"_modules": dict(module._modules) if children is None else children}
+    return other
+
+
+class UnknownPartError(Exception):
+    """Something in a module tree may change without being seen; the message says what."""
+
+
+def signature(model: nn.Module) -> Signature:
+    """Changes with all that a captured pass has of the model: where its tensors are, and how it is built.
+
+    Values of tensors are not in it: what is captured reads them when it runs.
+
+    Raises:
+        UnknownPartError: there may be more to the model than can be seen.
+    """
+    if not process_is_plain():
+        raise UnknownPartError("hooks or other layers for the whole process")
+    parts: list[Hashable] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not plain(module):
+            raise UnknownPartError(f"{name or 'the model'} has hooks, a forward of its own or tensors of another kind")
+        if not (_known(module) or type(module).__module__.startswith("peft.")):
+            kind = type(module)
+            raise UnknownPartError(f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}")
+        attributes = {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
+        parts.append((name, type(module), _frozen(attributes, name)))
+    return tuple(parts)
+
+
+# of nn.Module, and without a part in what a call computes
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
+
+
+def _frozen(value: Any, name: str) -> Hashable:
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, float):
+        return repr(value)  # NaN is not itself
+    if isinstance(value, Tensor) and not _special(value):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((_frozen(key, name), _frozen(item, f"{name}.{key}")) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), *(_frozen(item, name) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(_frozen(item, name) for item in value)
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        if isinstance(value, types.FunctionType) and (value.__closure__ or not _known(value)):
+            raise UnknownPartError(f"{name} is a function, which may look at anything")
+        return value
+    if _known(value) and not isinstance(value, nn.Module):
+        if dataclasses.is_dataclass(value):
+            return type(value), repr(value)
+        return type(value), _frozen(getattr(value, "__dict__", {}), name)
+    raise UnknownPartError(f"{name} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def unwrapped(model: Any) -> Any:
+    """The network in what ``torch.compile``, adapters of a library or data parallelism put around it.
+
+    Sampling calls its parts and not the whole, which is all that such a module would run.
+    """
+    while isinstance(model, nn.Module):
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__module__.startswith("peft."):
+            inner = model.get_base_model()
+        if inner is None and type(model).__module__.startswith("torch.nn.parallel."):
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """What the model computes in: where diffusers keeps weights in another dtype and casts them by hooks, what to."""
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            return hook.compute_dtype
+    return model.dtype
