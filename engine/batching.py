@@ -156,8 +156,6 @@ class InFlightBatcher:
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
         if tuple(noise_MLC.shape) != shape:
             raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
-        if not noise_MLC.isfinite().all():
-            raise ValueError("noise must be finite")
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
         prompt = prompt or Prompt()

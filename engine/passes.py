@@ -148,6 +148,8 @@ class Passes:
             tokens_NSC = tokens_NSC + take(self.added_RLC, rows_N)
         skips = tuple(self._for_branches(skip) for skip in skips)
         output_NLC = model.decode(tokens_NSC, self._for_branches(up_BE), skips, modulation_NC)[:, 0]
+        if output_NLC.dtype == torch.float64:
+            output_NLC = output_NLC.float()  # the latents are fp32
         return output_NLC.chunk(self.branches)
 
     def _cache_rows(self, rows_B: Tensor | None) -> Tensor | None:

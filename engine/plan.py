@@ -253,7 +253,7 @@ class Plan:
             InUseError: it is drawing.
         """
         with self._alone, computing(self.key.kind.device):
-            self._follow()
+            self._follow(try_out=True)
         return self
 
     def try_passes(self) -> None:
@@ -268,8 +268,8 @@ class Plan:
 
     # The model, as it is now
 
-    def _follow(self) -> None:
-        """Make the passes those of the model as it is now."""
+    def _follow(self, *, try_out: bool = False) -> None:
+        """Make the passes those of the model as it is now, and run each once where that makes anything ready."""
         kind = self.sampler.kind()
         if kind != self.key.kind:
             if self._drawing:
@@ -279,7 +279,7 @@ class Plan:
         if not self._frozen:
             self._look_through(self.sampler.current_model(self.packed))
             if self.prepared_for is None:
-                self._prepare(self.launcher)
+                self._prepare(self.launcher if try_out else None)
                 self.prepared_for = ()
             return
         built: Signature | None = None
@@ -295,7 +295,7 @@ class Plan:
         elif built != self.prepared_for:
             self._look_through(self.sampler.lasting_model())
             self.slots.assign(self._rows(), self.model)
-            self._prepare(self.launcher)
+            self._prepare(self.launcher if try_out or self.launcher.captures else None)
             self.prepared_for = built
         else:
             self._look_through(self.model)

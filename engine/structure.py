@@ -165,7 +165,8 @@ def unwrapped(model: Any) -> Any:
     while isinstance(model, nn.Module):
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__module__.startswith("peft."):
-            inner = model.get_base_model()
+            base: Any = model
+            inner = base.get_base_model()
         if inner is None and type(model).__module__.startswith("torch.nn.parallel."):
             inner = model._modules.get("module")
         if inner is None:

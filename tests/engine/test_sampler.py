@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
@@ -258,16 +257,6 @@ def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeyp
     monkeypatch.setattr(plan.passes, "predict", faulty)
     with pytest.raises(NonFiniteError, match=f"image 1 of the batch is not finite from block {block}, step {step} on"):
         plan.run(draw_noise(tiny()))
-
-
-def test_a_plan_in_another_dtype() -> None:
-    """The model that the sampler was given stays as it is."""
-    model, noise = make_model(tiny()), draw_noise(tiny())
-    sampler = Sampler(model, DDIMScheduler())
-    expected = Sampler(copy.deepcopy(model).to(torch.bfloat16), DDIMScheduler()).plan(BATCH, STEPS).run(noise)
-    assert torch.equal(sampler.plan(BATCH, STEPS, dtype=torch.bfloat16).run(noise), expected)
-    assert model.dtype == torch.float32
-    assert relative_error(sampler.plan(BATCH, STEPS).run(noise), expected) > 1e-4
 
 
 def test_warmup_says_what_it_made_ready(caplog: pytest.LogCaptureFixture) -> None:
