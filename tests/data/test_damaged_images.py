@@ -126,6 +126,17 @@ def test_pictures_of_any_shape(shape: tuple[int, int]) -> None:
     assert (image[1:] == -1).all()
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 3, b"\0\0\0\x12resc" + bytes(10), b"\0\0\0\x09rescx"])
+def test_a_damaged_resolution_of_jpeg2000(content: bytes) -> None:
+    sound = sound_files()["JPEG2000"][0]
+    at = sound.index(b"jp2h") - 4
+    (size,) = struct.unpack_from(">I", sound, at)
+    box = struct.pack(">I4s", 8 + len(content), b"res ") + content
+    header = struct.pack(">I", size + len(box)) + sound[at + 4 : at + size] + box
+    damaged = sound[:at] + header + sound[at + size :]
+    assert np.array_equal(np.asarray(decode(damaged)), np.asarray(decode(sound)))
+
+
 def test_an_empty_file_is_refused() -> None:
     with pytest.raises(UnreadableImageError, match=r"^cannot identify image file$"):
         decode(b"")

@@ -141,6 +141,11 @@ class TestFolders:
 
 
 class TestShards:
+    def test_names_that_are_no_utf8(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "x.tar", {"caf\udce9/a.png": picture(), "caf\udce9/a.\udcff": b""})
+        sample = open_dataset(tmp_path / "x.tar", 4)[0]
+        assert sample["key"] == "caf\\xe9/a"
+
     def test_hidden_members_are_left_out(self, tmp_path: Path) -> None:
         names = ("a/1.png", "a/._1.png", "__MACOSX/a/1.png", ".ipynb_checkpoints/2.png", "./b/3.png", ".DS_Store")
         write_tar(tmp_path / "x.tar", dict.fromkeys(names, picture()))
@@ -269,6 +274,18 @@ class TestLabels:
         with pytest.raises(ValueError, match=r"dataset\.json|Expecting") as caught:
             open_dataset(tmp_path, 4)
         assert "\n" not in str(caught.value)
+
+    def test_captions_that_are_no_text(self, tmp_path: Path) -> None:
+        members = {
+            "a.png": picture(),
+            "a.json": b'{"caption": {"en": "a cat"}}',
+            "b.png": picture(),
+            "b.json": b'{"text": 7}',
+        }
+        dataset = open_dataset(write_tar(tmp_path / "x.tar", members), 4)
+        with pytest.raises(UnreadableImageError, match=r"x\.tar:a: the caption \{'en': 'a cat'\} is no text"):
+            dataset[0]
+        assert dataset[1]["caption"] == "7"
 
     def test_json_nested_deeply(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "x.tar", {"a.png": picture(), "a.json": b"[" * 100_000})

@@ -86,11 +86,17 @@ def first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def caption_of(value: Any) -> str:
-    """Some data sets have several captions for an image; the first is taken."""
+    """Some data sets have several captions for an image; the first is taken.
+
+    Raises:
+        ValueError: it is an object or another list, of which no text can be made; one line.
+    """
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None:
         return ""
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"the caption {_short(value)} is no text")
     # JSON can hold halves of surrogate pairs, which no tokenizer takes
     return str(value).encode("utf-8", "replace").decode().strip().removeprefix("\ufeff")
 

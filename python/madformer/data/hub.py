@@ -48,7 +48,7 @@ class HuggingFaceSource:
         labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
         self.class_names = list(kinds[labels[0]].names) if labels else []
         self.label_column = labels[0] if labels else next((c for c in LABEL_FIELDS if c in kinds), None)
-        self.caption_column = next((c for c in CAPTION_FIELDS if c in kinds), None)
+        self.caption_column = next((c for c in CAPTION_FIELDS if c in kinds and _holds_text(kinds[c])), None)
         # Undecoded: damage is then met in one place, and every source resizes alike.
         self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         if self.label_column and not labels:
@@ -139,6 +139,12 @@ class HuggingFaceSource:
         caption = row[self.caption_column] if self.caption_column else None
         label = row[self.label_column] if self.label_column else None
         return label_of(label, self.class_names), caption_of(caption)
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column is of texts, or of lists of texts."""
+    inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
+    return "string" in str(getattr(inner, "dtype", ""))
 
 
 def _load_rows(name: str) -> Any:

@@ -182,18 +182,33 @@ def _tiff_entries(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 def _strip_avif(data: bytes) -> tuple[bytes, int]:
     """Call the items of EXIF and XMP by another name; their places, and so the pixels', stay."""
-    at = 0
-    while at + 8 <= len(data):
-        size, name = struct.unpack_from(">I4s", data, at)
-        if name == b"meta" and size >= 8:
-            meta = re.sub(
-                rb"(infe(?:\x02.{7}|\x03.{9}))(?:Exif|mime)", rb"\1skip", data[at : at + size], flags=re.DOTALL
-            )
-            return data[:at] + meta + data[at + size :], UPRIGHT
-        if size < 8:
-            break
-        at += size
+    for start, stop, name in _boxes(data, 0, len(data)):
+        if name == b"meta":
+            items = rb"(infe(?:\x02.{7}|\x03.{9}))(?:Exif|mime)"
+            meta = re.sub(items, rb"\1skip", data[start:stop], flags=re.DOTALL)
+            return data[:start] + meta + data[stop:], UPRIGHT
     return data, UPRIGHT
+
+
+def _strip_jpeg2000(data: bytes) -> tuple[bytes, int]:
+    """Call the box of the resolution, the one with no bearing on the pixels that Pillow reads, by another name."""
+    for start, stop, name in _boxes(data, 0, len(data)):
+        if name == b"jp2h":
+            for inner, _, kind in _boxes(data, start + 8, stop):
+                if kind == b"res ":
+                    data = data[: inner + 4] + b"free" + data[inner + 8 :]
+            break
+    return data, UPRIGHT
+
+
+def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, bytes]]:
+    """Where the boxes of ISO's base media format begin and end, and their types."""
+    while at + 8 <= end:
+        size, name = struct.unpack_from(">I4s", data, at)
+        if size < 8 or at + size > end:
+            return
+        yield at, at + size, name
+        at += size
 
 
 def _orientation(exif: bytes, xmp: bytes) -> int:
@@ -214,4 +229,5 @@ _FORMATS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], tuple[bytes, int]]], 
     (re.compile(rb"GIF8[79]a"), _strip_gif),
     (_TIFF, _strip_tiff),
     (re.compile(rb"....ftyp", re.DOTALL), _strip_avif),
+    (re.compile(rb"\0\0\0\x0cjP  "), _strip_jpeg2000),
 )
