@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.accelerate import SIZES, SWITCHES
+from madformer.compat.acdit import ACDiT
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import RMSNorm, SwiGLU
 from madformer.model.unet import ResnetBlock
-from testing import GoldenCase, golden_cases, relative_error
+from testing import GoldenCase, golden_case, golden_cases, relative_error
 
 CASES, TEXT_CASES = golden_cases("ffhq"), golden_cases("imagenet")
 BASELINE, TEXT_BASELINE = CASES[0], TEXT_CASES[0]
+CLASS_CASE = golden_case("acdit", "class_conditional")
 HIDDEN_WEIGHT, TEXT_WEIGHT = 0.1, 0.5
 # of the golden README
 OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-3, 1e-2
@@ -40,6 +42,14 @@ def make_compat(case: GoldenCase = BASELINE) -> CompatMADFormer:
     sizes = {"latent_size": 4, "in_channels": 4, **case.geometry}
     model = family.MADFormer(model_config_path=case.model_config, **sizes, **case.flags)
     model.load_state_dict(case.weights())
+    return model
+
+
+def make_acdit(**changes: object) -> ACDiT:
+    """No label is dropped."""
+    model = ACDiT(in_channels=4, **(CLASS_CASE.geometry | changes))
+    model.load_state_dict(CLASS_CASE.weights())
+    model.y_embedder.dropout_prob = 0
     return model
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients
+from compat_cases import CLASS_CASE as CASE
+from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients, make_acdit
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -16,17 +17,9 @@ from madformer.compat.acdit import ACDiT
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
-from testing import GoldenCase, golden_case, relative_error
+from testing import relative_error
 
-CASE: GoldenCase = golden_case("acdit", "class_conditional")
 SCALES = (1.0, 2.0)
-
-
-def make_model(**changes: object) -> ACDiT:
-    model = ACDiT(in_channels=4, **(CASE.geometry | changes))
-    model.load_state_dict(CASE.weights())
-    model.y_embedder.dropout_prob = 0
-    return model
 
 
 def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,7 +30,7 @@ def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_forward_loss_and_gradients(patch_size: int) -> None:
     """However many latents a token is said to be of."""
-    model, golden = make_model(patch_size=patch_size), CASE.tensors()
+    model, golden = make_acdit(patch_size=patch_size), CASE.tensors()
     prediction = model(*arguments())
     assert relative_error(prediction, golden["prediction"]) < OUTPUT_TOLERANCE
     loss = F.mse_loss(prediction, golden["noise"].flatten(1, 2))
@@ -49,7 +42,7 @@ def test_forward_loss_and_gradients(patch_size: int) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_samples(scheduler: str, scale: float) -> None:
-    model, golden = make_model().eval(), CASE.tensors()
+    model, golden = make_acdit().eval(), CASE.tensors()
     expected = golden[f"sample.{scheduler}.cfg{scale:g}"]
     generator = torch.Generator().manual_seed(CASE.sampler_seed)
     tokens = model.sample(
@@ -61,7 +54,7 @@ def test_samples(scheduler: str, scale: float) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_native_model(tmp_path: Path, scale: float) -> None:
     """Saved, loaded and run by the native classes alone, on latents of 2 x 2 to a token."""
-    compat, golden = make_model(), CASE.tensors()
+    compat, golden = make_acdit(), CASE.tensors()
     compat.to_native().save_pretrained(tmp_path)
     native = NativeMADFormer.from_pretrained(tmp_path)
     assert native.config.latent_shape == (4, 16, 16)
@@ -77,14 +70,14 @@ def test_native_model(tmp_path: Path, scale: float) -> None:
 
 
 def test_names_and_shapes_are_the_released_ones() -> None:
-    weights, model = CASE.weights(), make_model()
+    weights, model = CASE.weights(), make_acdit()
     assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
     assert {name for name, _ in model.named_parameters()} == weights.keys()
 
 
 def test_tokens_are_patches_of_latents() -> None:
     """As the released script puts them together for the autoencoder: rows, columns, channels."""
-    model, side = make_model(), 4
+    model, side = make_acdit(), 4
     tokens = torch.randn(1, 4, 16, 16)
     image = tokens.view(1, 2, 2, side, side, 2, 2, 4)  # blocks' rows and columns, tokens', latents', channels
     image = image.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(1, 16, 16, 4)
@@ -94,7 +87,7 @@ def test_tokens_are_patches_of_latents() -> None:
 
 
 def test_labels_drop_even_in_eval_mode() -> None:
-    model = make_model().eval()
+    model = make_acdit().eval()
     kept, unlabelled = model(*arguments()), model(*arguments()[:3], None)
     assert not torch.allclose(kept, unlabelled)
     model.y_embedder.dropout_prob = 1.0
@@ -102,7 +95,7 @@ def test_labels_drop_even_in_eval_mode() -> None:
 
 
 def test_one_timestep_for_all_blocks() -> None:
-    model = make_model()
+    model = make_acdit()
     clean, noised, t, label = arguments()
     assert torch.equal(model(clean, noised, t[:, 0], label), model(clean, noised, t[:, :1].expand_as(t), label))
 
@@ -115,7 +108,7 @@ def test_without_dropout_there_is_no_null_class() -> None:
 
 
 def test_a_copy_shares_nothing() -> None:
-    model = make_model()
+    model = make_acdit()
     before, duplicate = model(*arguments()), copy.deepcopy(model)
     with torch.no_grad():
         for parameter in duplicate.parameters():
@@ -130,6 +123,6 @@ def test_impossible_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="spatial_len=64 must be block_size=16"):
         ACDiT(block_size=16, ar_len=2, spatial_len=64)
     with pytest.raises(ValueError, match=r"target_shape=\(1, 4, 16, 4\) must be \(N, 4, 16, 16\)"):
-        make_model().sample(torch.zeros(1, dtype=torch.int64), DDIMScheduler(), 2, 1.0, (1, 4, 16, 4))
+        make_acdit().sample(torch.zeros(1, dtype=torch.int64), DDIMScheduler(), 2, 1.0, (1, 4, 16, 4))
     with pytest.raises(ValueError, match="label must hold ids from -1 to 8, got 9 to 9"):
-        make_model().sample(torch.full((1,), 9), DDIMScheduler(), 2, 1.0, (1, 4, 16, 16))
+        make_acdit().sample(torch.full((1,), 9), DDIMScheduler(), 2, 1.0, (1, 4, 16, 16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ Weights = Literal["ema", "model"]
 # The released model configuration, for what no shape tells.
 RELEASED_MODEL_CONFIG = {"rms_norm_eps": 1e-5, "unet_resnet_groups": 8, "unet_num_heads": 8}
 RELEASED_HEAD_DIM = 64
+MAX_TOKENS = 2**20
+"""Of an image. There are tables with a row for each."""
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class ReleasedCheckpoint:
     def load(cls, path: str | Path, weights: Weights = "ema") -> Self:
         """Read a checkpoint with ``weights_only=True`` and ``argparse.Namespace`` as the one class allowed.
 
+        Names are read without what DDP, ``torch.compile`` and wrappers put before them, and ``args`` as a dict too.
+        Weights of several dtypes become fp32.
+
         Raises:
             FileNotFoundError: no such file. ValueError: damaged, no checkpoint, or one that wants to run code.
         """
@@ -40,20 +47,15 @@ class ReleasedCheckpoint:
             raise ValueError(f"weights={weights!r} must be one of {', '.join(map(repr, get_args(Weights)))}")
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}")
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it asks for {named[1]}" if named else "it holds more than tensors"
-            raise ValueError(f"{path} is refused, {reason}: a checkpoint may hold weights, not code") from error
-        except (RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or truncated, or no torch checkpoint") from error
+        content = _read(path)
         if not isinstance(content, dict) or not {weights, "args"} <= content.keys():
-            raise ValueError(f"{path} is no released checkpoint: it needs the entries {weights!r} and 'args'")
-        # out of the mapped file: its alignment is not what matrix kernels like, and the file may be replaced
-        state = {name: tensor.clone() for name, tensor in content[weights].items()}
-        return cls(state, dict(vars(content["args"])), path)
+            hint = "; it has 'model'" if weights == "ema" and isinstance(content, dict) and "model" in content else ""
+            raise ValueError(f"{path} is no released checkpoint: it needs the entries {weights!r} and 'args'{hint}")
+        arguments = content["args"]
+        arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{path}: its 'args' is a {type(arguments).__name__}, and no argparse.Namespace or dict")
+        return cls(_state(content[weights], weights, path), {**arguments}, path)
 
     @property
     def has_text(self) -> bool:
@@ -68,13 +70,20 @@ class ReleasedCheckpoint:
         """
         arguments = self.arguments
         try:
-            hidden_size = self.state["boi_block"].shape[2]
+            _, _, hidden_size = self.state["boi_block"].shape
             head_norm = self.state.get("blocks.0.self_attn.q_norm_list.0.weight")
+            head_dim = RELEASED_HEAD_DIM if head_norm is None else max(1, head_norm.numel())
             config = self._infer_model_config() if model_config is None else model_config
             named = {name: arguments[name] for name in ("block_size", "ar_len", "spatial_len", "diff_depth")}
         except KeyError as error:
             raise ValueError(f"{self.path} is no released checkpoint: {error} is missing") from error
-        head_dim = RELEASED_HEAD_DIM if head_norm is None else len(head_norm)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is no released checkpoint: a tensor has another shape") from error
+        for name, value in named.items():
+            if type(value) is not int or not 0 < value <= MAX_TOKENS:
+                raise ValueError(
+                    f"{self.path}: its args have {name}={value!r}, and not a number from 1 to {MAX_TOKENS}"
+                )
         return {
             "hidden_size": hidden_size,
             "num_heads": hidden_size // head_dim,
@@ -115,5 +124,51 @@ class ReleasedCheckpoint:
 
     def _count(self, pattern: str) -> int:
         """How many numbered modules there are."""
-        found = [int(match[1]) for name in self.state if (match := re.match(pattern, name))]
-        return max(found, default=-1) + 1
+        found = {match[1] for name in self.state if (match := re.match(pattern, name))}
+        if found != {str(number) for number in range(len(found))}:
+            raise ValueError(f"{self.path} is no released checkpoint: its modules are not numbered from 0 on")
+        return len(found)
+
+
+def _read(path: Path) -> Any:
+    """What a file holds; raises ``ValueError`` in one line, whatever is in it."""
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights alone: a released checkpoint is a torch file with the arguments of its run"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # files of before torch 1.6 are no archives, and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {named[1]}" if named else "it holds more than tensors"
+        raise ValueError(f"{path} is refused, {reason}: a checkpoint may hold weights, not code") from error
+    except OSError:
+        raise
+    except Exception as error:  # a pickle may raise anything
+        raise ValueError(f"{path} is damaged or truncated, or no torch checkpoint") from error
+
+
+def _state(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
+    """Tensors of their own under their released names."""
+    if not isinstance(content, Mapping) or not content:
+        what = "empty" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(f"{path} is no released checkpoint: its {weights!r} is {what}, and no state dict")
+    size = path.stat().st_size
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path} is no released checkpoint: {str(name)[:80]!r} in its {weights!r} is no tensor")
+        # one number in a file may stand for any number of them
+        if tensor.layout is not torch.strided or not tensor.is_floating_point() or tensor.nbytes > size:
+            described = f"{tensor.layout}, {tensor.dtype}, {tuple(tensor.shape)}"
+            raise ValueError(f"{path} is no released checkpoint: {name[:80]} is no dense array of floats ({described})")
+    names = [WRAPPERS.sub("", name) for name in content]
+    while all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} is no released checkpoint: two tensors have one name")
+    dtypes = {tensor.dtype for tensor in content.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    # out of the mapped file: its alignment is not what matrix kernels like, and the file may be replaced
+    return {name: tensor.to(dtype, copy=True) for name, tensor in zip(names, content.values(), strict=True)}

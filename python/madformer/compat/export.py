@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.madformer_ffhq import CONTEXTS
+from madformer.compat.released_config import VAE_DOWNSCALE
 from madformer.config import MADFormerConfig
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.persistence import atomic_path
@@ -76,22 +78,39 @@ def released_arguments(config: MADFormerConfig) -> dict[str, Any]:
     }
 
 
-def save_released(path: str | Path, averaged: NativeMADFormer, raw: NativeMADFormer) -> None:
+def save_released(path: str | Path, averaged: NativeMADFormer, raw: NativeMADFormer) -> Path:
     """Write what the released scripts sample from: ``{"model", "ema", "opt", "lrs", "args"}``.
 
-    Optimiser and schedule are left empty: training does not go on from there.
+    ``args`` holds what the released ``sample.py`` reads of a run's arguments. Optimiser and schedule are left empty:
+    training does not go on from there. Both scripts make the model at their class's default sizes, 1152 wide and 28
+    deep; at others it must be told ``hidden_size``, ``depth`` and ``num_heads``, which are in ``args`` too.
+
+    Returns:
+        The model configuration that ``args`` names, written beside ``path`` as ``.json``.
 
     Raises:
-        ValueError: as :func:`to_released`.
+        ValueError: as :func:`to_released`, and for tokens numbered over the whole image, which it does not know.
     """
-    arguments = released_arguments(averaged.config)
-    del arguments["model_config_path"]
-    content = {
-        "model": to_released(raw).state_dict(),
-        "ema": to_released(averaged).state_dict(),
-        "opt": {},
-        "lrs": {},
-        "args": argparse.Namespace(**arguments),
+    config = averaged.config
+    if not config.square_blocks:
+        raise ValueError("the released sample.py has no square_blocks=False")
+    states = {"model": to_released(raw).state_dict(), "ema": to_released(averaged).state_dict()}
+    arguments = released_arguments(config)
+    model_config = arguments["model_config_path"] | {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "pretraining_tp": 1,
     }
+    config_path = Path(path).with_suffix(".json")
+    arguments |= {
+        "model_config_path": str(config_path.absolute()),
+        "image_size": config.latent_shape[1] * VAE_DOWNSCALE,
+        "patch_size": 1,
+        "vae_latent_size": config.latent_channels,
+        "pre_downsample_block_size": config.latents_per_block,
+    }
+    with atomic_path(config_path) as temporary:
+        temporary.write_text(json.dumps(model_config, indent=2) + "\n")
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        torch.save({**states, "opt": {}, "lrs": {}, "args": argparse.Namespace(**arguments)}, temporary)
+    return config_path

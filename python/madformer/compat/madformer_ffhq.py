@@ -66,6 +66,14 @@ LLAMA_DEFAULTS = {
     "unet_time_emb_dim": 128,
 }
 
+# What a file may ask for before a tensor's shape is compared: loops and tables are as long.
+CONFIG_LIMITS = {
+    "unet_num_layers_per_block": 64,
+    "unet_transformer_layers_per_block": 64,
+    "unet_block_out_channels": 2**16,
+    "max_position_embeddings": 2**20,
+}
+
 
 class MADFormer(Released):
     """The released constructor, ``forward`` and ``sample`` over the native network.
@@ -251,8 +259,13 @@ class MADFormer(Released):
         cls, released: ReleasedCheckpoint, model_config: str | Path | Mapping[str, Any] | None = None
     ) -> Self:
         """:meth:`from_released` of what was read already; the model takes its weights over."""
-        with torch.device("meta"):
-            model = cls(**released.constructor_arguments(model_config))
+        arguments = released.constructor_arguments(model_config)
+        try:
+            with torch.device("meta"):
+                model = cls(**arguments)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{released.path} and its model configuration are of no model: {reason}") from error
         load_weights(model, released.state, origin=released.path, assign=True)
         return model.eval()
 
@@ -411,12 +424,19 @@ def native_config(values: Mapping[str, Any], **fields: Any) -> MADFormerConfig:
 
 
 def read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A released model configuration with its defaults; raises ``ValueError`` for what is no JSON."""
+    """A released model configuration with its defaults; raises ``ValueError`` for what is none."""
     if isinstance(source, Mapping):
         values = dict(source)
     else:
         try:
-            values = json.loads(Path(source).read_text())
-        except ValueError as error:
+            values = json.loads(Path(source).read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} holds a {type(values).__name__}, and no model configuration")
+    for name, limit in CONFIG_LIMITS.items():
+        numbers = values.get(name, 1)
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            if type(number) is not int or not 0 <= number <= limit:
+                raise ValueError(f"the model configuration has {name}={numbers!r}, and not numbers up to {limit}")
     return {**LLAMA_DEFAULTS, **values}
