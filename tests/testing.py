@@ -174,12 +174,12 @@ def golden_case(folder: str, name: str) -> GoldenCase:
     return GoldenCase(GOLDEN / folder, name, {}, case["steps"], case["sampler_seed"])
 
 
-def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+def perturb(model: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
     """Move every parameter off its initial value, so that zero biases and unit norms matter too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model.eval()
 
 

@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="autoencoder with the same latents (default: the run's)")
     parser.add_argument("--out", type=Path, default=Path("assets/emoji64"))
     args = parser.parse_args()
-    pipeline = MADFormerPipeline.from_pretrained(args.run / "model", vae=args.vae, dtype=torch.float32)
+    pipeline = MADFormerPipeline.from_pretrained(
+        args.run / "model", **({"vae": args.vae} if args.vae else {}), dtype=torch.float32
+    )
     pipeline.scheduler = default_scheduler(pipeline.transformer.config.prediction_type)
     pipeline.save_pretrained(args.out, dtype=torch.bfloat16)
     plot_losses(args.run / "metrics.jsonl", args.out / "loss.png")

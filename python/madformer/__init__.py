@@ -35,6 +35,8 @@ _LAZY = {
     "MADFormer": "madformer.model",
     "MADFormerOutput": "madformer.model",
     "MADFormerPipeline": "madformer.pipeline",
+    "ByteTokenizer": "madformer.tokenizer",
+    "PretrainedTokenizer": "madformer.tokenizer",
     "accelerate": "madformer.compat.accelerate",
     "restore": "madformer.compat.accelerate",
 }

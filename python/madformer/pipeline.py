@@ -5,17 +5,14 @@ Shape legend: B images, M blocks, L latents of a block, C channels, H rows, W co
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -23,10 +20,11 @@ from torch import Tensor
 from madformer.config import MADFormerConfig
 from madformer.engine.pool import PlanPool
 from madformer.engine.sampler import Progress, Sampler
+from madformer.engine.schedulers import check_scheduler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
-from madformer.model.persistence import atomic_path, resolve_folder
+from madformer.pipeline_files import PersistentPipeline, names_of_classes
 from madformer.pipeline_inputs import (
     check_no_embeddings,
     check_prompts,
@@ -37,10 +35,10 @@ from madformer.pipeline_inputs import (
 )
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
-from madformer.tokenizer import ByteTokenizer, Tokenizer, check_tokenizer, load_tokenizer
-from madformer.vae import check_finite, decode, downscale, encode, finite, load_vae, to_uint8
+from madformer.tokenizer import Tokenizer, as_tokenizer, check_tokenizer
+from madformer.vae import check_finite, check_vae, decode, downscale, encode, finite, to_uint8
 
-MODEL_INDEX = "model_index.json"
+logger = logging.getLogger("madformer.pipeline")
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 
@@ -71,16 +69,17 @@ def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolver
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
 
 
-class MADFormerPipeline(DiffusionPipeline):
+class MADFormerPipeline(PersistentPipeline):
     """Samples images.
 
     Args:
-        transformer: the model. vae: turns latents into pixels; None for latents only. scheduler: any diffusers
-            scheduler.
+        transformer: the model. vae: turns latents into pixels, see :data:`madformer.vae.USABLE`; None for latents only.
+        scheduler: of diffusers, see :data:`madformer.engine.schedulers.USABLE`.
         tokenizer: reads the prompts of a model with text. class_names: by which classes may be asked for.
 
     Raises:
-        ValueError: a tokenizer or class names that are not the model's.
+        ValueError: a tokenizer, an autoencoder or class names that are not the model's, or a scheduler that cannot be
+            used; also when one is assigned.
     """
 
     _optional_components: ClassVar[list[str]] = ["vae", "tokenizer"]
@@ -88,87 +87,36 @@ class MADFormerPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: MADFormer,
-        vae: AutoencoderKL | None,
+        vae: Any,
         scheduler: Any,
         tokenizer: Tokenizer | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[Any, str] | None = None,
     ) -> None:
         super().__init__()
         config = transformer.config
+        class_names = names_of_classes(class_names)
+        tokenizer = as_tokenizer(tokenizer)
         if config.text is not None and tokenizer is not None:
             check_tokenizer(tokenizer, config.text)
         if class_names is not None and len(class_names) != config.num_classes:
             raise ValueError(f"class_names has {len(class_names)} entries for num_classes={config.num_classes}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
-        self.register_to_config(class_names=None if class_names is None else list(class_names))
+        self.register_to_config(class_names=class_names)
         self._plans = PlanPool()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        vae: str | Path | AutoencoderKL | None = None,
-        tokenizer: str | Path | Tokenizer | None = None,
-        dtype: torch.dtype | None = None,
-        vae_dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-    ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, from a local folder or a repository on the hub.
-
-        Args:
-            name: folder or hub id; a bare model folder (``config.json``) is accepted too.
-            vae: a folder or hub id to use in place of the one in the folder, which may have none. tokenizer: likewise,
-                as :func:`~madformer.tokenizer.load_tokenizer` takes it.
-            dtype: of the network; None asks :func:`default_dtype`. vae_dtype: of the autoencoder; None for the same.
-
-        Raises:
-            FileNotFoundError, ValueError: in one line, what is missing, damaged or does not fit.
-        """
-        folder, dtype = resolve_folder(name, revision), dtype or default_dtype(device)
-        index = _load_index(folder)
-        if not index:
-            transformer = MADFormer.from_pretrained(folder, dtype=dtype, device=device)
-            scheduler = default_scheduler(transformer.config.prediction_type)
-        else:
-            transformer = MADFormer.from_pretrained(folder, subfolder="transformer", dtype=dtype, device=device)
-            scheduler = _load_scheduler(folder)
-        if vae is None and (folder / "vae").is_dir():
-            vae = folder / "vae"
-        autoencoder = load_vae(vae, device, vae_dtype or dtype) if isinstance(vae, (str, Path)) else vae
-        if tokenizer is None and transformer.config.text is not None:
-            tokenizer = _own_tokenizer(folder, index)
-        elif isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(tokenizer)
-        return cls(transformer, autoencoder, scheduler, tokenizer, index.get("class_names"))
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``transformer/``, ``vae/``, ``scheduler/``, ``tokenizer/`` and ``model_index.json``.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        folder = Path(folder)
-        self.transformer.save_pretrained(folder / "transformer", dtype=dtype)
-        if self.vae is not None:
-            vae = self.vae if dtype is None else copy.deepcopy(self.vae).to(dtype)
-            vae.save_pretrained(folder / "vae")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        index: dict[str, Any] = {
-            "_class_name": type(self).__name__,
-            "_diffusers_version": diffusers.__version__,
-            "transformer": ["madformer", "MADFormer"],
-            "vae": [None, None] if self.vae is None else ["diffusers", "AutoencoderKL"],
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
-        }
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / "tokenizer")
-            index["tokenizer"] = ["madformer", type(self.tokenizer).__name__]
-        if self.config.class_names is not None:
-            index["class_names"] = self.config.class_names
-        with atomic_path(folder / MODEL_INDEX) as path:
-            path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def __setattr__(self, name: str, value: Any) -> None:
+        config = getattr(self.__dict__.get("transformer"), "config", None)
+        if name == "scheduler":
+            check_scheduler(value, getattr(config, "prediction_type", None))
+            if value.config.get("clip_sample"):
+                logger.warning(
+                    "%s clamps what it predicts to [-1, 1], and latents go beyond, so colours fade: "
+                    "make it with clip_sample=False",
+                    type(value).__name__,
+                )
+        elif name == "vae" and value is not None:
+            check_vae(value, getattr(config, "latent_channels", None))
+        super().__setattr__(name, value)
 
     @prompt_first
     @torch.no_grad()
@@ -400,31 +348,5 @@ class MADFormerPipeline(DiffusionPipeline):
         return pixels.cpu() if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _load_index(folder: Path) -> dict[str, Any]:
-    """Empty where there is none."""
-    path = folder / MODEL_INDEX
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no index of a pipeline: {error}") from error
-
-
-def _own_tokenizer(folder: Path, index: dict[str, Any]) -> Tokenizer:
-    """The one in the folder; bytes need nothing there but their name."""
-    if (folder / "tokenizer").is_dir():
-        return load_tokenizer(folder / "tokenizer")
-    if ByteTokenizer.__name__ in (index.get("tokenizer") or []):
-        return ByteTokenizer()
-    raise ValueError(f"{folder} holds no tokenizer/, and its model reads text: name a tokenizer to use")
-
-
-def _load_scheduler(folder: Path) -> Any:
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        values = json.loads(path.read_text())
-        scheduler = getattr(diffusers, values["_class_name"])
-        return scheduler.from_config(values)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} holds no diffusers scheduler: {error}") from error
+# where DiffusionPipeline.from_pretrained looks for the class that a folder's index names
+diffusers.MADFormerPipeline = MADFormerPipeline

@@ -48,6 +48,11 @@ class ByteTokenizer:
             row[: len(data)] = torch.tensor(list(data), dtype=torch.int64)
         return ids
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ByteTokenizer:
+        """Nothing is read: every folder has the same."""
+        return cls()
+
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_path(Path(folder) / CONFIG_NAME) as path:
@@ -66,6 +71,11 @@ class PretrainedTokenizer:
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         return self.tokenizer(list(texts), **options)["input_ids"]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """As :func:`load_tokenizer`."""
+        return load_tokenizer(folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -88,6 +98,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return PretrainedTokenizer(AutoTokenizer.from_pretrained(name))
     except (ImportError, OSError, ValueError) as error:
         raise ValueError(f"no tokenizer at {name}: {str(error).splitlines()[0]}") from error
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself, or around one of ``transformers`` what makes it one."""
+    is_foreign = type(tokenizer).__module__.partition(".")[0] == "transformers"
+    return PretrainedTokenizer(tokenizer) if is_foreign else tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig) -> None:

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model, sample_uncached
 from madformer.config import tiny
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
@@ -27,39 +27,6 @@ from madformer.model.madformer import MADFormer, MADFormerOutput
 from testing import relative_error
 
 TOLERANCE = 1e-4
-
-
-@torch.no_grad()
-def sample_uncached(
-    model: Callable[..., MADFormerOutput],
-    scheduler: Any,
-    steps: int,
-    noise: Tensor,
-    prompt: Prompt | None = None,
-    guidance: Callable[[int], float] | None = None,
-) -> Tensor:
-    """Every step is a whole training pass over all blocks, updated by the scheduler's own ``step``.
-
-    A finished block counts with its clean latents, and, where there is no clean stream, with what its last step saw.
-    """
-    prompt = prompt or Prompt()
-    dropped = None if prompt.label is None else torch.full_like(prompt.label, -1)
-    clean, noisy = torch.zeros_like(noise), torch.zeros_like(noise)
-    scheduler.set_timesteps(steps)
-    timestep = torch.full(noise.shape[:2], int(scheduler.timesteps[-1]))
-    for block in range(noise.shape[1]):
-        scheduler.set_timesteps(steps)
-        latents = noise[:, block] * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            noisy[:, block], timestep[:, block] = scheduler.scale_model_input(latents, t), t
-            prediction = model(clean, noisy, timestep, prompt.text, prompt.label).prediction[:, block]
-            if guidance is not None:
-                other = model(clean, noisy, timestep, prompt.negative_text, dropped)
-                unconditional = other.prediction[:, block]
-                prediction = unconditional + guidance(int(t)) * (prediction - unconditional)
-            latents = scheduler.step(prediction, t, latents).prev_sample
-        clean[:, block] = latents
-    return clean
 
 
 @pytest.mark.parametrize("name", CASES)

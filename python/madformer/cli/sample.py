@@ -162,8 +162,7 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     vae_dtype = PRECISIONS[precision_of(args.precision, device)].dtype
     pipeline = MADFormerPipeline.from_pretrained(
         args.model,
-        vae=args.vae,
-        tokenizer=args.tokenizer,
+        **{name: value for name in ("vae", "tokenizer") if (value := getattr(args, name)) is not None},
         dtype=torch.float32,
         vae_dtype=vae_dtype,
         device=device,

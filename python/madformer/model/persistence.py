@@ -159,7 +159,7 @@ def umask() -> int:
     return mask
 
 
-def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
+def resolve_folder(name: str | Path, revision: str | None = None, **options: Any) -> Path:
     """The local folder of that name, or the snapshot of the hub repository of that name.
 
     Raises:
@@ -170,7 +170,7 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
     if Path(name).exists():
         raise NotADirectoryError(f"{name} is a file; a model is a folder that holds {CONFIG_NAME}")
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        return Path(snapshot_download(str(name), revision=revision, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"no folder {name}, and no such repository on the hub could be read") from error
 

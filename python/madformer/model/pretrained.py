@@ -210,6 +210,13 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
+    def from_pipeline(
+        cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Self:
+        """As :meth:`from_pretrained`, in fp32 unless told otherwise: diffusers' rule for the parts of a pipeline."""
+        return cls.from_pretrained(folder, torch_dtype=torch_dtype or torch.float32, **kwargs)
+
+    @classmethod
     def _load_pretrained_model(  # where diffusers has found the files and made the module, and not yet filled it
         cls,
         model: Any,

@@ -12,7 +12,7 @@ import torch
 
 from madformer.model import MADFormer
 from madformer.model.pretrained import staging
-from madformer.pipeline import MODEL_INDEX
+from madformer.pipeline_files import MODEL_INDEX
 from madformer.training.checkpoint import checkpoint_name, read_checkpoint, whole_checkpoints
 from madformer.training.config import TrainingConfig
 from madformer.training.folder import make_folders, remove_empty

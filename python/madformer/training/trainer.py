@@ -22,7 +22,8 @@ from madformer.benchmark.environment import environment
 from madformer.benchmark.timing import matmul_rate
 from madformer.data.images import ImageDataset
 from madformer.model import MADFormer
-from madformer.pipeline import MODEL_INDEX, MADFormerPipeline, default_dtype, default_scheduler
+from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.pipeline_files import MODEL_INDEX
 from madformer.sheets import image_grid
 from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState

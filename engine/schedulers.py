@@ -1,0 +1,96 @@
+"""Which of diffusers' schedulers sample these models: those over the noise schedule that they are trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from madformer.engine.schedule import PREDICTION_TYPES
+
+USABLE = (
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""The classes of diffusers whose steps are those of a network that is told an integer timestep of the training's
+discrete, variance-preserving schedule (arXiv:2006.11239) and predicts noise, picture or velocity."""
+
+_FLOW = "is for flow matching, and these models are trained to denoise"
+_VIDEO = "is for models of videos"
+_TOKENS = "is for models of discrete tokens"
+_CONSISTENCY = "is for consistency models, and of models that were distilled into such"
+_SIGMAS = "is for networks that are told the noise's standard deviation in place of a timestep"
+_INVERSE = "turns pictures into noise"
+_REASONS = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "CMStochasticIterativeScheduler": _CONSISTENCY,
+    "CogVideoXDDIMScheduler": _VIDEO,
+    "CogVideoXDPMScheduler": _VIDEO,
+    "CosineDPMSolverMultistepScheduler": _SIGMAS,
+    "DDIMInverseScheduler": _INVERSE,
+    "DDPMWuerstchenScheduler": "is for continuous times from 1 to 0 of Wuerstchen's models",
+    "DPMSolverMultistepInverseScheduler": _INVERSE,
+    "DPMSolverSDEScheduler": "adds noise of its own that no seed or generator of a picture decides",
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EDMDPMSolverMultistepScheduler": _SIGMAS,
+    "EDMEulerScheduler": _SIGMAS,
+    "EntropyBoundScheduler": _TOKENS,
+    "FlowMapEulerDiscreteScheduler": _FLOW,
+    "FlowMatchEulerDiscreteScheduler": _FLOW,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": _FLOW,
+    "HeliosDMDScheduler": _FLOW,
+    "HeliosScheduler": _FLOW,
+    "IPNDMScheduler": "has a noise schedule of its own, which these models are not trained on",
+    "KarrasVeScheduler": _SIGMAS,
+    "LCMScheduler": _CONSISTENCY,
+    "LTXEulerAncestralRFScheduler": _FLOW,
+    "MiniMaxH3Scheduler": _FLOW,
+    "PiflowScheduler": _FLOW,
+    "RFD4ProteinaScheduler": "is for models of proteins",
+    "RePaintScheduler": "fills masks; image= and blocks= draw blocks of a picture anew",
+    "SCMScheduler": _CONSISTENCY,
+    "ScoreSdeVeScheduler": _SIGMAS,
+    "ScoreSdeVpScheduler": "is for continuous times from 1 to 0",
+    "TCDScheduler": _CONSISTENCY,
+    "UnCLIPScheduler": "is for unCLIP's models and their learned variances",
+    "VQDiffusionScheduler": _TOKENS,
+}
+
+
+def check_name(name: str) -> None:
+    """Raises ``ValueError`` for a class of diffusers that no model can be sampled with; one line that says why."""
+    if name not in USABLE:
+        reason = _REASONS.get(name, "is none of the schedulers whose steps are those of these models")
+        raise ValueError(f"{name} {reason}: use another, such as DPMSolverMultistepScheduler")
+
+
+def check_scheduler(scheduler: Any, prediction_type: str | None = None) -> None:
+    """Whether a model can be sampled with it.
+
+    Args:
+        prediction_type: what the model predicts; None to leave it open.
+
+    Raises:
+        ValueError: it cannot, in one line with the reason and, where it is the class, one that can.
+    """
+    name = type(scheduler).__name__
+    if type(scheduler).__module__.partition(".")[0] == "diffusers":
+        check_name(name)
+    methods = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma", "config")
+    if missing := [method for method in methods if not hasattr(scheduler, method)]:
+        raise ValueError(f"{name} is no scheduler of diffusers: it has no {missing[0]}")
+    config = scheduler.config
+    predicted = config.get("prediction_type", PREDICTION_TYPES[0])
+    if config.get("use_flow_sigmas") or str(predicted).startswith("flow"):
+        raise ValueError(f"{name} with flow sigmas or prediction_type={predicted!r} {_FLOW}")
+    if str(config.get("variance_type") or "").startswith("learned"):
+        raise ValueError(
+            f"{name} with variance_type={config['variance_type']!r} asks for variances, and no model has any"
+        )
+    if prediction_type is not None and predicted != prediction_type:
+        raise ValueError(
+            f"{name} has prediction_type={predicted!r} and the model {prediction_type!r}: make it with "
+            f"from_config(pipeline.scheduler.config), or prediction_type={prediction_type!r}"
+        )

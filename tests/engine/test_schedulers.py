@@ -1,0 +1,76 @@
+"""Every scheduler class of diffusers: it samples as its own loop over the whole network does, or says why not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from engine_cases import CASES, draw_noise, draw_prompt, make_model, sample_uncached
+from madformer.engine.sampler import Sampler
+from madformer.engine.schedulers import USABLE, check_name, check_scheduler
+from testing import relative_error
+
+EVERY = [
+    name
+    for name in dir(diffusers)
+    if inspect.isclass(kind := getattr(diffusers, name)) and name.endswith("Scheduler") and kind is not SchedulerMixin
+]
+STEPS = 5
+
+
+def make_scheduler(name: str, **options: Any) -> Any:
+    return getattr(diffusers, name)(**options)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_it_samples_or_says_why_not(name: str) -> None:
+    if name not in USABLE:
+        with pytest.raises(ValueError, match=f"{name} .*: use another, such as DPMSolverMultistepScheduler") as raised:
+            check_name(name)
+        assert "is none of the schedulers" not in str(raised.value), "a new class: decide, and say why"
+        assert len(str(raised.value).splitlines()) == 1
+        return
+    model, noise = make_model(CASES["text"]), draw_noise(CASES["text"])
+    prompt = draw_prompt(CASES["text"], guided=True)
+    scheduler = make_scheduler(name)
+    check_scheduler(scheduler, "epsilon")
+    keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    expected = sample_uncached(model, make_scheduler(name), STEPS, noise, prompt, lambda _: 2.5, **keywords)
+    plan = Sampler(model, scheduler).plan(len(noise), STEPS, guidance=2.5)
+    assert expected.isfinite().all()
+    assert relative_error(plan.run(noise, prompt, generator=generator()), expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "flow sigmas"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "flow sigmas"),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction' and the model"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "asks for variances, and no model has any"),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "asks for variances, and no model has any"),
+    ],
+)
+def test_options_that_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        check_scheduler(make_scheduler(name, **options), "epsilon")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_class_of_somebody_elses() -> None:
+    class Mine(diffusers.DDIMScheduler):
+        pass
+
+    Mine.__module__ = "mine"
+    check_scheduler(Mine(), "epsilon")
+    with pytest.raises(ValueError, match="dict is no scheduler of diffusers: it has no set_timesteps"):
+        check_scheduler({})
