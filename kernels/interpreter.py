@@ -2,7 +2,8 @@
 
 It holds bfloat16 as 16-bit integers and multiplies those in ``tl.dot``, and its cast from float32 truncates. Here dot
 products are taken in float32, as matrix units accumulate, and casts round to the nearest even. Arithmetic on bfloat16
-values stays wrong: kernels convert to float32 after a load.
+values stays wrong: kernels convert to float32 after a load. And it makes Triton 3.6's take a value for a number under
+NumPy 2.4 and later, which convert no array of one element.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def install() -> None:
         return cast(self, source, dtype)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda value: int(value.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
