@@ -66,15 +66,16 @@ cuda-check: install
 	&& cmake --build build/cuda-check \
 	&& echo 'cuda-check: csrc/*.cu compiled and linked'
 
-# On a machine with a GPU: the extension into the links, the kernels' tests, then the record. It needs no install where
-# $(PYTHON) has what it imports and builds with.
+# On a machine with a GPU: the extension into the links, then the stages of docs/gpu-visit.md. It needs no install where
+# $(PYTHON) has what it imports and builds with. GPU_CHECK='--stages kernels,peers --budget 300' make gpu-check
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: package-tree
 	MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} $(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
-	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu_check.py
+	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 # The folders laid out by links as they are installed: for mypy, which does not follow an editable install with mapped
-# folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install.
+# folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install. What is no
+# link stays: the extension that was built into it.
 package-tree:
-	@rm -rf build/package && mkdir -p build/package/madformer
-	@ln -s "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" build/package/madformer/
+	@mkdir -p build/package/madformer && find build/package/madformer -type l -delete
+	@ln -sf "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" build/package/madformer/

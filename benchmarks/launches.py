@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType
@@ -12,7 +13,7 @@ from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved, sync
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
-from released import CannotCompare, Shape, make_scheduler, sample_ours
+from released import CannotCompare, Shape, check, make_scheduler, relative_error, sample_ours
 
 
 def refusals(device: torch.device) -> dict[str, str]:
@@ -22,12 +23,26 @@ def refusals(device: torch.device) -> dict[str, str]:
     return {"one launch": why} if (why := loop_refusal()) else {}
 
 
-def time_launches(model: MADFormer, shape: Shape, repeats: int) -> dict[str, Spread]:
+MAX_LAUNCH_ERROR = 0.03
+"""Relative, of latents that were launched otherwise: what rounding to bf16 makes of them, whatever the depth."""
+
+
+@dataclass(frozen=True)
+class Launches:
     """Drawing by every way of launching that can be had.
 
-    Raises:
-        CannotCompare: the results are not the same bits.
+    Attributes:
+        differences: from the eager latents, relative; ``eager again`` is a second eager run of the same plan.
+        reason: what explains a difference that is not 0; empty where all are the same bits.
     """
+
+    seconds: dict[str, Spread]
+    differences: dict[str, float]
+    reason: str
+
+
+def time_launches(model: MADFormer, shape: Shape, repeats: int) -> Launches:
+    """Raises :class:`CannotCompare` where a way of launching is further from the eager one than rounding is."""
     ways: dict[str, Launcher] = {"eager": EagerLauncher()}
     refused = refusals(model.device)
     if "replays" not in refused:
@@ -39,11 +54,20 @@ def time_launches(model: MADFormer, shape: Shape, repeats: int) -> dict[str, Spr
         for name, way in ways.items()
     }
     drawn = {name: sample_ours(plan, shape) for name, plan in plans.items()}
-    different = [name for name, latents in drawn.items() if not torch.equal(latents, drawn["eager"])]
-    if different:
-        raise CannotCompare(f"no speeds: images launched by {', '.join(different)} are not the eager ones")
+    drawn["eager again"] = sample_ours(plans["eager"], shape)
+    differences = {name: relative_error([x], [drawn["eager"]]) for name, x in drawn.items() if name != "eager"}
+    check(differences, MAX_LAUNCH_ERROR)
     runs: dict[str, Run] = {name: lambda plan=plan: sample_ours(plan, shape) for name, plan in plans.items()}  # type: ignore[misc]
-    return interleaved(runs, repeats, model.device)
+    return Launches(interleaved(runs, repeats, model.device), differences, reason_for(differences))
+
+
+def reason_for(differences: Mapping[str, float]) -> str:
+    """Where results of launches differ: whether Python's own do, or a library chose otherwise under capture."""
+    if not any(differences.values()):
+        return ""
+    if differences["eager again"]:
+        return "two eager runs of one plan differ: an algorithm adds up in no fixed order"
+    return "eager runs agree: a library took another algorithm for the captured pass than outside of a capture"
 
 
 @torch.inference_mode()

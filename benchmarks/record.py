@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 
+from kernel_record import WHOLE, source_of
 from madformer.benchmark.environment import device_name, environment, git_commit, write
+from visit import PIPE, emit
 
-__all__ = ["RESULTS", "ROOT", "CannotCompare", "environment", "finish", "git_commit", "results_folder", "write"]
+__all__ = ["RESULTS", "ROOT", "CannotCompare", "environment", "finish", "git_commit", "results_folder", "save", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,12 +46,21 @@ def finish(
     try:
         record = measure()
         if out is not None:
-            write(record, out)
+            save(record, out)
     except errors as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     print(json.dumps(record if shown is None else record[shown]))
     return 0
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Write the record; within a visit to a GPU send it, and the visit writes it with what others have found."""
+    if PIPE in os.environ:
+        emit({"kind": "record", "name": record["benchmark"], "source": source_of(WHOLE), "record": record})
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(record, path)
 
 
 def results_folder(device: torch.device) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_check import gain, median
+from kernel_record import gain, median
 from record import RESULTS, ROOT
 
 BEGIN, END = "<!-- kernels: written by benchmarks/report.py -->", "<!-- end of kernels -->"

@@ -21,13 +21,15 @@ script out), and what there is no time for. The questions, in the order in which
 Beside every figure stand its floors: the operations over the rate of a large matrix product, and the weights, read once
 a pass, over the rate of a large copy, both measured here.
 
-The last line on stdout is the metrics as JSON. Exit status 1: something is missing, or the results disagree.
+The last line on stdout is the metrics as JSON. Exit status 1: something is missing. The record
+is written after every question.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +51,7 @@ from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.precision import apply
 from madformer.engine.sampler import Plan, Sampler
 from madformer.model import MADFormer
-from record import CannotCompare, environment, finish, git_commit, results_folder
+from record import CannotCompare, environment, finish, git_commit, results_folder, save
 from released import (
     FFHQ_1024,
     MAX_RELATIVE_ERROR,
@@ -67,6 +69,9 @@ from released import (
     tf32,
 )
 
+EXPECTED = (OutOfMemoryError, torch.OutOfMemoryError, CannotCompare)
+COMPILING = 90.0
+"""Seconds that a question is not asked without which compiles the U-Net."""
 OURS, RELEASED_FP32, RELEASED_BF16 = "ours, bf16", "released, fp32", "released, bf16 autocast"
 
 
@@ -117,20 +122,26 @@ class Bench:
     figures: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     answers: dict[str, Any] = field(default_factory=dict)
+    save: Callable[[Bench], None] = lambda bench: None
 
     def ask(self, name: str, question: Callable[[Bench], Any], *, expected: float = 0, needs: str = "") -> None:
-        """Answer a question, unless it ``needs`` what is not here or would end after the deadline."""
+        """Answer a question, unless it ``needs`` what is not here or would end after the deadline; save what is known.
+
+        An error is that question's alone.
+        """
         late = time.perf_counter() + expected > self.deadline
         reason = needs or (f"no time left for the {expected:.0f} s that it takes" if late else "")
         if not reason:
             print(f"\n{name}", flush=True)
             try:
                 self.answers[name] = question(self)
-            except (OutOfMemoryError, torch.OutOfMemoryError, CannotCompare) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:
+                kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+                reason = kind + (str(error).splitlines() or [""])[0]
         if reason:
             self.left_out.append(f"{name}: {reason}")
             print(f"\nleft out: {self.left_out[-1]}", flush=True)
+        self.save(self)
 
     def plan(self, batch: int, steps: int) -> Plan:
         return Sampler(self.model, make_scheduler()).plan(batch, steps)
@@ -247,10 +258,12 @@ def best_batch(bench: Bench) -> int | None:
 def ask_for_launches(bench: Bench) -> dict[str, Any]:
     shape = replace(bench.scale.shape, batch=1, steps=bench.scale.steps)
     bench.left_out += [f"launches, {name}: {why}" for name, why in launches.refusals(bench.device).items()]
-    spreads = launches.time_launches(bench.model, shape, bench.repeats)
-    for name, spread in spreads.items():
+    found = launches.time_launches(bench.model, shape, bench.repeats)
+    for name, spread in found.seconds.items():
         bench.add(name, 1, shape.steps, spread)
-    return {name: asdict(spread) for name, spread in spreads.items()}
+    if found.reason:
+        print(f"not the same bits ({found.differences}): {found.reason}", flush=True)
+    return asdict(found)
 
 
 def idle(bench: Bench) -> dict[str, float]:
@@ -334,8 +347,8 @@ def make_bench(options: argparse.Namespace, device: torch.device, started: float
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Ask everything; returns the record.
+def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None] = lambda record: None) -> dict[str, Any]:
+    """Ask everything; returns the record, and keeps after every question what there is of it.
 
     Raises:
         CannotCompare, OSError: see the message.
@@ -348,16 +361,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     step, unet = (flops / work.num_blocks / 1e9 for flops in (work.step_flops, work.unet_flops))
     print(f"a step of one image: {step:.4g} GFLOP on average over the blocks, {unet:.4g} of them in the U-Net")
     print(f"matrix products {roof.matmul_flops / 1e12:.3g} TFLOP/s, copies {roof.copy_bytes / 1e9:.4g} GB/s")
-    no_cuda = "" if device.type == "cuda" else "it needs CUDA"
+    bench.save = lambda own: keep(record_of(own, options, device, started))
+    ask_all(bench, options.questions)
+    return record_of(bench, options, device, started)
+
+
+def ask_all(bench: Bench, questions: str) -> None:
+    """The ``headline`` at batch 1 and at the large one, the ``rest``, or ``all``."""
     large = bench.scale.large_batch
-    if bench.released is None:
-        bench.left_out.append("all that compares with the released sampler: --released was not given")
-    else:
-        bench.answers["agreement"] = agreement(bench)
-    for batch in (1, large):
-        bench.ask(f"batch {batch}", lambda own, batch=batch: time_samplers(own, batch))
-    for name in (OURS, RELEASED_FP32, RELEASED_BF16):
-        ask_to_confirm(bench, name, 1)
+    if questions in ("headline", "all"):
+        if bench.released is None:
+            bench.left_out.append("all that compares with the released sampler: --released was not given")
+        else:
+            bench.ask("agreement", agreement)
+            if "agreement" not in bench.answers:
+                bench.left_out.append("all that compares with the released sampler: there is no agreement")
+                bench.released = None
+        for batch in (1, large):
+            bench.ask(f"batch {batch}", lambda own, batch=batch: time_samplers(own, batch))
+        for name in (OURS, RELEASED_FP32, RELEASED_BF16):
+            ask_to_confirm(bench, name, 1)
+    if questions in ("rest", "all"):
+        ask_the_rest(bench)
+
+
+def ask_the_rest(bench: Bench) -> None:
+    no_cuda = "" if bench.device.type == "cuda" else "it needs CUDA"
+    large = bench.scale.large_batch
     bench.ask("idle", idle, needs=no_cuda)
     bench.ask("launches", ask_for_launches)
     bench.ask("sweep", sweep_batches)
@@ -365,9 +395,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if (best := best_batch(bench)) is not None:
         ask_to_confirm(bench, OURS, best)
     for batch in (1, large):
-        bench.ask(f"U-Net, batch {batch}", lambda own, batch=batch: unet_options(own, batch), needs=no_cuda)
+        unet = functools.partial(unet_options, batch=batch)
+        bench.ask(f"U-Net, batch {batch}", unet, needs=no_cuda, expected=COMPILING)
     for name in (OURS, RELEASED_BF16):
         ask_to_confirm(bench, name, large)
+
+
+def record_of(bench: Bench, options: argparse.Namespace, device: torch.device, started: float) -> dict[str, Any]:
     return {
         **environment("sampling", device, ("diffusers", "transformers", "triton")),
         "released_commit": git_commit(options.released) if options.released else None,
@@ -388,6 +422,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--released", type=Path, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds (3)")
+    parser.add_argument("--questions", choices=("headline", "rest", "all"), default="all", help="which (all)")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="seconds in all (540)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
@@ -399,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out
     if out is None and not options.tiny:
         out = results_folder(torch.device(options.device)) / "sampling.json"
-    return finish("sampling", lambda: run(options), out)
+    return finish("sampling", lambda: run(options, lambda record: None if out is None else save(record, out)), out)
 
 
 if __name__ == "__main__":

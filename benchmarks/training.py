@@ -50,7 +50,7 @@ from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs, costs_of
 from madformer.training.losses import LossWeights, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard
-from record import CannotCompare, environment, finish, git_commit, results_folder, write
+from record import CannotCompare, environment, finish, git_commit, results_folder, save
 from released import (
     FFHQ_1024,
     TINY,
@@ -394,7 +394,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "metrics": metrics(rows),
             }
             if out is not None and rows:
-                write(record, out)
+                save(record, out)
     if not rows:
         raise CannotCompare("nothing was measured: " + "; ".join(f"{name}, {record['ended'][name]}" for name in sweeps))
     return record

@@ -48,6 +48,8 @@ from madformer.engine.sampler import Plan, Sampler
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
 
+LEAST_PAIRS, PAIRS_SECONDS = 3, 5.0
+"""Blocks are compared with bare passes so often at least, and no longer than so many seconds."""
 PARTS = ("ar", "transformer", "unet", "vae", "host")
 """What ``seconds`` is split into, in the order of a run."""
 
@@ -127,7 +129,7 @@ def sweep(
     A batch that does not fit ends its step count; the rows before it stay.
 
     Args:
-        budget: seconds after which no further row is begun.
+        budget: seconds; no row is begun that would end later, were it as slow an image as the last one.
         on_row: called with every row as soon as it is there.
 
     Raises:
@@ -135,9 +137,11 @@ def sweep(
     """
     started, work = time.perf_counter(), Work.of(sampler.source)
     result = Sweep([], [], [])
+    taken = 0.0  # seconds of an image of the last row
     for steps in sorted(set(step_counts)):
         for batch in sorted(set(batch_sizes)):
-            if time.perf_counter() - started > budget:
+            begun = time.perf_counter()
+            if begun - started + taken * batch > budget:
                 result.not_measured.append(f"batch {batch}, {steps} steps")
                 continue
             try:
@@ -147,6 +151,7 @@ def sweep(
                 break
             finally:
                 memory.release(sampler.source.device)
+            taken = (time.perf_counter() - begun) / batch
             result.rows.append(row)
             on_row(row)
     return result
@@ -228,7 +233,7 @@ def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
 
 
 def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, float]]:
-    """Seconds of one block by the plan's launches and by the bare passes, ``count`` times."""
+    """Seconds of one block by the plan's launches and by the bare passes, ``count`` times, or fewer where it is slow."""
     device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
     launcher = launcher_for(device)
     bare_ar = _prepare(launcher, "bare AR pass", partial(bare.ar, block))
@@ -244,8 +249,11 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
         return seconds(lambda: (bare_ar(), bare_loop()), device)
 
     ours(), without_engine()
-    pairs = []
+    pairs: list[tuple[float, float]] = []
+    started = time.perf_counter()
     for _ in range(count):
+        if len(pairs) >= LEAST_PAIRS and time.perf_counter() - started > PAIRS_SECONDS:
+            break
         first, second, third, fourth = ours(), without_engine(), without_engine(), ours()
         pairs.append(((first + fourth) / 2, (second + third) / 2))
     return pairs
