@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("kernels/launch.py", "kernels/dispatch.py", "kernels/norm_common", "benchmarks/timing.py")
 """What every kernel is launched and timed by."""
+NO_OPS = ("__init__", "checks", "dispatch", "interpreter", "launch", "norm_common", "optional")
 LATENCY = 5e-6
 """Seconds: where the roof says that a call takes less, what is measured is a launch, and its rate says nothing."""
 
@@ -30,7 +31,7 @@ def source_of(op: str, root: Path = ROOT) -> str:
 
     They are read once: a process computes with what it has loaded.
     """
-    names = [path.stem for path in (root / "kernels").iterdir() if path.stem not in ("launch", "dispatch", "checks")]
+    names = [path.stem for path in (root / "kernels").iterdir() if path.stem not in NO_OPS]
     own = max((name for name in names if op == name or op.startswith(f"{name}_")), key=len, default=None)
     if own is None:
         folders: Sequence[str] = ("kernels", "csrc", "engine", "python/madformer", "benchmarks")

@@ -7,7 +7,6 @@ the one to call. A backend that is asked for by name is never replaced by anothe
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from madformer import kernels
-from madformer.kernels import launch
+from madformer.kernels import launch, optional
 
 AUTO = "auto"
 BACKENDS = ("triton", "cpp", "sdpa", "flex", "flash_attn", "xformers", "reference")
@@ -60,10 +59,8 @@ COMPILED_DEVICES = ("cpu", "cuda") if CUDA_ARCHITECTURES else ("cpu",)
 """Device types on which C++ runs those ops that it has for both."""
 if not launch.HAS_TRITON:
     _UNAVAILABLE["triton"] = "Triton is not installed"
-# Optional packages take seconds to import: they are, and may fail to, when an op first calls them.
-for _name, _package in (("flash_attn", "flash-attn"), ("xformers", "xFormers")):
-    if importlib.util.find_spec(_name) is None:
-        _UNAVAILABLE[_name] = f"{_package} is not installed"
+# Optional packages take seconds to import: they are when one is asked for by name, or a report is.
+_OPTIONAL = ("flash_attn", "xformers")
 
 _DESCRIPTION = {
     "triton": "our Triton kernels" + (", interpreted" if launch.INTERPRETED else ", on CUDA devices"),
@@ -138,9 +135,13 @@ def _is_auto(op: str, backend: str, device: torch.device) -> bool:
 def _refusal(op: str, backend: str, device: torch.device) -> str | None:
     if backend in _UNAVAILABLE:
         return _UNAVAILABLE[backend]
+    if backend in _OPTIONAL and (why := optional.missing(backend)) is not None:
+        return why
     device_types = _REGISTRY[op][backend].device_types
     if device_types is not None and device.type not in device_types:
         return f"it is for {', '.join(device_types)}"
+    if backend in _OPTIONAL:
+        return optional.refusal(backend)
     return launch.refusal(device) if backend == "triton" else None
 
 
@@ -150,6 +151,7 @@ def report() -> tuple[BackendStatus, ...]:
         importlib.import_module(module.name)  # An op is in the registry once its file has been imported.
     why_not = dict(_UNAVAILABLE)
     somewhere = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why_not |= {name: why for name in _OPTIONAL if (why := optional.refusal(name)) is not None}
     if "triton" not in why_not and (why := launch.refusal(somewhere)) is not None:
         why_not["triton"] = why
     return tuple(

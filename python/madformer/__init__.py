@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import MADFormerConfig, UNetConfig, preset
+from madformer.kernels import optional
 
 if TYPE_CHECKING:
     from madformer.compat.accelerate import accelerate, restore
@@ -40,6 +41,8 @@ _LAZY = {
     "accelerate": "madformer.compat.accelerate",
     "restore": "madformer.compat.accelerate",
 }
+
+optional.shield_diffusers()  # before anything imports diffusers; takes time where xFormers is installed alone
 
 
 def __getattr__(name: str) -> Any:

@@ -106,16 +106,24 @@ def test_questions_that_cannot_be_answered_are_left_out_by_name() -> None:
     def differ(own: sampling.Bench) -> None:
         raise sampling.CannotCompare("they differ")
 
+    def break_down(own: sampling.Bench) -> None:
+        raise RuntimeError("CUDA error: misaligned address\nand advice")
+
+    kept: list[int] = []
+    bench.save = lambda own: kept.append(len(own.left_out))
     bench.ask("long", lambda own: 1, expected=60)
     bench.ask("gpu", lambda own: 1, needs="it needs CUDA")
     bench.ask("large", too_large)
     bench.ask("different", differ)
+    bench.ask("broken", break_down)
     bench.ask("answered", lambda own: 42)
+    assert kept == [1, 2, 3, 4, 5, 5]
     assert bench.left_out == [
         "long: no time left for the 60 s that it takes",
         "gpu: it needs CUDA",
         "large: no room",
         "different: they differ",
+        "broken: RuntimeError: CUDA error: misaligned address",
     ]
     assert bench.answers == {"answered": 42}
 

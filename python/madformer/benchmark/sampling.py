@@ -233,7 +233,7 @@ def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
 
 
 def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, float]]:
-    """Seconds of one block by the plan's launches and by the bare passes, ``count`` times, or fewer where it is slow."""
+    """Seconds of one block by the plan's launches and by the bare passes, ``count`` times at most."""
     device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
     launcher = launcher_for(device)
     bare_ar = _prepare(launcher, "bare AR pass", partial(bare.ar, block))
