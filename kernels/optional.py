@@ -92,4 +92,5 @@ def shield_diffusers() -> None:
         importlib.import_module("xformers.ops")
     except Exception as error:
         logger.warning("xFormers is left out, it cannot be imported: %s", _one_line(error))
-        importlib.import_module("diffusers.utils.import_utils")._xformers_available = False
+        known: Any = importlib.import_module("diffusers.utils.import_utils")
+        known._xformers_available = False
