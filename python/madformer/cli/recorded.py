@@ -40,8 +40,9 @@ def describe(path: Path) -> dict[str, Any]:
         return {"run": {**manifest, **flat(settings)}}
     if path.suffix == ".tar" and path.is_file():
         shard = ShardDataset(path)
-        members = [f"{path / shard.key(index)}.{shard.extensions[0]}" for index in range(min(1, len(shard)))]
-        return {"shard": {"samples": len(shard), "holds": shard.extensions, "first": members[0] if members else None}}
+        kinds = [extension for extension in shard.extensions if extension != "json"]
+        first = f"{path / shard.key(0)}.{kinds[0]}" if kinds else None
+        return {"shard": {"samples": len(shard), "holds": shard.extensions, "first": first}}
     record = read_record(path)
     return {"picture": record, "command": command(record)}
 
