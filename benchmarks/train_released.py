@@ -78,7 +78,8 @@ class Pictures:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        batch = {"webp": [Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)]}
+        image = Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        batch = {"webp": [image], "jpg": [image], "cls": [index % 10]}
         return {name: values[0] for name, values in (self.transform or dict)(batch).items()}
 
 
@@ -103,12 +104,14 @@ def normalize(mean: Sequence[float], std: Sequence[float], inplace: bool = False
 def stub_modules(num_images: int) -> dict[str, ModuleType]:
     """``datasets`` and ``torchvision`` as far as ``train.py`` imports them."""
     contents: dict[str, dict[str, Any]] = {
-        "datasets": {"load_dataset": lambda *_, **__: Pictures(num_images)},
+        "datasets": dict.fromkeys(("load_dataset", "load_from_disk"), lambda *_, **__: Pictures(num_images)),
         "torchvision": {},
         "torchvision.datasets": {"ImageFolder": None},
         "torchvision.transforms": {
             "Compose": compose,
-            "Resize": lambda size: lambda image: image.resize(size),
+            "Resize": lambda size, interpolation=None: lambda image: image.resize(size, interpolation),
+            "Lambda": lambda function: function,
+            "InterpolationMode": Image.Resampling,
             "ToTensor": lambda: to_tensor,
             "Normalize": normalize,
         },
@@ -139,8 +142,25 @@ def make_vae() -> AutoencoderKL:
 # The released script
 
 
+class Tokenizer:
+    """A digit for a token, padded on the left."""
+
+    eos_token = ""
+
+    def __call__(self, texts: list[str], *, max_length: int = 0, **_: Any) -> dict[str, Any]:
+        ids = [[int(digit) for digit in text] for text in texts]
+        if not max_length:
+            return {"input_ids": ids}
+        return {"input_ids": torch.tensor([[10] * (max_length - len(row)) + row for row in ids])}
+
+
 class OnCPU(ast.NodeTransformer):
-    """Device names, NCCL, and tensors and modules sent to ``local_rank``."""
+    """Device names, NCCL, tensors and modules sent to ``local_rank``; and an option that the script has lost."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        # ImageNet's script reads it, and its parser does not know it
+        return ast.Constant(1) if node.attr == "num_frames" else node
 
     def visit_Constant(self, node: ast.Constant) -> ast.Constant:
         return ast.Constant({"cuda": "cpu", "nccl": "gloo"}.get(node.value, node.value)) if node.value else node
@@ -150,7 +170,7 @@ class OnCPU(ast.NodeTransformer):
         if isinstance(node.func, ast.Attribute) and node.func.attr == "to" and _is_rank(*node.args):
             node.args = [ast.Constant("cpu")]
         for keyword in node.keywords:
-            if keyword.arg == "device" and _is_rank(keyword.value):
+            if (keyword.arg == "device" and _is_rank(keyword.value)) or keyword.arg == "map_location":
                 keyword.value = ast.Constant("cpu")
             elif keyword.arg == "device_ids":
                 keyword.value = ast.Constant(None)
@@ -225,8 +245,14 @@ def one_process() -> Iterator[None]:
                 handler.close()
 
 
-def train(script: Any, factory: Factory, shape: Shape, steps: int, folder: Path) -> Run:
-    """Run the script with ``factory`` for its model class.
+def train(
+    script: Any, factory: Factory, shape: Shape, steps: int, folder: Path, *options: str, taken: int | None = None
+) -> Run:
+    """Run the script with ``factory`` for its model class on data for so many steps.
+
+    Args:
+        options: of the script, besides those of ``shape``.
+        taken: how many steps of these it takes, if not all.
 
     Raises:
         CannotCompare: it imports a package that is not installed, or takes another number of steps.
@@ -237,16 +263,17 @@ def train(script: Any, factory: Factory, shape: Shape, steps: int, folder: Path)
     with (
         one_process(),
         mock.patch.dict(sys.modules, {**stub_modules(steps * shape.batch), "models": models}),
-        mock.patch.object(sys, "argv", ["train.py", *arguments]),
+        mock.patch.object(sys, "argv", ["train.py", *arguments, *options]),
         mock.patch.object(AutoencoderKL, "from_pretrained", return_value=vae),
+        mock.patch("transformers.AutoTokenizer.from_pretrained", return_value=Tokenizer()),
         mock.patch.object(torch.amp, "GradScaler", run.scaler()),
     ):
         try:
             exec(script, {"__name__": "__main__"})
         except ModuleNotFoundError as error:
             raise CannotCompare(f"the released code imports {error.name}, which is not installed (pip)") from error
-    if len(run.losses) != steps:
-        raise CannotCompare(f"the released loop took {len(run.losses)} steps, not {steps}")
+    if len(run.losses) != (taken or steps):
+        raise CannotCompare(f"the released loop took {len(run.losses)} steps, not {taken or steps}")
     return run
 
 

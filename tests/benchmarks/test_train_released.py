@@ -136,6 +136,8 @@ torch.tensor(x, device=local_rank)
 dist.init_process_group(backend='nccl')
 autocast('cuda', dtype=d)
 torch.cuda.set_device(local_rank)
+torch.load(path, map_location=f'cuda:{local_rank}')
+rearrange(x, T=args.num_frames)
 print(f'cuda:{local_rank}', 'cuda core', None, 0)
 """
     expected = """
@@ -145,6 +147,8 @@ torch.tensor(x, device='cpu')
 dist.init_process_group(backend='gloo')
 autocast('cpu', dtype=d)
 torch.cuda.set_device(local_rank)
+torch.load(path, map_location='cpu')
+rearrange(x, T=1)
 print(f'cuda:{local_rank}', 'cuda core', None, 0)
 """
     assert ast.unparse(OnCPU().visit(ast.parse(source))) == expected.strip()
