@@ -338,7 +338,7 @@ def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert f"argument {option}: '2:3' must be {what} with commas between them" in capsys.readouterr().err
     assert "steps=0" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--steps", 0)
     assert "ema_decays=(1.0,)" in fails(capsys, "train", "emoji64", "--out", tmp_path, "--ema-decays", 1)
-    assert "give a preset (ffhq1024, imagenet256, emoji64), or --released-config" in fails(capsys, "train")
+    assert "give a preset (ffhq1024, imagenet256, emoji64, tiny), or --released-config" in fails(capsys, "train")
     assert "give --out FOLDER" in fails(capsys, "train", "emoji64")
     assert not list(tmp_path.iterdir())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from madformer.config import TextConfig
 from madformer.model.persistence import atomic_path
+from madformer.objects import read_object
 
 BYTES = "bytes"
 CONFIG_NAME = "tokenizer_config.json"
@@ -91,7 +92,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return ByteTokenizer()
     file = Path(name) / CONFIG_NAME
     try:
-        if file.is_file() and json.loads(file.read_text()).get("tokenizer_class") == ByteTokenizer.__name__:
+        if file.is_file() and read_object(file).get("tokenizer_class") == ByteTokenizer.__name__:
             return ByteTokenizer()
         from transformers import AutoTokenizer
 

@@ -189,6 +189,8 @@ def read_released_config(
             model_config = _model_config(path, values["MODEL_CONFIG_PATH"], script)
         model = _model(script, values, model_config)
         training = _training(script, values, model, num_images, world_size)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: its model configuration has a field missing, or of another type: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     ignored = {key: reason for key, reason in IGNORED.items() if key in written}
@@ -197,7 +199,11 @@ def read_released_config(
 
 def _read_lines(path: Path) -> dict[str, str]:
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from madformer.data.images import ImageDataset, ImageSize, shape_of
 from madformer.data.shards import ShardDataset
 from madformer.data.text import MAX_BYTES, decode_json, printable
 from madformer.model.persistence import atomic_path, fingerprint
+from madformer.objects import check_types, from_object, parse_object
 from madformer.vae import downscale
 
 __all__ = ["LatentDataset", "LatentDescription", "check_geometry", "holds_latents"]
@@ -73,13 +74,12 @@ class LatentDescription:
     shard_size: int
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("num_images", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if min(shape_of(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size} must be at least 1")
-        if self.dtype not in get_args(Precision):
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(get_args(Precision))}")
 
     @classmethod
     def of(
@@ -151,14 +151,11 @@ class LatentDescription:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}; `madformer data latents` writes one")
         try:
-            values = decode_json(path.read_bytes(), str(path))
-            if (version := values.pop("version")) != VERSION:
+            values = parse_object(path.read_bytes())
+            if (version := values.pop("version", None)) != VERSION:
                 raise ValueError(f"version {version}, where {VERSION} is known")
-            values |= {name: tuple(values[name]) for name in ("class_names", "latent_shape")}
-            if isinstance(values["image_size"], list):
-                values["image_size"] = tuple(values["image_size"])
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return from_object(cls, values)
+        except ValueError as error:
             raise ValueError(f"{path} describes no latents: {error}") from error
 
 

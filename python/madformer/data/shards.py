@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from madformer.data.text import PackedStrings, printable
-from madformer.model.persistence import atomic_path
+from madformer.model.persistence import atomic_path, remove_leftovers
 
 __all__ = [
     "KEY",
@@ -69,17 +69,11 @@ def write_shards(samples: Iterable[Sample], folder: str | Path, prefix: str, max
         raise ValueError(f"max_per_shard must be at least 1, got {max_per_shard}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary: list[Path] = []
-    try:
-        _write_temporary(samples, folder, prefix, max_per_shard, temporary)
-        if not temporary:
+    remove_leftovers(folder, f"{prefix}-*.tar")
+    with contextlib.ExitStack() as hidden:
+        final = _write_hidden(samples, folder, prefix, max_per_shard, hidden)
+        if not final:
             raise ValueError(f"no samples to write to {folder}/{prefix}-*.tar")
-        final = [folder / f"{prefix}-{i:06d}.tar" for i in range(len(temporary))]
-        for source, target in zip(temporary, final, strict=True):
-            os.replace(source, target)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
     pattern = re.compile(re.escape(prefix) + r"-\d{6}\.tar")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path not in final:
@@ -115,18 +109,20 @@ def index_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".index.json")
 
 
-def _write_temporary(
-    samples: Iterable[Sample], folder: Path, prefix: str, max_per_shard: int, temporary: list[Path]
-) -> None:
-    """Fill ``temporary`` with the paths of finished shards; the caller owns them even when this raises."""
+def _write_hidden(
+    samples: Iterable[Sample], folder: Path, prefix: str, max_per_shard: int, hidden: contextlib.ExitStack
+) -> list[Path]:
+    """Write all shards under temporary names; their own are those that ``hidden`` gives them when it ends well."""
     seen: set[str] = set()
+    final: list[Path] = []
     with contextlib.ExitStack() as stack:
         tar: tarfile.TarFile | None = None
         for count, sample in enumerate(samples):
             if count % max_per_shard == 0:
                 stack.close()
-                temporary.append(folder / f".{prefix}-{len(temporary):06d}.tar.{os.getpid()}.tmp")
-                tar = stack.enter_context(tarfile.open(temporary[-1], "w", format=tarfile.USTAR_FORMAT))
+                final.append(folder / f"{prefix}-{len(final):06d}.tar")
+                temporary = hidden.enter_context(atomic_path(final[-1]))
+                tar = stack.enter_context(tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT))
             assert tar is not None
             key = sample.get(KEY)
             if not isinstance(key, str) or not key or "." in key or "/" in key:
@@ -137,6 +133,7 @@ def _write_temporary(
             for extension, value in sample.items():
                 if extension != KEY:
                     _add_member(tar, f"{key}.{extension}", value)
+    return final
 
 
 def _add_member(tar: tarfile.TarFile, name: str, value: Any) -> None:
