@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     text = text.decode() if isinstance(text, bytes) else text
     try:
         values = json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_refuse_nan, parse_float=_finite
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -63,10 +63,16 @@ def from_object(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**{name: _built(value, hints[name], f"{prefix}{name}.") for name, value in values.items()})
 
 
-def check_types(instance: Any, prefix: str = "") -> None:
-    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type."""
+def check_types(instance: Any, prefix: str = "", *, infinite: Collection[str] = ()) -> None:
+    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type.
+
+    Args:
+        prefix: of the fields' names in messages. infinite: names of those that may be infinite.
+    """
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
+        if name in infinite and value == math.inf:
+            continue
         if not _fits(value, hint):
             raise ValueError(f"{prefix}{name}={value!r} must be {_named(hint)}")
 
@@ -130,8 +136,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+def _refuse_nan(constant: str) -> float:
+    # `json` writes infinity as it reads it
+    if math.isnan(number := float(constant)):
+        raise ValueError("NaN is no JSON")
+    return number
 
 
 def _finite(text: str) -> float:

@@ -65,7 +65,7 @@ def loss_weights(config: TrainingConfig) -> LossWeights:
 
 
 def costs_of(config: TrainingConfig) -> Costs:
-    return _costs(config.model, loss_weights(config), config.precision == "bf16")
+    return _costs(config.model, loss_weights(config), config.precision != "fp32")
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ unbroken one would have drawn, whatever number of processes it has now.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -79,6 +80,9 @@ class Trainer:
         self.folder = Path(folder)
         self.world = join(config)
         self.device = self.world.device
+        if config.precision == "auto":
+            in_bf16 = default_dtype(self.device) == torch.bfloat16
+            config = dataclasses.replace(config, precision="bf16" if in_bf16 else "fp32")
         self.run_folder = RunFolder(folder)
         with self.world.together():
             if self.world.is_first:
