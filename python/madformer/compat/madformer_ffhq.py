@@ -10,6 +10,7 @@ Shape legend, in the released letters: N images, T blocks, B latents of a block,
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -27,7 +28,6 @@ from madformer.model.blocks import to_maps
 from madformer.model.layer import Tower, TransformerLayer
 from madformer.model.madformer import MADFormerOutput
 from madformer.model.persistence import load_weights
-from madformer.objects import read_object
 
 # (clear_clean, clear_cond)
 CONTEXTS: dict[tuple[bool, bool], Context] = {
@@ -425,7 +425,15 @@ def native_config(values: Mapping[str, Any], **fields: Any) -> MADFormerConfig:
 
 def read_model_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A released model configuration with its defaults; raises ``ValueError`` for what is none."""
-    values = source if isinstance(source, Mapping) else read_object(source)
+    if isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        try:
+            values = json.loads(Path(source).read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source} is no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} holds a {type(values).__name__}, and no model configuration")
     for name, limit in CONFIG_LIMITS.items():
         numbers = values.get(name, 1)
         for number in numbers if isinstance(numbers, list) else [numbers]:
