@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
+from madformer.model.plain import PreciseLinear, precise
 
 FREQUENCY_CHANNELS = 256
 MAX_PERIOD = 10_000
@@ -23,8 +24,8 @@ class Conditioner(nn.Module):
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.linear_1 = nn.Linear(FREQUENCY_CHANNELS, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
+        self.linear_1 = PreciseLinear(FREQUENCY_CHANNELS, hidden)
+        self.linear_2 = PreciseLinear(hidden, hidden)
         self.num_classes = config.num_classes
         if config.num_classes:
             # the last one stands for a class that is left out
@@ -38,14 +39,12 @@ class Conditioner(nn.Module):
             nn.init.normal_(self.classes.weight, std=0.02)
 
     def time(self, timestep_N: Tensor) -> Tensor:
-        """``(N, C)`` in fp32: bf16 cannot tell 998 from 999."""
+        """``(N, C)`` in fp32, in float64 for a model in it: bf16 cannot tell 998 from 999."""
         steps_F = torch.arange(FREQUENCY_CHANNELS // 2, dtype=torch.float32, device=timestep_N.device)
         angles_NF = timestep_N.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps_F / len(steps_F))
         waves = torch.cat((angles_NF.cos(), angles_NF.sin()), dim=-1)
-        first, second = ((linear.weight.float(), linear.bias.float()) for linear in (self.linear_1, self.linear_2))
-        with torch.autocast(timestep_N.device.type, enabled=False):
-            return F.linear(F.silu(F.linear(waves, *first)), *second)
+        return self.linear_2(F.silu(self.linear_1(waves)))
 
     def label(self, labels_B: Tensor) -> Tensor:
-        """``(B, C)`` in fp32; a negative label is one left out."""
-        return self.classes(torch.where(labels_B < 0, self.num_classes, labels_B)).float()
+        """``(B, C)`` as :meth:`time`; a negative label is one left out."""
+        return precise(self.classes(torch.where(labels_B < 0, self.num_classes, labels_B)))

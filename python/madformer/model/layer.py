@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from madformer.kernels.adaln import adaln
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu
+from madformer.model.plain import is_plain
 from madformer.model.rope import RotaryEmbedding
 
 Streams = dict[str, Tensor]
@@ -148,6 +150,37 @@ class RMSNorm(nn.RMSNorm):
         return y, total
 
 
+def added(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """:meth:`RMSNorm.add`, by one kernel where that is all that the norm is."""
+    if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
+        return norm.add(x, residual)
+    total = x + residual
+    return norm(total), total
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """:meth:`RMSNorm.modulate`, by one kernel where that is all that the norm is."""
+    if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
+        return norm.modulate(x, shift, scale)
+    return norm(x) * (1 + _for_tokens(scale, x)) + _for_tokens(shift, x)
+
+
+def modulated_sum(
+    norm: nn.Module, x: Tensor, residual: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:meth:`RMSNorm.modulate_sum`, by one kernel where that is all that the norm is."""
+    if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
+        return norm.modulate_sum(x, residual, gate, shift, scale)
+    total = residual + _for_tokens(gate, x) * x
+    return modulated(norm, total, shift, scale), total
+
+
+def _for_tokens(row: Tensor, x_BLC: Tensor) -> Tensor:
+    """A row for each sample or for each run of its tokens, ``(B, C)`` or ``(B, M, C)``, as one for each token."""
+    rows = row.view(len(x_BLC), -1, row.shape[-1])
+    return rows.repeat_interleave(x_BLC.shape[1] // rows.shape[1], dim=1)
+
+
 class SwiGLU(nn.Module):
     backend = "auto"
 
@@ -207,21 +240,34 @@ class Tower(nn.Module):
         """Packed, ``(B, L, 3 * C)``."""
         if modulation is None:
             return self.qkv(self.input_norm(x_BLC))
-        return self.qkv(self.input_norm.modulate(x_BLC, modulation.attention_shift, modulation.attention_scale))
+        return self.qkv(modulated(self.input_norm, x_BLC, modulation.attention_shift, modulation.attention_scale))
 
     def key_value(self, x_BLC: Tensor) -> Tensor:
         """Keys and values alone, ``(B, L, 2 * C)``, for a stream whose own output nobody reads."""
-        hidden = x_BLC.shape[-1]
-        return F.linear(self.input_norm(x_BLC), self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+        hidden, normed = x_BLC.shape[-1], self.input_norm(x_BLC)
+        if not is_plain(self.qkv, nn.Linear) or type(self.qkv.weight) not in (nn.Parameter, Tensor):
+            return self.qkv(normed)[..., hidden:]
+        return F.linear(normed, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+
+    @property
+    def has_plain_head_norms(self) -> bool:
+        """Whether the kernel that rotates may normalise as well, of the weights alone."""
+        kinds = (RMSNorm, nn.Identity)
+        return all(any(is_plain(norm, kind) for kind in kinds) for norm in (self.q_norm, self.k_norm))
+
+    def norm_heads(self, packed_BLC: Tensor, parts: int, num_heads: int) -> Tensor:
+        """Packed projections after the per-head norms: three parts, or two without queries."""
+        *queries, k, v = packed_BLC.unflatten(-1, (parts, num_heads, -1)).unbind(-3)
+        return torch.stack((*(self.q_norm(q) for q in queries), self.k_norm(k), v), dim=-3).flatten(-3)
 
     def output(self, x_BLC: Tensor, attended_BHLD: Tensor, modulation: Modulation | None = None) -> Tensor:
         """Both residual branches: the projected attention, then the MLP."""
         branch = self.proj(attended_BHLD.transpose(1, 2).flatten(2))
         if modulation is None:
-            normed, x = self.post_attention_norm.add(branch, x_BLC)
+            normed, x = added(self.post_attention_norm, branch, x_BLC)
             return x + self.mlp(normed)
         gate, shift, scale = modulation.attention_gate, modulation.mlp_shift, modulation.mlp_scale
-        normed, x = self.post_attention_norm.modulate_sum(branch, x_BLC, gate, shift, scale)
+        normed, x = modulated_sum(self.post_attention_norm, branch, x_BLC, gate, shift, scale)
         # a gate for each run of tokens
         gate = modulation.mlp_gate.view(len(x), -1, 1, x.shape[2])
         gated = self.mlp(normed).unflatten(1, (gate.shape[1], -1)) * gate
@@ -273,18 +319,20 @@ class TransformerLayer(nn.Module):
         if self.modulated and "noise" in streams:
             assert modulation is not None
             modulations["noise"] = towers["noise"].modulate(modulation.to(streams["noise"].dtype))
-        projections = Projections(
-            [
-                towers[name].query_key_value(x, modulations.get(name)) if name in outputs else towers[name].key_value(x)
-                for name, x in streams.items()
-            ],
-            [getattr(tower.q_norm, "weight", None) for tower in towers.values()],
-            [getattr(tower.k_norm, "weight", None) for tower in towers.values()],
-            [tables[name] for name in streams],
-            self.num_heads,
-            rope.axes,
-            self.backend,
-        )
+        packed = [
+            towers[name].query_key_value(x, modulations.get(name)) if name in outputs else towers[name].key_value(x)
+            for name, x in streams.items()
+        ]
+        q_weights = [getattr(tower.q_norm, "weight", None) for tower in towers.values()]
+        k_weights = [getattr(tower.k_norm, "weight", None) for tower in towers.values()]
+        if not all(tower.has_plain_head_norms for tower in towers.values()):
+            packed = [
+                towers[name].norm_heads(x, 3 if name in outputs else 2, self.num_heads)
+                for name, x in zip(streams, packed, strict=True)
+            ]
+            q_weights = k_weights = [None] * len(packed)
+        rotation = [tables[name] for name in streams]
+        projections = Projections(packed, q_weights, k_weights, rotation, self.num_heads, rope.axes, self.backend)
         attended = attention(projections)
         queried = [name for name in streams if name in outputs]
         if attended is None:

@@ -56,6 +56,15 @@ class MADFormerOutput(BaseOutput):
         return super().__getitem__("prediction" if key == "sample" else key)
 
 
+class LearnedSkips(nn.ParameterList):
+    """What the first block has for the skip connections of a predecessor. To be called, for hooks that fetch it."""
+
+    __call__ = nn.Module.__call__  # a list refuses to be called
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+
 class MADFormer(PretrainedMixin, PeftAdapterMixin):
     """The network alone: what is computed, with no cache, timer or distributed call in it.
 
@@ -105,7 +114,7 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
             # BOI: what the first block, which has no predecessor, is predicted from
             self.boi = nn.Parameter(torch.empty(1, config.block_size, config.hidden_size))
             if config.hidden_loss_skips == "shifted":
-                self.boi_skips = nn.ParameterList(
+                self.boi_skips = LearnedSkips(
                     nn.Parameter(torch.empty(channels, 1, 1)) for channels in skip_channels(config)
                 )
         self.reset_parameters()
@@ -419,6 +428,9 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         rotation = {name: (cos[..., : n * size, :], sin[..., : n * size, :]) for name, n in blocks.items()}
         if "text" in streams:
             rotation["text"] = self.rope.text_tables()
+        # tables stay behind where weights are fetched layer by layer
+        device = next(iter(streams.values())).device
+        rotation = {name: (cos.to(device), sin.to(device)) for name, (cos, sin) in rotation.items()}
         arguments = (streams, self.rope, rotation, self.attention(layout), outputs, modulation)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(layer, *arguments)
@@ -453,11 +465,11 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         rows, columns = self.config.block_latents
         shapes = [(rows // 2**level, columns // 2**level) for level in skip_levels(self.config)]
         shifted = []
-        for index, (boi, shape) in enumerate(zip(self.boi_skips, shapes, strict=True)):
+        for index, (boi, shape) in enumerate(zip(self.boi_skips(), shapes, strict=True)):
             maps = boi.expand(batch, 1, -1, *shape)
             if num_blocks > 1:
                 previous = skips[index].unflatten(0, (batch, -1))[:, : num_blocks - 1]
-                maps = torch.cat((maps.to(previous.dtype), previous), dim=1)
+                maps = torch.cat((maps.to(previous), previous), dim=1)
             shifted.append(maps.flatten(0, 1))
         return tuple(shifted)
 

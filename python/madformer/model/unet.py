@@ -14,23 +14,22 @@ from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
 from madformer.kernels.group_norm_silu import group_norm_silu
+from madformer.model.plain import PreciseLinear, is_plain, precise
 
 Skips = tuple[Tensor, ...]
 
 
 class TimestepEmbedding(nn.Module):
-    """Two bias-free linear layers on the raw integer timestep, always in fp32: bf16 cannot tell 998 from 999."""
+    """Two bias-free linear layers on the raw integer timestep, never below fp32: bf16 cannot tell 998 from 999."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(1, embed_dim, bias=False)
-        self.linear_2 = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.linear_1 = PreciseLinear(1, embed_dim, bias=False)
+        self.linear_2 = PreciseLinear(embed_dim, embed_dim, bias=False)
 
     def forward(self, timestep_N: Tensor) -> Tensor:
-        """``(N, E)`` in fp32."""
-        with torch.autocast(timestep_N.device.type, enabled=False):
-            hidden = F.linear(timestep_N.float()[:, None], self.linear_1.weight.float())
-            return F.linear(F.silu(hidden), self.linear_2.weight.float())
+        """``(N, E)`` in fp32, in float64 for a model in it."""
+        return self.linear_2(F.silu(self.linear_1(precise(timestep_N)[:, None])))
 
 
 class NoTimeEmbedding(nn.Module):
@@ -66,6 +65,8 @@ class ResnetBlock(ResnetBlock2D):
         return input_tensor + hidden
 
     def _norm_silu(self, norm: nn.GroupNorm, x_NCHW: Tensor, temb_NC: Tensor | None = None) -> Tensor:
+        if not is_plain(norm, nn.GroupNorm):
+            return F.silu(norm(x_NCHW if temb_NC is None else x_NCHW + temb_NC[:, :, None, None]))
         return group_norm_silu(
             x_NCHW, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, temb_NC=temb_NC, backend=self.backend
         )

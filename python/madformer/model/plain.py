@@ -1,0 +1,32 @@
+"""When a fused kernel may stand in for a module's call, and linear layers that compute in fp32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` is nothing but what ``kind`` computes of its own weights.
+
+    It is not where the module has hooks (which may fetch its weights first), an adapter around it, parametrizations or
+    a forward of its own. Then it has to be called.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and "forward" not in module.__dict__ and not any(len(hook) for hook in hooks)
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class PreciseLinear(nn.Linear):
+    """Computes in fp32 (float64 on weights in float64) whatever dtype its weights are stored in, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = precise(self.weight)
+        bias = None if self.bias is None else precise(self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight, bias)
