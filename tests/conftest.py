@@ -15,12 +15,19 @@ if not torch.cuda.is_available():
     # Read when Triton is imported, so before anything of madformer is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+DIFFUSERS_MARKERS = (
+    "attention autoround big_accelerator bitsandbytes cache compile context_parallel cpu_offload gguf group_offload "
+    "ip_adapter lora memory modelopt quantization quanto sdnq single_file tensor_parallel torchao training"
+)
 NO_GPU = "no CUDA device: the GPU tier is NOT tested here"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Test tensors are small; on a large machine more threads only wait for each other.
     torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+    if "MADFORMER_DIFFUSERS" in os.environ:
+        for marker in DIFFUSERS_MARKERS.split():
+            config.addinivalue_line("markers", f"{marker}: of diffusers' testers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
