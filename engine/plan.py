@@ -195,7 +195,8 @@ class Plan:
         """Let go of the model, until :meth:`settle`, as far as it was not captured."""
         del self.sampler
         if not self._frozen:
-            del self.passes.model, self.model
+            for owner in (self, self.passes):
+                vars(owner).pop("model", None)
 
     @property
     def config(self) -> MADFormerConfig:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,27 +14,43 @@ class _LeftError(Exception):
 
 
 def reports(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
-    """Run ``work(report)`` in a thread, and give what it reports, as soon as it does.
+    """Run ``work(report)`` in a thread, and give what it reports; from there it goes on when the next is asked for.
 
-    Whoever leaves the iterator early ends the work at its next report.
+    So work and the body of a loop over it take turns, and neither sees what the other leaves half done. Whoever leaves
+    the iterator early ends the work at the report that it waits at.
 
     Raises:
         Whatever ``work`` raises, after its last report.
     """
-    said: SimpleQueue[tuple[T] | None] = SimpleQueue()
-    left = threading.Event()
+    said, asked, left = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+    items: list[T] = []
+    errors: list[BaseException] = []
 
     def report(item: T) -> None:
+        items.append(item)
+        said.release()
+        asked.acquire()
         if left.is_set():
             raise _LeftError
-        said.put((item,))
 
-    with ThreadPoolExecutor(1, "report") as thread:
-        future = thread.submit(work, report)
-        future.add_done_callback(lambda _: said.put(None))
+    def run() -> None:
         try:
-            while (item := said.get()) is not None:
-                yield item[0]
-            future.result()
+            work(report)
+        except BaseException as error:
+            errors.append(error)
         finally:
-            left.set()
+            said.release()
+
+    # a daemon: an iterator that nobody asks again does not keep the process
+    thread = threading.Thread(target=run, name="report", daemon=True)
+    thread.start()
+    try:
+        while said.acquire() and items:
+            yield items.pop()
+            asked.release()
+        if errors:
+            raise errors[0]
+    finally:
+        left.set()
+        asked.release()
+        thread.join()
