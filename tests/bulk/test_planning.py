@@ -7,21 +7,12 @@ import json
 import random
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bulk_cases import settings
 
-from madformer.bulk import OutputFolder, Settings
+from madformer.bulk import OutputFolder
 from madformer.bulk.image_set import ImageSet
-
-
-def settings(**changes: Any) -> Settings:
-    values = {
-        "format": "png", "latents": True, "shard_size": None, "batch_size": 16, "seed": 0, "steps": 2,
-        "precision": "exact", "scheduler": {"class": "DDIMScheduler"}, "latent_shape": (4, 8, 8), "model": "0",
-        "vae": None, "vae_tile": None, "recorded": {"size": None},
-    }  # fmt: skip
-    return Settings(**{**values, **changes})
 
 
 def test_an_image_set_is_a_set() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from madformer.bulk.image_set import ImageSet
 from madformer.bulk.settings import Settings
 from madformer.data.shards import KEY, write_shard
-from madformer.model.persistence import atomic_path, check_writable, locked
+from madformer.model.persistence import atomic_path, check_writable, locked, remove_leftover
 from madformer.seeds import check_seed
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ class OutputFolder:
                 if overwrite:
                     self._clear()
                 complete = self._settle_manifest()
-                self._tidy(rank, world_size)
+                self._tidy()
                 self._found = self.present()
                 if complete and not self.had_all:
                     self._write_manifest(complete=False)
@@ -273,16 +273,14 @@ class OutputFolder:
                         shutil.copyfileobj(file, target)
         shard.unlink()
 
-    def _tidy(self, rank: int, world_size: int) -> None:
+    def _tidy(self) -> None:
         """Remove files that a killed process had begun, and images that are in their shard; pack what is complete.
 
-        Called under the lock, where nobody packs. Images that other processes may be writing are left to them.
+        Called under the lock, where nobody packs. What other processes are writing is left to them.
         """
         for folder in {self.path, self.images}:
             for match in _matches(_TEMPORARY, folder):
-                image = int(match[2]) - self.settings.seed if match[2] else None
-                if image is None or image // self.settings.batch_size % world_size == rank:
-                    (folder / match[0]).unlink(missing_ok=True)
+                remove_leftover(folder / match[0])
         if self.sharded:
             shards = set(self._shards())
             self._unlink(image for image in self._unpacked() if image // self._shard_size in shards)

@@ -245,12 +245,13 @@ def _read_picture(file: Path) -> Image.Image:
 
 def _save_grid(pictures: Iterable[Image.Image], settings: Settings, args: argparse.Namespace) -> None:
     from madformer.bulk.records import png_text
-    from madformer.model.persistence import atomic_path
+    from madformer.model.persistence import atomic_path, remove_leftovers_of
     from madformer.sheets import grid_shape, image_grid
 
     rows, columns = grid_shape(args.num_images, _rows(settings, args))
     record = {**settings.record(range(args.num_images)), "rows": rows, "columns": columns}
     grid = image_grid(pictures, _rows(settings, args), count=args.num_images)
+    remove_leftovers_of(args.grid)
     with atomic_path(args.grid) as path:
         grid.save(path, "PNG", pnginfo=png_text(record))
 

@@ -75,15 +75,28 @@ def remove_leftovers(folder: str | Path, *names: str) -> None:
     Args:
         folder: with all that is in it. names: patterns of the files' names there, as ``fnmatch`` has them.
     """
-    import fcntl
-
     for path in Path(folder).glob("**/.*"):
         begun = _TEMPORARY.fullmatch(path.name)
-        if begun is None or path.is_dir() or not any(fnmatchcase(begun[1], name) for name in names):
-            continue
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        if begun is not None and not path.is_dir() and any(fnmatchcase(begun[1], name) for name in names):
+            remove_leftover(path)
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what :func:`atomic_path` had begun of one file; its folder need not exist."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            begun = _TEMPORARY.fullmatch(entry.name)
+            if begun is not None and begun[1] == path.name and entry.is_file(follow_symlinks=False):
+                remove_leftover(path.parent / entry.name)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a temporary file of :func:`atomic_path`, if its process is no more."""
+    import fcntl
+
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 @contextmanager
