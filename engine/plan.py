@@ -78,12 +78,39 @@ def _first_fault(tensor_BMLC: Tensor, places: Sequence[int]) -> tuple[int, int] 
 class Progress:
     """Where a run stands: the place of the ``block`` and the ``step`` count from 0.
 
-    ``latents_BLC`` is the block after that step, in the memory that the next step overwrites.
+    ``latents_BLC`` is the block after that step, in the memory that the next step overwrites. ``canvas_BMLC`` is memory
+    of the images, in which this block is as it began.
     """
 
     block: int
     step: int
     latents_BLC: Tensor
+    canvas_BMLC: Tensor
+
+    def images(self) -> Tensor:
+        """``(B, M, L, C)`` as they are: clean blocks, the one at hand, and noise in those to come."""
+        images_BMLC = self.canvas_BMLC.clone()
+        images_BMLC[:, self.block] = self.latents_BLC
+        return images_BMLC
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a callback gives to have it otherwise from the next step on.
+
+    Attributes:
+        images_BMLC: in place of :meth:`Progress.images`. What was made of finished blocks stays in the cache: blocks to
+            come are drawn after these as they were, but for the last one.
+        guidance: the scale, 1 for none. stop: draw no further, and leave the blocks to come as noise.
+    """
+
+    images_BMLC: Tensor | None = None
+    guidance: float | None = None
+    stop: bool = False
+
+
+def _stops(change: object) -> bool:
+    return isinstance(change, Change) and change.stop
 
 
 @dataclass(frozen=True)
@@ -183,6 +210,7 @@ class Plan:
         self._alone = Exclusive("this plan is drawing already: of several runs at a time each needs a plan of its own")
         self._drawing, self._touched = False, False
         self._drawn: list[int] = []
+        self._steps_made = 0
         self.packed = PackedWeights()
         self.settle(sampler, schedule, guidance)
         self._allocate(key)
@@ -368,10 +396,11 @@ class Plan:
             order: places in the order to draw them in, for a model that was trained in every order; None for its own.
             generator: for the noise that a stochastic scheduler adds in its steps.
             callback: called after every step, which costs the single launch of a block's steps and a look at the model.
+                It may give a :class:`Change`.
             on_block: called with the place of a block that was drawn and its latents ``(B, L, C)``. On a GPU the next
                 one is mostly under way by then, and the call is made on another stream, which does not wait for it.
             progress: told how many steps were launched since it was called last: one where Python launches each, else
-                those of a block. It must leave the model alone.
+                those of a block. It must leave the model alone, and may give a :class:`Change` that stops.
             out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
             check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
@@ -382,9 +411,9 @@ class Plan:
             NonFiniteError: the network gave numbers that are not finite, or ``noise`` or ``given`` holds some.
             InUseError: the plan is drawing already, in another thread or around this call.
             RuntimeError: a callback changed the model's configuration, dtype or device.
-            ValueError: ``noise``, ``given``, ``out`` or the prompt is not what the plan was made for; ``blocks`` that
-                there are not, or with nothing given; an order that the model does not know; a model that cannot read
-                what it did not draw.
+            ValueError: ``noise``, ``given``, ``out`` or the prompt is not what the plan was made for; guidance that
+                begins in a callback; ``blocks`` that there are not, or with nothing given; an order that the model does
+                not know; a model that cannot read what it did not draw.
         """
         drawing = self.blocks(
             noise,
@@ -444,27 +473,38 @@ class Plan:
                         raise NonFiniteInputError("{} is not finite: image {}, block {}".format(name, *fault))
                 self._follow()
                 self._start(prompt, places)
+                laid_out = callback is not None
+                if laid_out:
+                    self._lay_out(places, noise, given, drawn)
             try:
                 finished: list[FinishedBlock] = []
+                stopped = False
                 for number, place in enumerate(places[: last + 1]):
                     with computing(device):
-                        if place in drawn:
+                        if place in drawn and not (laid_out and isinstance(noise, Tensor)):
                             self._draw(noise, place)
                         self._launch("next_block" if number else "first_block")
                         if place in drawn:
                             self._drawn.append(place)
-                            self._denoise(place, generator, callback, progress)
+                            stopped = self._denoise(place, generator, callback, progress)
                             if check and self.cache.on_host:
                                 self.check()
                         elif given is not None:
-                            self.slots.latents_RLC.copy_(given[:, place])
-                        if report and place in drawn:
+                            kept_BMLC = self.slots.canvas_RMLC if laid_out else given
+                            self.slots.latents_RLC.copy_(kept_BMLC[:, place])
+                        if report and place in drawn and not stopped:
                             finished.append(FinishedBlock.of(place, self.slots.latents_RLC))
                     # a GPU is waited for with one block under way at least, so that it stays busy
-                    while finished and (len(finished) > 1 or number == last or not finished[0].is_under_way):
+                    ends = number == last or stopped
+                    while finished and (len(finished) > 1 or ends or not finished[0].is_under_way):
                         self._touched = True
                         yield finished.pop(0)
-                return self._finish(given, places[last + 1 :], out, check=check)
+                    if stopped:
+                        if not laid_out:
+                            with computing(device):
+                                self._lay_out(places[number + 1 :], noise, given, drawn)
+                        break
+                return self._finish(None if laid_out or stopped else given, places[last + 1 :], out, check=check)
             finally:
                 self._drawing = False
 
@@ -476,7 +516,19 @@ class Plan:
             self.slots.order_RM.copy_(torch.tensor(places))
             self._order = places
         self.cache.reset()
-        self._prompt, self._drawn, self._drawing = prompt, [], True
+        self._prompt, self._drawn, self._steps_made, self._drawing = prompt, [], 0, True
+
+    def _lay_out(
+        self, places: Sequence[int], noise: Tensor | NoiseSource, given: Tensor | None, drawn: Collection[int]
+    ) -> None:
+        """Let the canvas show blocks to come: given ones, and noise where it is there already."""
+        for place in places:
+            if place in drawn and isinstance(noise, Tensor):
+                self._draw(noise, place)
+            elif place not in drawn and given is not None:
+                self.slots.canvas_RMLC[:, place] = given[:, place].to(self.slots.canvas_RMLC)
+            else:
+                self.slots.canvas_RMLC[:, place] = 0
 
     def _finish(self, given: Tensor | None, untouched: list[int], out: Tensor | None, *, check: bool) -> Tensor:
         # no inference tensor: one may train on it
@@ -498,7 +550,7 @@ class Plan:
         """
         steps = len(self.timesteps)
         for image, sound in enumerate(self.slots.sound_R.tolist()):
-            if sound < steps * len(self._drawn):
+            if sound < self._steps_made:
                 block, step = self._drawn[sound // steps], sound % steps
                 raise NonFiniteError(f"image {image} of the batch is not finite from block {block}, step {step} on")
         # whoever was called after the last step may have written to it
@@ -547,23 +599,44 @@ class Plan:
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[[Progress], object] | None,
         progress: Callable[[int], object] | None,
-    ) -> None:
-        """The step loop of one block."""
+    ) -> bool:
+        """The step loop of one block; whether the callback wants it to be the last."""
         steps, done = len(self.timesteps), 0
         if self.table is not None and callback is None and (progress is None or self.launcher.captures):
             self._launch("loop")
             # steps that make no whole round
             done = steps - steps % self.refresh_every
-            if progress is not None:
-                progress(done)
+            self._steps_made += done
+            if progress is not None and _stops(progress(done)):
+                return True
         step = self._scheduler_step(generator) if self.table is None else self._step
         for index in range(done, steps):
             step(index)
-            if progress is not None:
-                progress(1)
+            self._steps_made += 1
+            stops = progress is not None and _stops(progress(1))
             if callback is not None:
                 self._touched = True
-                callback(Progress(place, index, self.slots.latents_RLC))
+                change = callback(Progress(place, index, self.slots.latents_RLC, self.slots.canvas_RMLC))
+                if isinstance(change, Change):
+                    self._change(change, place)
+                stops = stops or _stops(change)
+            if stops:
+                return True
+        return False
+
+    def _change(self, change: Change, place: int) -> None:
+        """Go on as a callback wants it."""
+        slots = self.slots
+        if change.images_BMLC is not None:
+            self._check_shapes(images_BMLC=change.images_BMLC)
+            slots.canvas_RMLC.copy_(change.images_BMLC)
+            slots.latents_RLC.copy_(slots.canvas_RMLC[:, place])
+        if change.guidance is not None:
+            if self.guidance is None and change.guidance != 1:
+                raise ValueError(f"guidance={change.guidance} cannot begin within a run that was begun without")
+            if self.guidance is not None:
+                # what is looked at before the next pass
+                self.guidance = replace(self.guidance, scale=change.guidance)
 
     def _step(self, index: int) -> None:
         self._launch("reuse" if index % self.refresh_every else "denoise")

@@ -21,6 +21,7 @@ from madformer.engine.graphs import Launcher
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.passes import Passes
 from madformer.engine.plan import (
+    Change,
     FinishedBlock,
     InUseError,
     ModelKind,
@@ -37,6 +38,7 @@ from madformer.engine.structure import over_the_same, unwrapped
 from madformer.model.madformer import MADFormer
 
 __all__ = [
+    "Change",
     "FinishedBlock",
     "InUseError",
     "NoiseSource",

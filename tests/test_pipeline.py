@@ -125,7 +125,7 @@ def test_callback_and_progress_bar(pipeline: MADFormerPipeline, capsys: pytest.C
         assert own is pipeline
         calls.append((step, int(timestep), tensors["block"]))
         if step % 3 == 2:
-            blocks.append(tensors["latents"].clone())
+            blocks.append(to_blocks(tensors["latents"], tiny())[:, tensors["block"]].clone())
 
     pipeline.set_progress_bar_config(disable=False)
     try:

@@ -5,6 +5,7 @@ Shape legend: B images, M blocks, L latents of a block, C channels, H rows, W co
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
+from madformer.engine.plan import Change
 from madformer.engine.pool import PlanPool
-from madformer.engine.sampler import Progress, Sampler
+from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import check_scheduler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
+from madformer.pipeline_callbacks import Callback, CallbackPipeline, RunState, StepEnd, effective, tensor_inputs
 from madformer.pipeline_files import PersistentPipeline, names_of_classes
 from madformer.pipeline_inputs import (
     check_no_embeddings,
@@ -69,7 +72,7 @@ def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolver
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
 
 
-class MADFormerPipeline(PersistentPipeline):
+class MADFormerPipeline(PersistentPipeline, CallbackPipeline):
     """Samples images.
 
     Args:
@@ -143,7 +146,8 @@ class MADFormerPipeline(PersistentPipeline):
         negative_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         on_block: Callable[[int, Tensor], object] | None = None,
     ) -> MADFormerPipelineOutput:
         """Draw images.
@@ -173,7 +177,11 @@ class MADFormerPipeline(PersistentPipeline):
                 (B, C, H, W), unscaled.
             return_dict: else a tuple of the images alone.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": ..., "block": ...})``
-                with steps counted over all blocks; ``latents`` (B, L, C) are the current block's.
+                with steps counted over all blocks that are drawn, up to ``pipeline.num_timesteps``. ``latents``
+                (B, C, H, W) are the images': clean blocks, the one at hand, whose place ``block`` is, and noise in
+                those to come. What it returns for them is gone on with, as is ``pipeline._guidance_scale`` where
+                guidance is above 1; ``pipeline._interrupt = True`` ends the call with the images as they are.
+            callback_on_step_end_tensor_inputs: what it is given, of ``pipeline._callback_tensor_inputs``.
             on_block: called as ``on_block(block, latents)`` when a block was drawn, with its place and its latents
                 (B, L, C); on a GPU from a stream beside the blocks that follow.
 
@@ -185,9 +193,9 @@ class MADFormerPipeline(PersistentPipeline):
         check_prompts(prompt=prompt, negative_prompt=negative_prompt)
         check_no_embeddings(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         each = images_each(num_images_per_prompt, num_images)
-        # diffusers' rule; what is not a number is refused with the plan
-        guidance_scale = 1.0 if guidance_scale <= 1 else guidance_scale
-        request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=guidance_scale != 1)
+        inputs = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        scale = effective(guidance_scale)
+        request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=scale != 1)
         generators = generators_of(count, seed, generator)
         grid = self.grid_of(height, width)
         config = self.transformer.config.at_grid(*grid)
@@ -198,28 +206,31 @@ class MADFormerPipeline(PersistentPipeline):
         given = None if image is None else self._blocks_of(image, count, config)
         order = order_around(blocks or (), config)
         noise = noise_of(latents, generators, config)
-        drawn = set(order if blocks is None else blocks)
+        drawn = [place for place in order if blocks is None or place in blocks]
         # made anew by every call: it holds the scheduler as it is now
         sampler = Sampler(self.transformer, self.scheduler, grid=grid if (height or width) else None)
         with (
+            contextlib.ExitStack() as stack,
             self._plans.plan(
                 sampler,
                 count,
                 num_inference_steps,
-                guidance=guidance_scale,
+                guidance=scale,
                 guidance_interval=guidance_interval,
                 refresh_every=refresh_every,
             ) as plan,
             self.progress_bar(total=len(drawn) * len(plan.timesteps)) as bar,
         ):
-            timesteps = plan.timesteps
+            state = RunState(guidance_scale, len(drawn) * len(plan.timesteps))
+            on_step = None
+            if callback_on_step_end is not None:
+                on_step = StepEnd(self, state, callback_on_step_end, inputs, config, plan.timesteps, drawn, request)
 
-            def on_step(progress: Progress) -> None:
-                assert callback_on_step_end is not None
-                tensors = {"latents": progress.latents_BLC, "block": progress.block}
-                step = order.index(progress.block) * len(timesteps) + progress.step
-                callback_on_step_end(self, step, timesteps[progress.step], tensors)
+            def on_progress(steps: int) -> Change:
+                bar.update(steps)
+                return Change(stop=state.interrupt)
 
+            stack.enter_context(self._running(state))
             drawn_BMLC = plan.run(
                 noise,
                 prompt=request,
@@ -227,9 +238,9 @@ class MADFormerPipeline(PersistentPipeline):
                 blocks=blocks,
                 order=order,
                 generator=generators,
-                callback=on_step if callback_on_step_end is not None else None,
+                callback=on_step,
                 on_block=on_block,
-                progress=bar.update,
+                progress=on_progress,
             )
         images = self._finish(from_blocks(drawn_BMLC, config), output_type)
         return MADFormerPipelineOutput(images) if return_dict else (images,)  # type: ignore[return-value]
