@@ -39,7 +39,8 @@ def data(labelled: int = 100, captioned: int = 0, classes: int = 3, **changes: A
         ("tiny", data(labelled=99), {}, 0, None),
         ("tiny", data(), {"model.num_classes": 0}, 0, None),
         ("tiny", data(), {"model.time_conditioning": "unet"}, 0, None),
-        ("tiny", data(captioned=100), {"caption": "caption"}, 3, None),
+        ("tiny", data(names_as_captions=True), {"caption": "caption"}, 3, TEXT),
+        ("tiny", data(), {"caption": "label"}, 0, TEXT),
         ("emoji64", data(), {}, 3, None),
         ("emoji64", data(), {"caption": "label"}, 3, TEXT),
         ("emoji64", data(names_as_captions=True), {"caption": "caption"}, 3, TEXT),
@@ -80,8 +81,8 @@ def told(changes: dict[str, Any], **model: Any) -> TrainingConfig:
         (told({}, num_classes=2), data(), r"3 classes \(ape, bee, cat\), .* num_classes=2: --model.num-classes 3"),
         (told({}, num_classes=5), data(), r"num_classes=5: --model.num-classes 3"),
         (told({}, num_classes=5), data(classes=6), r"6 classes, and the model num_classes=5: --model.num-classes 6"),
-        (told({}, num_classes=3), data(labelled=0), r"no picture of photos have one: --model.num-classes 0"),
-        (told({}, num_classes=3), data(labelled=98), r"98 of 100 pictures of photos have one: --model.num-classes 0"),
+        (told({}, num_classes=3), data(labelled=0), "0 of 100 pictures of photos have a class: --model"),
+        (told({}, num_classes=3), data(labelled=98), "98 of 100 pictures of photos have a class: --model"),
         (told({}, text=TEXT), data(labelled=0), "no picture of photos has one: take a model without"),
         (told({}, text=TEXT), data(), "reads captions, and no picture of photos has one: --caption label"),
         (told({"caption": "label"}, text=TEXT), data(labelled=50), "50 of 100 .* have one: --caption caption"),
@@ -184,7 +185,7 @@ def test_contradictions_are_refused_before_anything_is_written(
     config: TrainingConfig, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = ["train", "tiny", "--data", str(photos), "--out", str(tmp_path / "run"), "--vae", config.vae]
-    assert main([*train, "--model.num-classes", "2", "--model.time-conditioning", "adaln"]) == 1
+    assert main([*train, "--model.num-classes", "2"]) == 1
     assert "has 3 classes (ape, bee, cat), and the model num_classes=2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -60,11 +60,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from madformer.training.fitting import telling_classes
+
     given = {name: value for name, value in vars(args).items() if value is not None}
     config = _base(args)
-    model = config.model.replace(
-        **{name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
-    )
+    fields = {name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
+    if "num_classes" in fields:
+        fields = telling_classes(config.model, fields["num_classes"]) | fields
+    model = config.model.replace(**fields)
     changes = {name: given[name] for name in _training_fields() if name in given}
     config = dataclasses.replace(config, model=model, **changes)
     if args.dry_run:

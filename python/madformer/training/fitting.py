@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,14 +45,13 @@ def fit(config: TrainingConfig, summary: DataSummary, given: Collection[str]) ->
         ValueError: the tokenizer cannot be loaded.
     """
     model = config.model
-    if "caption" not in given and config.caption == "caption":
-        if model.text is None and summary.num_captioned:
-            tokenizer = load_tokenizer(config.tokenizer)
-            text = TextConfig(tokenizer.vocab_size, CAPTION_TOKENS, tokenizer.pad_token_id)
-            model = model.replace(text=text)
-        elif model.text is not None and not summary.num_captioned:
-            model = model.replace(text=None)
-            config = dataclasses.replace(config, text_loss_weight=0.0)
+    chosen = "caption" in given
+    if model.text is None and (chosen or summary.num_captioned):
+        tokenizer = load_tokenizer(config.tokenizer)
+        model = model.replace(text=TextConfig(tokenizer.vocab_size, CAPTION_TOKENS, tokenizer.pad_token_id))
+    elif model.text is not None and not chosen and config.caption == "caption" and not summary.num_captioned:
+        model = model.replace(text=None)
+        config = dataclasses.replace(config, text_loss_weight=0.0)
     # a class that is the text need not be told twice
     if "model.num_classes" not in given and (model.num_classes or not _reads_labels(config, model)):
         model = _with_classes(model, summary.num_classes if _all_labelled(summary) else 0, given)
@@ -67,12 +67,17 @@ def _all_labelled(summary: DataSummary) -> bool:
 
 
 def _with_classes(model: MADFormerConfig, num_classes: int, given: Collection[str]) -> MADFormerConfig:
-    if not num_classes or model.modulated:
-        return model.replace(num_classes=num_classes)
-    # classes are told by AdaLN, which a chosen field may rule out; then the notice says that nobody is told
-    if "model.time_conditioning" in given or model.elastic_diffusion_layers:
+    # a chosen field may rule out what tells the layers of classes; then the notice says that nobody is told
+    if num_classes and not model.modulated and ("model.time_conditioning" in given or model.elastic_diffusion_layers):
         return model
-    return model.replace(num_classes=num_classes, time_conditioning="adaln" if model.unet is None else "unet+adaln")
+    return model.replace(**telling_classes(model, num_classes))
+
+
+def telling_classes(model: MADFormerConfig, num_classes: int) -> dict[str, Any]:
+    """The fields that make a model one of so many classes: it takes AdaLN to tell the layers."""
+    if not num_classes or model.modulated:
+        return {"num_classes": num_classes}
+    return {"num_classes": num_classes, "time_conditioning": "adaln" if model.unet is None else "unet+adaln"}
 
 
 def check_fit(config: TrainingConfig, summary: DataSummary) -> list[str]:
