@@ -123,9 +123,9 @@ def _check_classes(model: MADFormerConfig, summary: DataSummary, data: str) -> N
     if not classes:
         return
     if not _all_labelled(summary):
-        labelled = _count(summary, summary.num_labelled) if summary.num_labelled else "no picture"
+        labelled = _count(summary, summary.num_labelled)
         raise ValueError(
-            f"the model has num_classes={classes}, and {labelled} of {data} have one: --model.num-classes 0"
+            f"the model has num_classes={classes}, and {labelled} of {data} have a class: --model.num-classes 0"
         )
     named = len(summary.class_names)
     if summary.num_classes > classes or (named and named != classes):
