@@ -55,6 +55,23 @@ class Job:
     step: int = field(compare=False, default=0)
 
 
+@dataclass
+class Captured:
+    """A captured pass, and the rows that it works on: ``rows_B``, on the device, holds ``rows``."""
+
+    launch: Work
+    rows_B: Tensor
+    rows: list[int] = field(default_factory=list)
+
+    def run(self, rows: list[int]) -> None:
+        if rows != self.rows:
+            # Pinned, or the copy would wait; of its own, because the last one may still be read.
+            host = torch.tensor(rows, pin_memory=self.rows_B.is_cuda)
+            self.rows_B.copy_(host, non_blocking=True)
+            self.rows = rows
+        self.launch()
+
+
 class InFlightBatcher:
     """Draws images as they are asked for, up to ``slots`` at once.
 
@@ -99,7 +116,7 @@ class InFlightBatcher:
         with torch.inference_mode():
             self.passes = sampler.passes(sampler.current_model(), self.cache, self.slots, self.clip, sampler.backend)
         # of passes that were captured, none where Python runs them
-        self._launches: dict[tuple[str, int], tuple[Work, Tensor]] = {}
+        self._launches: dict[tuple[str, int], Captured] = {}
         self._prepared_for: Signature | None = None
         self._touched, self._alone = True, Exclusive("this batcher is at a step already")
         self._waiting: list[Job] = []
@@ -117,7 +134,8 @@ class InFlightBatcher:
         return cache, slots_of
 
     def _table(self, num_steps: int) -> ScheduleTable:
-        table = tabulate(self.sampler.scheduler, num_steps, self.device)
+        # On the host: a request may come from a thread that must not wait for the device, nor disturb a capture.
+        table = tabulate(self.sampler.scheduler, num_steps)
         if table is None:
             name = type(self.sampler.scheduler).__name__
             raise ValueError(f"in-flight batching needs a scheduler that can be tabulated, and this {name} cannot")
@@ -321,13 +339,13 @@ class InFlightBatcher:
         """The batch sizes that are captured: powers of two, and all slots."""
         return sorted({*(2**power for power in range(self.num_slots.bit_length())), self.num_slots})
 
-    def _prepare(self, name: str, size: int) -> tuple[Work, Tensor]:
-        """A launch of a pass over ``size`` rows, and where the rows are read from."""
+    def _prepare(self, name: str, size: int) -> Captured:
+        """A launch of a pass over ``size`` rows."""
         scratch = len(self.slots.block_R) - 1
         rows_B = torch.full((size,), scratch, device=self.slots.block_R.device)
         work: Callable[[Tensor], None] = getattr(self.passes, name)
         launch = self.launcher.prepare(f"{name}, {size} slots", lambda: work(rows_B), self.passes.reset)
-        return self._launches.setdefault((name, size), (launch, rows_B))
+        return self._launches.setdefault((name, size), Captured(launch, rows_B))
 
     def _launch(self, name: str, jobs: list[Job]) -> None:
         rows = [job.row for job in jobs]
@@ -335,7 +353,5 @@ class InFlightBatcher:
             getattr(self.passes, name)(torch.tensor(rows, device=self.slots.block_R.device))
             return
         size = next(size for size in self._sizes() if size >= len(rows))
-        launch, rows_B = self._launches[name, size]
         rows += [self.num_slots] * (size - len(rows))
-        rows_B.copy_(torch.tensor(rows), non_blocking=True)
-        launch()
+        self._launches[name, size].run(rows)

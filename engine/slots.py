@@ -146,7 +146,9 @@ class Slots:
         The time embeddings are tabulated in fp32: the timestep is a raw integer, which bf16 cannot hold.
         """
         rows = slice(None) if row is None else slice(row, row + 1)
-        columns = (*model.time_embeddings(schedule.timesteps_T), schedule.guidance_T[:, None], schedule.coefficients_T6)
+        parts = (schedule.timesteps_T, schedule.guidance_T[:, None], schedule.coefficients_T6)
+        timesteps_T, *others = (part.to(self.schedule_RTW.device) for part in parts)
+        columns = (*model.time_embeddings(timesteps_T), *others)
         self.schedule_RTW[rows] = torch.cat(columns, dim=-1)
 
     def condition_on(self, prompt: Prompt, model: MADFormer, row: int | None = None) -> None:

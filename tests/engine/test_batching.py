@@ -176,6 +176,39 @@ def test_new_weights_are_seen_once_nothing_runs() -> None:
         assert relative_error(future.result(timeout=0), drawn_alone(model, noise, 2)) < TOLERANCE
 
 
+def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every step: a step is a launch and nothing else."""
+    batcher = make_batcher(make_model(tiny()), 2, RecordingLauncher(), max_steps=2).warmup()
+    noise = draw_noise(tiny(), batch=2)
+    futures = [batcher.submit(noise[0], 2), batcher.submit(noise[1], 2)]
+    make, copied = torch.tensor, []
+
+    def tensor(data: object, **options: object) -> Tensor:
+        copied.append(data)
+        return make(data, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    for _ in range(2 * tiny().num_blocks):
+        batcher.step()
+    assert [data for data in copied if data == [0, 1]] == [[0, 1]] * 3  # first block, denoise, next block
+    monkeypatch.undo()
+    futures[1].cancel()
+    later = batcher.submit(noise[1], 1)
+    batcher.run_until_idle()
+    assert relative_error(futures[0].result(timeout=0), drawn_alone(batcher.sampler.source, noise[0], 2)) < TOLERANCE
+    assert relative_error(later.result(timeout=0), drawn_alone(batcher.sampler.source, noise[1], 1)) < TOLERANCE
+
+
+def test_a_request_touches_no_device() -> None:
+    """It may come from any thread, while a pass is being captured in another."""
+    batcher = make_batcher(make_model(tiny()), 1)
+    batcher.device = torch.device("cuda:7")  # none that could be touched here
+    batcher.submit(draw_noise(tiny(), batch=1)[0], 2)
+    (job,) = batcher._waiting
+    parts = (job.schedule.timesteps_T, job.schedule.guidance_T, job.schedule.coefficients_T6)
+    assert {part.device.type for part in parts} == {"cpu"}
+
+
 def test_captured_sizes() -> None:
     """A batch is filled up to the next captured size, never replayed at another."""
     launcher = RecordingLauncher()
