@@ -345,6 +345,7 @@ class TestHuggingFace:
             ([2.0, 0.0, None], [2, 0, -1], []),
             (["2", "0", None], [2, 0, -1], []),
             (["dog", "cat", None], [1, 0, -1], ["cat", "dog"]),
+            (["dog ", "cat", ""], [1, 0, -1], ["cat", "dog"]),
         ],
     )
     def test_labels_of_other_types(

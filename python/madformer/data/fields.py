@@ -102,7 +102,7 @@ def caption_of(value: Any) -> str:
 
 
 def label_of(value: Any, class_names: Sequence[str] = ()) -> int:
-    """The number of a class, given as a number, its digits, or its name where the names are known; -1 for None and -1.
+    """The number of a class, given as one, by its digits, or by its name where names are known; -1 for nothing and -1.
 
     Raises:
         ValueError: it is none of them, or out of range; one line.
@@ -114,6 +114,8 @@ def label_of(value: Any, class_names: Sequence[str] = ()) -> int:
         value = value.decode("utf-8", "replace").removeprefix("\ufeff")
     if isinstance(value, str):
         value = value.strip()
+        if not value:
+            return NO_LABEL
         label = class_names.index(value) if value in class_names else int(value)
     elif (isinstance(value, float) and math.isfinite(value) and value == int(value)) or isinstance(value, int):
         label = int(value)

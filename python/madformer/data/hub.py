@@ -79,8 +79,8 @@ class HuggingFaceSource:
         values = self._distinct(self.label_column) if dtype in ("string", "large_string") or "float" in dtype else []
         try:
             if dtype in ("string", "large_string"):
-                names = sorted(values)
-                if not all(name.strip().isdecimal() for name in names):
+                names = sorted({name.strip() for name in values} - {""})
+                if not all(name.isdecimal() for name in names):
                     self.class_names = names
             elif "float" in dtype:
                 for value in values:
