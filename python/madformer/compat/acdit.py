@@ -149,10 +149,11 @@ class ACDiT(Released):
         Returns:
             Prediction ``(N, T * B, C)``.
         """
+        native = self.to_native()
         timestep_NT = (t if t.dim() == 2 else t[:, None].expand(-1, clean_x.shape[1])).to(clean_x.device)
         labels = self.y_embedder(torch.full((len(clean_x),), -1) if y is None else y, train=True).to(clean_x.device)
         latents = self.to_latents(clean_x), self.to_latents(noised_x)
-        output = self.to_native()(*latents, timestep_NT, labels_B=labels, return_condition=False)
+        output = native(*latents, timestep_NT, labels_B=labels, return_condition=False)
         return self.to_tokens(output.prediction).flatten(1, 2)
 
     @torch.no_grad()
