@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | oldest-check | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow lint format kernel-check cuda-check gpu-check bench package-tree
+.PHONY: install demo test test-slow lint format kernel-check cuda-check oldest-check gpu-check bench package-tree
 
 install: $(STAMP)
 
@@ -65,6 +65,25 @@ cuda-check: install
 		-DMADFORMER_CUDA=ON '-DCMAKE_CUDA_FLAGS=$(CUDA_WARNINGS)' --log-level=WARNING \
 	&& cmake --build build/cuda-check \
 	&& echo 'cuda-check: csrc/*.cu compiled and linked'
+
+# csrc/*.cpp against the headers of the oldest PyTorch that is supported; of its wheel only these are kept.
+OLDEST_TORCH := 2.11.0
+OLDEST_HEADERS := build/oldest/torch-$(OLDEST_TORCH)
+# What is for CUDA alone is looked at too where there is an nvcc, which knows its headers.
+OLDEST_CUDA = $$(nvcc --dryrun -c csrc/denoise_step.cu 2>&1 | sed -n 's/^.*[ ]INCLUDES="-I\([^"]*\)".*/-DMADFORMER_WITH_CUDA="80" -DUSE_CUDA -isystem \1/p')
+oldest-check: install
+	@test -d $(OLDEST_HEADERS)/torch/include || { mkdir -p build/oldest/wheel \
+	&& $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--dest build/oldest/wheel torch==$(OLDEST_TORCH) \
+	&& $(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [name for name in z.namelist() if name.startswith("torch/include/")])' \
+		build/oldest/wheel/torch-*.whl $(OLDEST_HEADERS) && rm -r build/oldest/wheel; }
+	@for source in csrc/*.cpp; do \
+		$${CXX:-c++} -std=c++20 -fsyntax-only -Wall -Wextra -fopenmp-simd -DTORCH_TARGET_VERSION=0x020b000000000000 \
+			$(OLDEST_CUDA) \
+			-isystem $$($(BIN)/python -c 'import pybind11; print(pybind11.get_include())') \
+			-isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+			-isystem $(OLDEST_HEADERS)/torch/include $$source || exit 1; \
+	done; echo 'oldest-check: csrc/*.cpp compile against torch $(OLDEST_TORCH)'
 
 # On a machine with a GPU: the extension into the links, then the stages of docs/gpu-visit.md. It needs no install where
 # $(PYTHON) has what it imports and builds with. GPU_CHECK='--stages kernels,peers --budget 300' make gpu-check
