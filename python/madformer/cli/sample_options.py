@@ -20,6 +20,7 @@ PRECISIONS = ("auto", "exact", "default", "fp8")
 BACKENDS = ("auto", "triton", "reference")
 FORMATS = ("png", "wds")
 SHARD_SIZE = 1000
+MAX_BATCH = 65_536
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+    if args.batch_size > MAX_BATCH:
+        raise ValueError(
+            f"--batch-size {args.batch_size} must be at most {MAX_BATCH}: images are drawn a batch at once"
+        )
     check_seed(args.seed, args.num_images)
     told = [option for option in (args.texts, args.prompt, args.prompts) if option]
     several = this_process()[1] > 1
