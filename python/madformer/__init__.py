@@ -9,6 +9,7 @@ images = pipeline("red apple", num_images_per_prompt=4, guidance_scale=3, seed=0
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import MADFormerConfig, UNetConfig, preset
@@ -49,3 +50,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# DiffusionPipeline.from_pretrained finds the pipeline by then; who has not imported diffusers need not wait for it
+if "diffusers" in sys.modules:
+    importlib.import_module("madformer.pipeline")

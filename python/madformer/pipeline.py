@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
+from madformer.data.pixels import to_rgb
 from madformer.engine.plan import Change
 from madformer.engine.pool import PlanPool
 from madformer.engine.sampler import Sampler
@@ -36,6 +37,7 @@ from madformer.pipeline_inputs import (
     noise_of,
     prompt_first,
 )
+from madformer.pipeline_memory import OffloadingPipeline
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
 from madformer.tokenizer import Tokenizer, as_tokenizer, check_tokenizer
@@ -72,7 +74,7 @@ def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolver
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
 
 
-class MADFormerPipeline(PersistentPipeline, CallbackPipeline):
+class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline):
     """Samples images.
 
     Args:
@@ -211,6 +213,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline):
         sampler = Sampler(self.transformer, self.scheduler, grid=grid if (height or width) else None)
         with (
             contextlib.ExitStack() as stack,
+            self._onloaded(),
             self._plans.plan(
                 sampler,
                 count,
@@ -331,10 +334,12 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline):
             if self.vae is None:
                 raise ValueError("a picture to go on from needs an autoencoder, and this pipeline has none")
             height, width = (side * downscale(self.vae) for side in config.latent_shape[1:])
+            # as training data is read: turned upright, on white where it is transparent, 8 bits of its whole range
+            image = to_rgb(image)
             if image.size != (width, height):
                 given = f"{image.width} x {image.height}"
                 raise ValueError(f"image must be of {width} x {height} pixels, width by height, got {given}")
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             image = encode(self.vae, pixels[None] / 127.5 - 1)[0]
         shape = config.latent_shape
         if image.shape not in (shape, (1, *shape), (count, *shape)):

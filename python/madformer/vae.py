@@ -15,7 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 from torch import Tensor, nn
 
 from madformer.model.persistence import CONFIG_NAME, resolve_folder
@@ -27,7 +27,7 @@ ENCODED_PIXELS = 2**21
 torch's ``MemTracker``."""
 USABLE = (
     "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKLHunyuanImage",
-    "VQModel",
+    "ConsistencyDecoderVAE", "VQModel",
 )  # fmt: skip
 """The classes of diffusers that turn a picture into latents of (channels, rows, columns) and back."""
 
@@ -193,7 +193,12 @@ def decode(vae: Any, latents_BCHW: Tensor) -> Tensor:
     with _in_working_dtype(vae):
         latents = latents.to(_device(vae), vae.dtype, memory_format=torch.channels_last)
         groups = latents.split(_group_size(vae, latents))
-        pixels = torch.cat([vae.decode(group).sample.float() for group in groups])
+        # the one decoder that draws random numbers of its own: always the same
+        drawn = isinstance(vae, ConsistencyDecoderVAE)
+        options = [{"generator": torch.Generator(latents.device).manual_seed(0)} if drawn else {} for _ in groups]
+        pixels = torch.cat(
+            [vae.decode(g, **keywords).sample.float() for g, keywords in zip(groups, options, strict=True)]
+        )
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 
