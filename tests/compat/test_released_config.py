@@ -12,9 +12,11 @@ from compat_cases import BASELINE as FFHQ_CASE
 from compat_cases import HIDDEN_WEIGHT, OUTPUT_TOLERANCE, TEXT_WEIGHT, make_compat
 from compat_cases import TEXT_BASELINE as IMAGENET_CASE
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from madformer.compat.released_config import read_released_config
 from madformer.config import MADFormerConfig, TextConfig, ffhq1024, imagenet256
+from madformer.data.images import open_dataset
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import loss_weights
 from madformer.training.losses import training_losses
@@ -204,3 +206,32 @@ def test_released_file(clone: str, text: str, tmp_path: Path) -> None:
     expected = read_released_config(write(tmp_path, text.replace("ffhq 1024", "ffhq-1024")))
     for config in (read_released_config(conf), read_released_config(conf, model_config=model_config)):
         assert config == expected
+
+
+def test_data_that_save_to_disk_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the released README has it, from the clone and from elsewhere; the folder opens, labels and all."""
+    datasets = pytest.importorskip("datasets")
+    clone, elsewhere = tmp_path / "clone", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pictures = [Image.new("RGB", (32, 32), (index * 60, 0, 0)) for index in range(3)]
+    for name, columns in (("ffhq", {"webp": pictures}), ("imagenet", {"jpg": pictures, "cls": [5, 7, 207]})):
+        features = datasets.Features(
+            {key: datasets.Value("int64") if key == "cls" else datasets.Image() for key in columns}
+        )
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        saved = datasets.DatasetDict(train=rows) if name == "ffhq" else rows
+        saved.save_to_disk(str(clone / "datasets" / name))
+        config = clone / "src" / "configs" / "train" / f"{name}.conf"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(f"DATASET={name}\nDATASET_PATH=./datasets/{name}\n")
+        for folder in (clone, elsewhere):
+            monkeypatch.chdir(folder)
+            training = read_released_config(config).training
+            dataset = open_dataset(training["data"], 32)
+            assert len(dataset) == 3
+            reds = [round((dataset[index]["image"][0].mean().item() + 1) * 127.5) for index in range(3)]
+            assert reds == [0, 60, 120]
+            assert [dataset[index]["label"] for index in range(3)] == ([5, 7, 207] if name == "imagenet" else [-1] * 3)
+    monkeypatch.chdir(elsewhere)
+    config.write_text("DATASET=imagenet\nDATASET_PATH=./nowhere\n")
+    assert read_released_config(config).training["data"] == "hf:./nowhere"

@@ -162,7 +162,8 @@ def read_released_config(
 
     Args:
         model_config: in place of the file that ``MODEL_CONFIG_PATH`` names, which is looked for from the working
-            directory and from beside ``path``.
+            directory and from beside ``path``. ``DATASET_PATH`` is looked for from the working directory, and from
+            every folder above ``path``.
         num_images: in the data set, since the released scripts count epochs, not steps; None for all of FFHQ or of
             ImageNet's training set.
         world_size: processes; the rest of the global batch is accumulated.
@@ -188,6 +189,7 @@ def read_released_config(
         if model_config is None:
             model_config = _model_config(path, values["MODEL_CONFIG_PATH"], script)
         model = _model(script, values, model_config)
+        values["DATASET_PATH"] = _data_folder(path, values["DATASET_PATH"])
         training = _training(script, values, model, num_images, world_size)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: its model configuration has a field missing, or of another type: {error}") from error
@@ -239,6 +241,13 @@ def _model_config(path: Path, named: str, script: Script) -> Path | dict[str, An
         if candidate.is_file():
             return candidate
     raise ValueError(f"MODEL_CONFIG_PATH={named} names no file, from here or from {path.parent}")
+
+
+def _data_folder(path: Path, named: str) -> str:
+    """Of ``DATASET_PATH``, which counts from where the scripts are run: the clone, below which ``path`` lies."""
+    candidates = [Path(named), *(folder / named for folder in path.absolute().parents)]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    return named if found in (None, candidates[0]) else str(found)
 
 
 def _model(script: Script, values: Mapping[str, Any], model_config: str | Path | Mapping[str, Any]) -> MADFormerConfig:
