@@ -169,3 +169,38 @@ def test_what_are_no_prompts(text_model: Path, tmp_path: Path, capsys: pytest.Ca
     assert "is not in the encoding of this terminal" in refused(capsys, text_model, os.fsdecode(b"K\xe4se"), *out)
     assert "give one" in refused(capsys, text_model, "red", "--prompt", "blue", *out)
     assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--latents"], ["--format", "wds", "--shard-size", 3]])
+def test_a_write_that_fails_wherever_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[object]
+) -> None:
+    """As on a full disk: one line, nothing half-written, and the same files in the end."""
+    run = ["--num-images", 4, "--batch-size", 2, *options]
+    grid = [] if options else ["--grid", tmp_path / "g.png"]
+    assert sample(model, *run, "--out", tmp_path / "unbroken") == 0
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "unbroken").rglob("*") if path.is_file()}
+    sizes = sorted({len(data) for data in whole.values()})
+    failed = 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, *(size - 1 for size in sizes if size > 10)):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            status = sample(model, *run, "--out", tmp_path / "out", *grid)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        lines = capsys.readouterr().err.splitlines()
+        assert status == len(lines), lines
+        failed += status
+        assert not list((tmp_path / "out").rglob(".*.*.*")) or not status, files().keys()
+        finished = {name: data for name, data in files().items() if name in whole and name != "manifest.json"}
+        assert finished.items() <= whole.items()
+        assert status == 0 or not (tmp_path / "g.png").exists()
+    assert failed
+    assert sample(model, *run, "--out", tmp_path / "out", *grid) == 0
+    assert files() == whole
