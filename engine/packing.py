@@ -11,7 +11,9 @@ what they were made of: a digest of the weight's bytes is looked at again in eve
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import platform
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -26,15 +28,17 @@ from madformer.model import MADFormer
 
 def can_pack(tensor: Tensor | MADFormer) -> bool:
     """Whether this machine runs packed weights of this dtype on this device: x86 processors, through oneDNN."""
+    return _can_pack(tensor.device.type, tensor.dtype)
+
+
+@functools.cache
+def _can_pack(device_type: str, dtype: torch.dtype) -> bool:
     return (
-        tensor.device.type == "cpu"
+        device_type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and (
-            tensor.dtype == torch.float32
-            or (tensor.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
 
@@ -60,8 +64,21 @@ def digest(tensor: Tensor) -> Hashable:
     """Of a tensor's bytes in the order in which they lie in memory."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     dense = tensor.detach().permute(order).contiguous()
+    if _CONTENT_HASH is not None:
+        return _CONTENT_HASH(dense.data_ptr(), dense.nbytes)
     content: Any = dense.view(-1).view(torch.uint8).numpy()
     return hashlib.sha1(content, usedforsecurity=False).digest()
+
+
+def _content_hash() -> Callable[[int, int], int] | None:
+    """The extension's, ten times as fast as Python's."""
+    try:
+        return getattr(importlib.import_module("madformer._C"), "content_hash", None)
+    except ImportError:
+        return None
+
+
+_CONTENT_HASH = _content_hash()
 
 
 def packed(model: MADFormer, weights: PackedWeights | None = None) -> MADFormer:

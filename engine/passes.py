@@ -50,7 +50,8 @@ class Passes:
         self.model, self.config = model, model.config
         self.cache, self.slots = cache, slots
         self.clip, self.update = clip, denoise_step_op(backend, model.device)
-        self.branches = slots.branches
+        # what the model computes in, which is not what it keeps its weights in where it casts them itself
+        self.branches, self.dtype = slots.branches, cache.condition_RLC.dtype
         self.refresh_every = refresh_every
         # what the diffusion layers added to the tokens of each row when they ran last
         self.added_RLC = torch.zeros_like(cache.condition_RLC) if refresh_every > 1 else None
@@ -78,7 +79,7 @@ class Passes:
         self._look_up_rotation(rows_B)
         if self.config.has_condition:
             batch = len(take(self.cache.lengths_R, rows_N))
-            self._predict_condition(rows_N, self.model.boi.expand(batch, -1, -1))
+            self._predict_condition(rows_N, self.model.boi.expand(batch, -1, -1).to(self.dtype))
 
     def next_block(self, rows_B: Tensor | None) -> None:
         """Between two blocks: pass the finished one into the cache and, shifted, on to the condition."""
@@ -132,7 +133,7 @@ class Passes:
             refresh: as :meth:`denoise`.
         """
         config, model, rows_N = self.config, self.model, self._cache_rows(rows_B)
-        tokens_BSC, skips = model.embed(latents_BLC[:, None].to(model.dtype), down_BE)
+        tokens_BSC, skips = model.embed(latents_BLC[:, None].to(self.dtype), down_BE)
         tokens_NSC = self._for_branches(tokens_BSC)
         if config.has_condition:
             tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
@@ -173,12 +174,13 @@ class Passes:
     def _read_text(self, rows_N: Tensor | None) -> None:
         text_NP = take(self.slots.text_NP, rows_N)
         layers = range(self.config.num_layers)
-        self._layers("text", self.model.embed_tokens(text_NP), rows_N, layers, needs_output=False)
+        tokens_NPC = self.model.embed_tokens(text_NP).to(self.dtype)
+        self._layers("text", tokens_NPC, rows_N, layers, needs_output=False)
         self.cache.advance(self.config.text_length, rows_N)
 
     def _embed_clean(self, rows_B: Tensor | None, finished_BLC: Tensor) -> Tensor:
         temb_BE = self.slots.clean_embedding(rows_B)
-        tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.model.dtype), temb_BE)
+        tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.dtype), temb_BE)
         return tokens_BSC
 
     def _predict_condition(self, rows_N: Tensor | None, shifted_NSC: Tensor) -> None:

@@ -109,7 +109,8 @@ class Schedule:
     def of(cls, scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> Schedule:
         """The scheduler as it is now; raises what :func:`tabulate` raises."""
         scheduler = copy.deepcopy(scheduler)
-        table = tabulate(scheduler, num_steps, device)
+        with torch.device("cpu"):  # whatever the process makes tensors on
+            table = tabulate(scheduler, num_steps, device)
         if table is None:
             scheduler.set_timesteps(num_steps, device=device)
         timesteps = (scheduler if table is None else table).timesteps.to(device)

@@ -9,6 +9,7 @@ stands.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -18,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _KNOWN = ("torch.nn.modules.", "diffusers.", "madformer.")
+_KNOWN_TOO = ("builtins", "collections", "torch", "torch.nn.functional")
 # what runs where nothing has been put in its place, for the whole process
 _ORIGINALS = ((nn.Linear, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__"))
 _CLASSES = tuple(getattr(cls, name) for cls, name in _ORIGINALS)
 _FUNCTIONS = F.linear, F.conv2d
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PLAIN = (nn.Parameter, Tensor, type(None), nn.Buffer)
 _SIMPLE = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format)
+
+# of nn.Module, and without a part in what a call computes
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+_SEEN = ("training", "_parameters", "_buffers")
 
 M = TypeVar("M", bound=nn.Module)
 Signature = tuple[Hashable, ...]
@@ -32,16 +38,18 @@ Signature = tuple[Hashable, ...]
 def plain(module: nn.Module) -> bool:
     """Whether a call of the module runs its class's ``forward`` on plain tensors, and nothing else."""
     attributes = vars(module)
-    return (
-        not any(attributes[name] for name in _HOOKS)
-        and "forward" not in attributes
-        and attributes.get("_compiled_call_impl") is None
-        and not any(_special(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    return not (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or "forward" in attributes
+        or attributes.get("_compiled_call_impl") is not None
+        or any(map(_special, attributes["_parameters"].values()))
+        or any(map(_special, attributes["_buffers"].values()))
     )
 
 
 def _special(tensor: Tensor | None) -> bool:
-    return tensor is not None and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
+    return type(tensor) not in _PLAIN
 
 
 def process_is_plain() -> bool:
@@ -57,8 +65,21 @@ def process_is_plain() -> bool:
 
 def _known(value: object) -> bool:
     """Whether it is of a library whose objects keep what they do in simple attributes."""
-    name = value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__
-    return (name or "").startswith(_KNOWN) or name in ("builtins", "collections", "torch", "torch.nn.functional")
+    if isinstance(value, (type, types.FunctionType)):
+        return _known_name(value.__module__)
+    return _known_name(type(value).__module__)
+
+
+@functools.cache
+def _known_name(module: str | None) -> bool:
+    return module is not None and (module.startswith(_KNOWN) or module in _KNOWN_TOO)
+
+
+def _all_known(module: nn.Module) -> bool:
+    """Whether the module and all of its own attributes are."""
+    if not _known(module):
+        return False
+    return all(_known(value) for name, value in vars(module).items() if name not in _BOOKKEEPING)
 
 
 def rebuilt(model: M, stand_in: Callable[[str, nn.Module], nn.Module | None]) -> M:
@@ -85,7 +106,7 @@ def _rebuilt(
     if plain(module):
         if (other := stand_in(name, module)) is not None:
             result = other
-        elif module._modules and all(_known(value) for value in (module, *vars(module).values())):
+        elif module._modules and _all_known(module):
             children = {
                 child_name: None if child is None else _rebuilt(child, f"{name}.{child_name}", stand_in, done)
                 for child_name, child in module._modules.items()
@@ -124,13 +145,9 @@ def signature(model: nn.Module) -> Signature:
         if not (_known(module) or type(module).__module__.startswith("peft.")):
             kind = type(module)
             raise UnknownPartError(f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}")
-        attributes = {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
+        attributes = {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING or key in _SEEN}
         parts.append((name, type(module), _frozen(attributes, name)))
     return tuple(parts)
-
-
-# of nn.Module, and without a part in what a call computes
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
 
 
 def _frozen(value: Any, name: str) -> Hashable:
@@ -138,7 +155,7 @@ def _frozen(value: Any, name: str) -> Hashable:
         return value
     if isinstance(value, float):
         return repr(value)  # NaN is not itself
-    if isinstance(value, Tensor) and not _special(value):
+    if type(value) in _PLAIN:
         return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, dict):
         return tuple((_frozen(key, name), _frozen(item, f"{name}.{key}")) for key, item in value.items())

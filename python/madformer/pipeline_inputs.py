@@ -93,7 +93,9 @@ def noise_of(latents: Tensor | None, generators: list[torch.Generator], config: 
     """
     if latents is None:
         block = (config.num_blocks, config.latents_per_block, config.latent_channels)
-        return torch.stack([torch.randn(block, generator=g, device=g.device).cpu() for g in generators])
+        drawn = (torch.randn(block, generator=g, device=g.device, dtype=torch.float32) for g in generators)
+        drawn = (torch.randn(block, generator=g, device=g.device, dtype=torch.float32) for g in generators)
+        return torch.stack([noise.cpu() for noise in drawn])
     shape = (len(generators), *config.latent_shape)
     if not isinstance(latents, Tensor) or latents.shape != shape:
         given = tuple(latents.shape) if hasattr(latents, "shape") else _kind(latents)

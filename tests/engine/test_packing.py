@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from madformer.config import tiny
-from madformer.engine.packing import PackedConv2d, PackedLinear, can_pack, packed
+from madformer.engine import packing
+from madformer.engine.packing import PackedConv2d, PackedLinear, can_pack, digest, packed
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
 from testing import assert_within_budget, perturb, relative_error
@@ -92,3 +93,31 @@ def test_a_plan_follows_the_weights() -> None:
     model.load_state_dict({name: tensor * 0.9 for name, tensor in model.state_dict().items()})
     changed, expected = both()
     assert relative_error(changed, expected) < 1e-5 < relative_error(changed, ours)
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_digest_sees_every_bit(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every two signs, which products of words would let cancel each other; and order."""
+    if not extension:
+        monkeypatch.setattr(packing, "_CONTENT_HASH", None)
+    elif packing._CONTENT_HASH is None:
+        pytest.skip("madformer._C has no content_hash")
+    weight = torch.randn(75, generator=torch.Generator().manual_seed(0))
+    content = weight.view(torch.uint8).numpy()
+    seen = {digest(weight)}
+    for at in range(8 * len(content)):
+        content[at // 8] ^= 1 << at % 8
+        seen.add(digest(weight))
+        content[at // 8] ^= 1 << at % 8
+    assert len(seen) == 1 + 8 * len(content)
+    for second in range(len(weight)):
+        for first in range(second):
+            signs = torch.ones_like(weight)
+            signs[[first, second]] = -1
+            seen.add(digest(weight * signs))
+    assert len(seen) == 1 + 8 * len(content) + len(weight) * (len(weight) - 1) // 2
+    assert digest(weight) in seen
+    assert digest(weight.flip(0)) not in seen
+    image = torch.randn(4, 3, 5, 5)
+    assert digest(image) == digest(image.clone())
+    assert digest(image[:, :, ::2]) == digest(image[:, :, ::2].contiguous())
