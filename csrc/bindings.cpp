@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "content_hash.h"
 #include "ops.h"
 
 #ifdef MADFORMER_WITH_CUDA
@@ -71,6 +72,13 @@ Raises:
 #endif
 
 PYBIND11_MODULE(_C, module) {
+  module.def(
+      "content_hash",
+      [](std::uintptr_t address, size_t size) {
+        return madformer::content_hash(reinterpret_cast<const unsigned char*>(address), size);
+      },
+      py::arg("address"), py::arg("size"), py::call_guard<py::gil_scoped_release>(),
+      "64 bits that tell ``size`` bytes at an address from others.");
 #ifdef MADFORMER_WITH_CUDA
   module.attr("cuda_architectures") = MADFORMER_WITH_CUDA;
   module.def("loop_support", &madformer::loop_support,
