@@ -11,7 +11,7 @@ from typing import Any
 
 from madformer.cli import recorded
 
-PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "xformers")
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "flash-attn-4", "xformers")
 
 
 def add_parser(commands: Any) -> None:
