@@ -608,3 +608,21 @@ def test_bad_calls(writing: MADFormerPipeline, arguments: Any, options: dict[str
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
             draw(*arguments, **options)
         assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_picture_is_read_as_training_data_are(pipeline: MADFormerPipeline) -> None:
+    """Turned as its EXIF says, on white where it is transparent, 16 bits down to 8."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    alpha = np.where(np.arange(256).reshape(16, 16) < 128, 255, 0).astype(np.uint8)
+    on_white = np.where(alpha[..., None] > 0, pixels, 255).astype(np.uint8)
+    turned = Image.fromarray(np.rot90(pixels, 1).copy())
+    turned.getexif()[0x0112] = 6  # to be turned clockwise
+    grey = random.integers(0, 256, (16, 16), dtype=np.uint8)
+    for given, meant in (
+        (Image.fromarray(np.dstack([pixels, alpha])), on_white),
+        (turned, pixels),
+        (Image.fromarray(grey.astype(np.uint16) * 257), np.dstack([grey] * 3)),
+    ):
+        drawn = latents(pipeline, 1, 2, seed=0, image=given, blocks=[3])
+        assert torch.equal(drawn, latents(pipeline, 1, 2, seed=0, image=Image.fromarray(meant), blocks=[3]))
