@@ -37,6 +37,7 @@ from madformer.pipeline_inputs import (
     noise_of,
     prompt_first,
 )
+from madformer.pipeline_lora import LoraLoaderMixin
 from madformer.pipeline_memory import OffloadingPipeline
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
@@ -74,7 +75,7 @@ def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolver
     return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
 
 
-class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline):
+class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline, LoraLoaderMixin):
     """Samples images.
 
     Args:

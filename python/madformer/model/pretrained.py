@@ -7,6 +7,7 @@ save left behind is not read afterwards, weights have to fit the configuration, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,16 @@ WEIGHTS_FILE = re.compile(
     r"\.(safetensors|bin)(\.index(\.(?P<index_variant>[^.]+))?\.json)?"
 )
 """Every name that diffusers gives to weights, their shards and the lists of those."""
+
+
+class _NoEmptyLists(logging.Filter):
+    """diffusers 0.42 warns at every cast that no module is to be kept in fp32."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+
+logging.getLogger("diffusers.models.modeling_utils").addFilter(_NoEmptyLists())
 
 
 class PretrainedMixin(ModelMixin, ConfigMixin):
