@@ -20,16 +20,24 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--weights", help="decay of an average, or raw (default: the first average)")
     parser.add_argument("--format", choices=("native", "released"), default="native", help="default native")
+    parser.add_argument("--merged", action="store_true", help="of a LoRA run: the model, not its adapters alone")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from madformer.compat.export import save_released
-    from madformer.training.export import RAW, load_checkpoint, save_pipeline
+    from madformer.model.lora import adapter_weights
+    from madformer.training.export import RAW, load_checkpoint, save_lora, save_pipeline
+    from madformer.training.initial import merge
 
     model = load_checkpoint(args.folder, step=args.step, weights=args.weights)
+    if getattr(model, "peft_config", None) and args.format == "native" and not args.merged:
+        save_lora(args.out, model)
+        print(f"{args.out}: {sum(weight.numel() for _, weight in adapter_weights(model)) / 1e6:.2f} M parameters")
+        return
+    merge(model)
     if args.format == "released":
-        save_released(args.out, model, load_checkpoint(args.folder, step=args.step, weights=RAW))
+        save_released(args.out, model, merge(load_checkpoint(args.folder, step=args.step, weights=RAW)))
     else:
         save_pipeline(args.out, args.folder, model)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -157,6 +157,10 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         self.attention_backend = attention or backend
         return self
 
+    def load_lora_adapter(self, source: Any, prefix: str | None = "transformer", **options: Any) -> None:
+        """As diffusers' method, from safetensors unless told otherwise (diffusers looks for a pickle)."""
+        super().load_lora_adapter(source, prefix, **{"use_safetensors": True, **options})
+
     def set_split(self, diffusion_layers: int) -> Self:
         """Choose how many layers are diffusion layers, of a model that was trained for several numbers.
 

@@ -21,6 +21,7 @@ AT_LEAST_ONE = (
     "sample_images", "sample_steps", "max_skipped_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
+    "lora_rank", "lora_alpha",
     "num_workers", "weight_decay", "min_learning_rate", "image_loss_weight", "hidden_loss_weight",
     "clean_loss_weight", "text_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps",
     "num_threads", "shard_group",
@@ -39,6 +40,10 @@ class TrainingConfig:
     """One run. The defaults are the paper's.
 
     Attributes:
+        init_from: folder or hub id of a model or pipeline whose weights the run begins with; the model is its.
+        lora_rank: of adapters (LoRA) that are trained on top of those weights, which stay as they are; 0 for none.
+            lora_alpha: an update is multiplied by ``lora_alpha / lora_rank``; 0 for the rank. lora_targets: layers of
+            the towers that have one, commas between them, of :data:`madformer.model.lora.TARGETS`.
         data: shards of images or of latents, a folder of images, or ``hf:NAME``; see
             :func:`madformer.data.open_dataset` and ``madformer data latents``.
         data_order: ``uniform``, or ``shards`` for disks that seek slowly; see
@@ -85,6 +90,10 @@ class TrainingConfig:
     """
 
     model: MADFormerConfig = field(default_factory=MADFormerConfig)
+    init_from: str = ""
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: str = "qkv,proj,gate_proj,up_proj,down_proj"
     data: str = ""
     data_order: Literal["uniform", "shards"] = "uniform"
     vae: str = "stabilityai/sd-vae-ft-mse"
@@ -165,6 +174,10 @@ class TrainingConfig:
         for name in ("caption_dropout", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be within [0, 1]")
+        if self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank={self.lora_rank} needs init_from, the model that the adapters are for")
+        if self.lora_rank and self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(f"lora_rank={self.lora_rank} is for parallel='ddp' or 'none', not {self.parallel!r}")
         if self.text_loss_weight and self.model.text is None:
             raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
         if self.zero_terminal_snr and self.model.prediction_type == "epsilon":

@@ -12,10 +12,12 @@ import torch
 
 from madformer.model import MADFormer
 from madformer.model.pretrained import staging
+from madformer.pipeline import MADFormerPipeline
 from madformer.pipeline_files import MODEL_INDEX
 from madformer.training.checkpoint import checkpoint_name, read_checkpoint, whole_checkpoints
 from madformer.training.config import TrainingConfig
 from madformer.training.folder import make_folders, remove_empty
+from madformer.training.initial import adapted
 
 RAW = "raw"
 PARTS = ("transformer", "vae", "scheduler", "tokenizer")
@@ -45,13 +47,32 @@ def load_checkpoint(run: str | Path, *, step: int | None = None, weights: str | 
     chosen = weights or names[1]
     if chosen not in names:
         raise ValueError(f"weights={chosen!r} must be one of {', '.join(names)}")
-    model = MADFormer(config.model)
+    model = adapted(config)
     state = model.state_dict()
     stored: dict[str, Any] = {"model": state} if chosen == RAW else {"ema": {chosen: state}}
     read_checkpoint(path, stored, no_dist=True)
     with torch.no_grad():
         model.load_state_dict(state)
     return model.eval()
+
+
+def save_lora(folder: str | Path, model: MADFormer) -> None:
+    """Write a run's adapters as diffusers' ``load_lora_weights`` and ``load_lora_adapter`` read them.
+
+    Raises:
+        OSError: ``folder`` cannot be written.
+    """
+    from peft import get_peft_model_state_dict
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with staging(Path(folder)) as staged:
+        MADFormerPipeline.save_lora_weights(
+            staged,
+            get_peft_model_state_dict(model, adapter_name="default"),
+            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        )
+        for path in staged.iterdir():
+            os.replace(path, Path(folder) / path.name)
 
 
 def save_pipeline(folder: str | Path, run: str | Path, model: MADFormer) -> None:

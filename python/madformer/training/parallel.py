@@ -22,6 +22,7 @@ from madformer.choices import device_of
 from madformer.model import MADFormer
 from madformer.seeds import seed_all
 from madformer.training.config import TrainingConfig
+from madformer.training.initial import make_initial
 
 # What costs more to run again than to keep.
 KEPT_OPS = ("mm", "addmm", "bmm", "_scaled_dot_product", "block_causal_attention", "convolution")
@@ -142,10 +143,11 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     sharded = world.mode in ("fsdp", "hsdp")
     with torch.device("meta" if sharded and not world.is_first else "cpu"):
         seed_all(config.seed)
-        model = MADFormer(config.model)
+        holds = not sharded or world.is_first
+        model = make_initial(config, unread) if holds else MADFormer(config.model)
     drawn: dict[str, Any] = model.state_dict() if sharded and world.is_first else {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in unread)
+        parameter.requires_grad_(parameter.requires_grad and name not in unread)
     for layer in model.layers:
         _keep_less(layer, config.activation_checkpointing)
         if config.compile:

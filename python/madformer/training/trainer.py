@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from madformer.benchmark.environment import environment
 from madformer.benchmark.timing import matmul_rate
 from madformer.data.images import ImageDataset
-from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
 from madformer.pipeline_files import MODEL_INDEX
 from madformer.sheets import image_grid
@@ -33,6 +32,7 @@ from madformer.training.costs import costs_of, loss_weights
 from madformer.training.data import Batch, BatchStream, Conditioning, cache_latents, check_data, draw_split
 from madformer.training.fitting import check_fit, describe, fit, open_data, too_small
 from madformer.training.folder import RunFolder
+from madformer.training.initial import adapted, merge, with_initial_model
 from madformer.training.losses import training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
@@ -78,6 +78,8 @@ class Trainer:
         given: Collection[str] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        if config.init_from:
+            config, given = with_initial_model(config, given), None
         self.world = join(config)
         self.device = self.world.device
         if config.precision == "auto":
@@ -333,8 +335,9 @@ class Trainer:
         averages = self.averages.weights[decay or self.config.ema_decays[0]]
         weights = {name: whole(average) for name, average in averages.items()}
         with torch.device("meta"):
-            model = MADFormer(self.config.model)
+            model = adapted(self.config)
         model.load_state_dict(weights, assign=True)
+        merge(model)
         model.rope.to_empty(device=self.device)
         model.eval().requires_grad_(False).set_backend(self.config.backend)
         scheduler = default_scheduler(self.config.model.prediction_type, **self.config.noise_options())
