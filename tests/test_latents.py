@@ -244,9 +244,9 @@ def test_what_is_there_is_not_encoded_again(
             (tmp_path / name).write_bytes(data)
     encoded: list[int] = []
 
-    def counting(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counting(vae: AutoencoderKL, images: torch.Tensor, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
         encoded.append(len(images))
-        return encode(vae, images)
+        return encode(vae, images, **options)
 
     monkeypatch.setattr("madformer.data.encoding.encode", counting)
     assert main(command(source, vae_folder, tmp_path)) == 0
