@@ -98,18 +98,21 @@ def test_every_projection(name: str) -> None:
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert paths == {path for path in linear if path.rpartition(".")[2] in TARGETS and path.startswith("layers.")}
     # one at a time: nothing of a layer is lost behind the others
+    with torch.no_grad():
+        base = model(**inputs(model)).prediction
     for path in sorted(paths):
-        alone = copy.deepcopy(network)
-        for other in paths - {path}:
-            alone.get_submodule(other).scaling["style"] = 0.0
+        for other in paths:
+            network.get_submodule(other).scaling["style"] = 1.5 * (other == path)
         expected = merged(model, (1.0, {path: updates["style"][path]}))
         with torch.no_grad():
-            output, reference, base = (m(**inputs(m)).prediction for m in (alone, expected, model))
+            output, reference = (other(**inputs(other)).prediction for other in (network, expected))
         assert relative_error(output, reference) < 1e-5, path
         unread = path.startswith("layers.1.towers.text") and not path.endswith("qkv")
         unread |= path.startswith("layers.2.towers.clean") and not path.endswith("qkv")
         unread |= path.startswith("layers.1.towers.clean") and not path.endswith("qkv") and model.config.num_layers == 2
         assert (relative_error(reference, base) > 1e-5) != unread, path
+    for path in paths:
+        network.get_submodule(path).scaling["style"] = 1.5
     assert_same(network, merged(model, (1.0, updates["style"])))
 
 
@@ -205,4 +208,4 @@ def test_pipeline(tmp_path: Path) -> None:
     pipeline.enable_lora()
     assert relative_error(draw(), quarter) < 2e-5
     pipeline.unload_lora_weights()
-    assert torch.equal(draw(), base)
+    assert relative_error(draw(), base) < 2e-5
