@@ -110,6 +110,16 @@ def test_compiles_whole(kind: str) -> None:
         assert torch.allclose(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict: bool) -> None:
+    model = make_compat(BASELINE).eval()
+    with torch.no_grad():
+        exported = torch.export.export(model, arguments(BASELINE), strict=strict).module()
+        for actual, expected in zip(exported(*arguments(BASELINE)), model(*arguments(BASELINE)), strict=True):
+            assert torch.equal(actual, expected)
+
+
 # DDP
 
 WORKER = """
