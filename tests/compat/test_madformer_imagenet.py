@@ -21,6 +21,7 @@ from compat_cases import TEXT_BASELINE as BASELINE
 from compat_cases import TEXT_CASES as CASES
 from diffusers import DDIMScheduler
 
+from madformer.compat.madformer_ffhq import read_model_config
 from madformer.compat.madformer_imagenet import MADFormer
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
@@ -77,6 +78,19 @@ def test_from_released(case: GoldenCase, tmp_path: Path) -> None:
     for family in (NativeMADFormer, MADFormer):
         with pytest.raises(ValueError, match="a model with text needs model_config"):
             family.from_released(tmp_path / "ckpts.pt")
+
+
+def test_texts_rotated_by_another_base_are_refused(tmp_path: Path) -> None:
+    """The weights hold the frequencies, and the configuration says what they were made of."""
+    sizes = {name: BASELINE.geometry[name] for name in ("block_size", "ar_len", "spatial_len", "diff_depth")}
+    torch.save({"ema": BASELINE.weights(), "args": argparse.Namespace(**sizes)}, tmp_path / "ckpts.pt")
+    other = {**read_model_config(BASELINE.model_config), "rope_theta": 123.0}
+    refusal = r"inv_freq has other frequencies than those of the model configuration's rope_theta=123$"
+    for family in (NativeMADFormer, MADFormer):
+        with pytest.raises(ValueError, match=refusal):
+            family.from_released(tmp_path / "ckpts.pt", model_config=other)
+    model = make_compat(BASELINE).bfloat16()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
 def test_names_and_shapes_are_the_released_ones() -> None:

@@ -42,8 +42,6 @@ POSITIONS = ("position_ids_precompute", "text_position_ids")
 ROOT_SETTINGS = (*SIZES, *SWITCHES, *POSITIONS, "max_len")
 PLAIN = (bool, int, float, str, tuple, list)
 UNWATCHED = ("training", *nn.Module().__dict__)
-# Relative. The frequencies are a buffer, which is cast with the model: bf16 rounds by half of that.
-FREQUENCY_TOLERANCE = 1e-2
 
 
 def accelerate(module: Module, *, backend: str = "auto", attention_backend: str | None = None) -> Module:
@@ -263,10 +261,5 @@ def _position_differences(template: CompatMADFormer, module: nn.Module) -> Itera
             yield f"{name} numbers the tokens in another order"
     if config.text is None:
         return
-    frequencies = config.text.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    for name, buffer in module.named_buffers():
-        if name.endswith("inv_freq") and not (
-            buffer.shape == frequencies.shape
-            and torch.allclose(buffer.cpu().float(), frequencies, rtol=FREQUENCY_TOLERANCE, atol=0)
-        ):
-            yield f"{name} has other frequencies than those of text_rope.base={config.text.rope_theta:g}"
+    for name in madformer_imagenet.other_frequencies(module.named_buffers(), config):
+        yield f"{name} has other frequencies than those of text_rope.base={config.text.rope_theta:g}"

@@ -8,7 +8,7 @@ P tokens of the text, V vocabulary, and of the cache's rows R, S tokens of a blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -36,6 +36,9 @@ from madformer.engine.prompts import Prompt
 from madformer.engine.rows import take
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import Attention, Projections, Streams
+
+# Relative. The frequencies are a buffer, which is cast with the model: bf16 rounds by half of that.
+FREQUENCY_TOLERANCE = 1e-2
 
 
 class MADFormer(madformer_ffhq.MADFormer):
@@ -165,6 +168,16 @@ class MADFormer(madformer_ffhq.MADFormer):
         native, prompt = self.to_native(), Prompt(input_ids)
         return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype, prompt, **options)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module; raises ``ValueError`` for texts that were rotated by another ``rope_theta``."""
+        for name in other_frequencies(state_dict.items(), self.config):
+            assert self.config.text is not None
+            theta = self.config.text.rope_theta
+            raise ValueError(
+                f"{name} has other frequencies than those of the model configuration's rope_theta={theta:g}"
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @classmethod
     def from_checkpoint(
         cls, released: ReleasedCheckpoint, model_config: str | Path | Mapping[str, Any] | None = None
@@ -176,6 +189,19 @@ class MADFormer(madformer_ffhq.MADFormer):
                 "texts are"
             )
         return super().from_checkpoint(released, model_config)
+
+
+def other_frequencies(tensors: Iterable[tuple[str, Tensor]], config: MADFormerConfig) -> Iterator[str]:
+    """Names of the rotary frequencies that are not those by which a model of ``config`` rotates its text."""
+    if config.text is None:
+        return
+    expected = config.text.rope_theta ** (-torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim)
+    for name, tensor in tensors:
+        if name.endswith("inv_freq") and not (
+            tensor.shape == expected.shape
+            and (tensor.is_meta or torch.allclose(tensor.cpu().float(), expected, rtol=FREQUENCY_TOLERANCE, atol=0))
+        ):
+            yield name
 
 
 class ReleasedBlockLocalPasses(Passes):
