@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -113,7 +114,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        # whole numbers have no limit in JSON
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     return isinstance(value, origin or hint)
 
 
