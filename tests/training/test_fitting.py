@@ -148,36 +148,14 @@ def test_one_command_for_a_folder_of_folders(
     options = ["--image-size", "16", "--vae", config.vae, "--steps", "1", "--batch-size", "4", "--sample-every", "0"]
     options += ["--no-tensorboard", "--num-threads", "1"]
     with caplog.at_level(logging.WARNING):
-        train = [
-            "train",
-            "tiny",
-            "--data",
-            source,
-            "--out",
-            str(run),
-            *options,
-            "--no-tensorboard",
-            "--num-threads",
-            "1",
-        ]
-        assert main(train) == 0
+        assert main(["train", "tiny", "--data", source, "--out", str(run), *options]) == 0
     assert f"{source}: 10 pictures, 3 classes (ape, bee, cat)" in caplog.messages
     stored = json.loads((run / "config.json").read_text())["model"]
     assert (stored["num_classes"], stored["text"]) == (3, None)
     pipeline = MADFormerPipeline.from_pretrained(run / "model")
     assert pipeline.config.class_names == list(NAMES)
-    draw = [
-        "sample",
-        "--model",
-        str(run / "model"),
-        "--label",
-        "bee",
-        "--steps",
-        "1",
-        "--grid",
-        str(tmp_path / "g.png"),
-    ]
-    assert main(draw) == 0
+    grid = ["--steps", "1", "--grid", str(tmp_path / "g.png")]
+    assert main(["sample", "--model", str(run / "model"), "--class", "bee", *grid]) == 0
     assert (tmp_path / "g.png").is_file()
 
 
@@ -195,6 +173,6 @@ def test_pictures_that_are_smaller(config: TrainingConfig, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         Trainer(dataclasses.replace(config, model=model, image_size=32), tmp_path / "run")
     assert (
-        "10 of 10 pictures looked at are smaller than the model's 32 x 32 pixels (one: 16 x 16): enlarged"
+        "10 of 10 pictures looked at are smaller than the model's 32 x 32 pixels, and enlarged (one: 16 x 16)"
         in caplog.messages
     )
