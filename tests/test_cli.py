@@ -263,6 +263,13 @@ def test_an_elastic_model_is_sampled_at_the_split_asked_for(tmp_path: Path, caps
     assert "diffusion_layers=3: this model was trained for 1, 2" in message
 
 
+def test_info_of_a_run_names_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "environment.json"):
+        (tmp_path / name).write_text("{}")
+    assert main(["info", str(tmp_path)]) == 1
+    assert f"is the folder of a run; its model is {tmp_path / 'model'}" in capsys.readouterr().err
+
+
 def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["info", "--json", "--model", str(model)]) == 0

@@ -533,7 +533,7 @@ class TestUnreadable:
         ("members", "reason"),
         [
             ({"txt": "no image"}, "no image among its members"),
-            ({"png": pictures(1)[0], "cls": "seven"}, "invalid literal for int"),
+            ({"png": pictures(1)[0], "cls": "seven"}, "label 'seven' is no number of a class, and no names are known"),
             ({"png": pictures(1)[0], "json": "{"}, "Expecting property name"),
         ],
     )

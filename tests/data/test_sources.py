@@ -356,6 +356,14 @@ class TestHuggingFace:
         assert [label for _, label, _ in read_all(dataset)] == labels
         assert dataset.class_names == names
 
+    def test_of_several_kinds_of_class_the_one_that_is_called_label(self, tmp_path: Path, datasets: Any) -> None:
+        rows = self.rows(datasets, mood=[0, 0], label=[1, 0])
+        rows = rows.cast_column("mood", datasets.ClassLabel(names=["calm"]))
+        rows.cast_column("label", datasets.ClassLabel(names=["cat", "dog"])).save_to_disk(str(tmp_path))
+        dataset = open_dataset(tmp_path, 4)
+        assert dataset.class_names == ["cat", "dog"]
+        assert [label for _, label, _ in read_all(dataset)] == [1, 0]
+
     def test_images_that_are_not_declared_as_such(self, tmp_path: Path, datasets: Any) -> None:
         for name, values in (("plain", [picture(255)]), ("struct", [{"bytes": picture(255), "path": "x.png"}])):
             datasets.Dataset.from_dict({"id": [1], "img": values}).save_to_disk(str(tmp_path / name))
@@ -394,7 +402,7 @@ class TestSummary:
         write_shards([{"__key__": "a", "png": b"", "cls": 1}, {"__key__": "b", "png": b"", "cls": "x"}], tmp_path, "x")
         summary = open_dataset(tmp_path, 4).summary()
         assert (summary.num_labelled, summary.num_classes) == (1, 2)
-        assert "invalid literal" in summary.problem
+        assert "is no number of a class" in summary.problem
 
     def test_of_rows(self, tmp_path: Path) -> None:
         datasets = pytest.importorskip("datasets", reason="needs madformer[hf]")

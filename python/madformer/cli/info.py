@@ -96,6 +96,8 @@ def _model(name: str) -> dict[str, Any]:
 
     folder = resolve_folder(name)
     path = next((p for p in (folder / "transformer" / CONFIG_NAME, folder / CONFIG_NAME) if p.is_file()), None)
+    if path == folder / CONFIG_NAME and (folder / "environment.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
     if path is None:
         raise FileNotFoundError(f"{folder} holds no model: no {CONFIG_NAME} in it or in its transformer/")
     config = MADFormerConfig.from_file(path)

@@ -116,7 +116,7 @@ def label_of(value: Any, class_names: Sequence[str] = ()) -> int:
         value = value.strip()
         if not value:
             return NO_LABEL
-        label = class_names.index(value) if value in class_names else int(value)
+        label = class_names.index(value) if value in class_names else _number(value, class_names)
     elif (isinstance(value, float) and math.isfinite(value) and value == int(value)) or isinstance(value, int):
         label = int(value)
     else:
@@ -124,6 +124,14 @@ def label_of(value: Any, class_names: Sequence[str] = ()) -> int:
     if not NO_LABEL <= label <= MAX_LABEL or (class_names and label >= len(class_names)):
         raise ValueError(f"the label {_short(label)} is not within 0 .. {(len(class_names) or MAX_LABEL + 1) - 1}")
     return label
+
+
+def _number(text: str, class_names: Sequence[str]) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        of = "none of the classes' names" if class_names else "no names are known: class_names in a dataset.json"
+        raise ValueError(f"the label {_short(text)} is no number of a class, and {of}") from error
 
 
 def _short(value: Any) -> str:

@@ -32,8 +32,8 @@ class HuggingFaceSource:
     """Rows of a ``datasets.Dataset``: its image column, class label and caption-like text column.
 
     The image is the column of that type that is named as in ``IMAGE_COLUMNS``, or else the first, or else a column of
-    such a name that holds encoded bytes. Labels are of a ``ClassLabel``, or else of a column named as in
-    ``LABEL_FIELDS``: numbers, or names, which become classes in sorted order.
+    such a name that holds encoded bytes. Labels are of a ``ClassLabel``, one named as in ``LABEL_FIELDS``
+    before others, or else of a column of such a name: numbers, or names, which become classes in sorted order.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,6 +46,7 @@ class HuggingFaceSource:
         kinds = rows.features
         self.image_column = self._find_images(kinds)
         labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        labels.sort(key=lambda column: column not in LABEL_FIELDS)
         self.class_names = list(kinds[labels[0]].names) if labels else []
         self.label_column = labels[0] if labels else next((c for c in LABEL_FIELDS if c in kinds), None)
         self.caption_column = next((c for c in CAPTION_FIELDS if c in kinds and _holds_text(kinds[c])), None)
