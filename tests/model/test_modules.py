@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from engine_cases import draw_noise, draw_prompt
 from madformer import MADFormer, MADFormerConfig
 from madformer.config import emoji64, tiny
+from madformer.engine.sampler import Sampler
 from testing import perturb, relative_error
 
 CONFIGS = {
@@ -182,6 +185,27 @@ def test_layerwise_casting(name: str) -> None:
         if path in cast_names:
             parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
     assert_close(stored(**given), rounded(**given))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layerwise_casting_to_another_dtype_than_the_weights(name: str) -> None:
+    """Layers that are left as they are stored meet activations of the others' dtype."""
+    model, given = make(CONFIGS[name])
+    stored = copy.deepcopy(model)
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    cast_names = {path for path, tensor in stored.named_parameters() if tensor.dtype == torch.float8_e4m3fn}
+    for path, parameter in model.named_parameters():
+        if path in cast_names:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    with torch.no_grad():
+        assert_close(stored(**cast(given, torch.bfloat16)), model(**given), 0.05)
+        assert relative_error(draw(stored), draw(model)) < 0.05
+
+
+def draw(model: MADFormer) -> Tensor:
+    """A sample, of fixed noise and prompt."""
+    config, scheduler = model.config, DDIMScheduler(clip_sample=False)
+    return Sampler(model, scheduler).plan(2, 2).run(draw_noise(config), draw_prompt(config))
 
 
 def test_sequential_offload_of_accelerate() -> None:

@@ -18,7 +18,7 @@ from madformer.kernels.adaln import adaln
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu
-from madformer.model.plain import is_plain
+from madformer.model.plain import is_plain, projected
 from madformer.model.rope import RotaryEmbedding
 
 Streams = dict[str, Tensor]
@@ -234,7 +234,7 @@ class Tower(nn.Module):
     def modulate(self, vector: Tensor) -> Modulation:
         """What ``vector``, ``(B, C)`` or ``(B, M, C)``, makes of this tower."""
         assert self.modulation is not None
-        return Modulation(*self.modulation(vector).chunk(6, dim=-1))
+        return Modulation(*projected(self.modulation, vector).chunk(6, dim=-1))
 
     def query_key_value(self, x_BLC: Tensor, modulation: Modulation | None = None) -> Tensor:
         """Packed, ``(B, L, 3 * C)``."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
 from madformer.model.layer import RMSNorm, modulated
+from madformer.model.plain import projected
 from madformer.model.unet import NoTimeEmbedding, Skips
 
 
@@ -48,7 +49,7 @@ class PatchDecoder(nn.Module):
     def forward(self, x_NCHW: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         assert modulation_NC is not None
         size, width = self.patch_size, x_NCHW.shape[3]
-        shift_NC, scale_NC = self.modulation(modulation_NC.to(x_NCHW.dtype)).chunk(2, dim=-1)
+        shift_NC, scale_NC = projected(self.modulation, modulation_NC.to(x_NCHW.dtype)).chunk(2, dim=-1)
         patches_NLC = self.proj(modulated(self.norm, x_NCHW.flatten(2).mT, shift_NC, scale_NC))
         patches_NHWPPC = patches_NLC.unflatten(1, (-1, width)).unflatten(3, (size, size, -1))
         return patches_NHWPPC.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

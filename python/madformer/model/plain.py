@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and "forward" not in module.__dict__ and not any(len(hook) for hook in hooks)
+
+
+def projected(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)`` in the dtype of its weights, and the result in that of ``x``.
+
+    diffusers' layerwise casting leaves some layers as they are stored, and the others compute in another dtype. Where a
+    hook or a quantising library casts the weights in the call, that takes ``x`` as it is.
+    """
+    weight: Any = getattr(linear, "weight", None)
+    casts = "forward" in linear.__dict__ or type(weight) not in (nn.Parameter, Tensor)
+    if casts or weight.itemsize == 1 or not weight.is_floating_point():
+        return linear(x)
+    return linear(x.to(weight.dtype)).to(x.dtype)
 
 
 def precise(x: Tensor) -> Tensor:
