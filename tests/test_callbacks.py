@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+    SDXLControlnetCFGCutoffCallback,
+)
 
 from madformer.config import TextConfig, tiny
 from madformer.model import MADFormer
@@ -190,4 +196,24 @@ def test_what_a_callback_must_not_do(
 
     with pytest.raises((ValueError, FloatingPointError), match=message) as raised:
         latents(pipeline, callback_on_step_end=callback, **options)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callback_on_step_end": 3}, "must be callable, got int"),
+        ({"callback_on_step_end": IPAdapterScaleCutoffCallback(0.5)}, "no IP adapter"),
+        (
+            {"callback_on_step_end": MultiPipelineCallbacks([IPAdapterScaleCutoffCallback(0.5)])},
+            "no IP adapter",
+        ),
+        ({"callback_on_step_end": SDXLControlnetCFGCutoffCallback(0.5)}, "no 'image' among latents"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names, got 'latents'"),
+    ],
+)
+def test_callbacks_that_cannot_run(pipeline: MADFormerPipeline, options: dict[str, Any], message: str) -> None:
+    """Before anything is drawn, in one line."""
+    with pytest.raises(ValueError, match=message) as raised:
+        latents(pipeline, **options)
     assert len(str(raised.value).splitlines()) == 1

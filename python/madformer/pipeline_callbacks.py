@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
@@ -118,8 +119,15 @@ def tensor_inputs(callback: Callback | None, names: Sequence[str] | None) -> lis
     """What a callback is to be given, by itself where it says so.
 
     Raises:
-        ValueError: something that there is not.
+        ValueError: something that there is not, or a callback that cannot run here.
     """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}")
+    parts = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
+    if any(isinstance(part, IPAdapterScaleCutoffCallback) for part in parts):
+        raise ValueError("IPAdapterScaleCutoffCallback has no place: these models have no IP adapter")
+    if isinstance(names, str):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of names, got {names!r}")
     wanted = list(getattr(callback, "tensor_inputs", None) or names or DEFAULT_INPUTS)
     known = CallbackPipeline._callback_tensor_inputs
     if unknown := [name for name in wanted if name not in known]:
