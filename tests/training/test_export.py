@@ -121,7 +121,10 @@ def test_released_with_text(tmp_path: Path) -> None:
 def test_there_and_back_with_text(config: TrainingConfig, tmp_path: Path) -> None:
     """A run, as a released checkpoint, converted and sampled by the commands: what the drop-in class draws from it."""
     model = config.model.replace(**{**RELEASED, "hidden_loss_input": "condition"}, text=TEXT)
-    Trainer(dataclasses.replace(config, model=model, steps=2), tmp_path / "run").run()
+    images = shutil.copytree(config.data, tmp_path / "captioned")
+    for path in list(images.rglob("*.png")):
+        path.with_suffix(".txt").write_text(f"caption of {path.stem}")
+    Trainer(dataclasses.replace(config, data=str(images), model=model, steps=2), tmp_path / "run").run()
     checkpoint, model_config = tmp_path / "ckpts.pt", tmp_path / "madformer.json"
     model_config.write_text(json.dumps(released_arguments(model)["model_config_path"]))
     convert = ["--checkpoint", checkpoint, "--model-config", model_config, "--tokenizer", "bytes", "--weights", "model"]

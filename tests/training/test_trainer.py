@@ -95,7 +95,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(config: TrainingConfig, 
         for parameter in trainer.model.parameters():
             parameter.fill_(7)
     trainer.checkpoints.finish()
-    assert_equal(Trainer.from_folder(tmp_path).model.state_dict(), before)
+    assert_equal(Trainer(config, tmp_path, resume=True).model.state_dict(), before)
 
 
 def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> None:

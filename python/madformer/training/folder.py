@@ -31,17 +31,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check_free(self, *, resume: bool) -> None:
-        """Whether a run can begin here at all, before anything is known of it.
+    def check_free(self, data: str, *, resume: bool) -> None:
+        """Whether a run can begin here at all, before its data are opened.
 
         Raises:
-            ValueError: the folder holds a run that is not to be resumed.
+            ValueError: the folder holds a run that is not to be resumed, or one of other data.
             OSError: another process is training into it, or it cannot be written.
         """
         check_can_be_made(self.path)
         check_unlocked(self.path / LOCK)
-        if whole_checkpoints(self.checkpoints) and not resume:
+        if not whole_checkpoints(self.checkpoints):
+            return
+        if not resume:
             raise ValueError(f"{self.path} already holds a run; resume it, or choose another folder")
+        if (stored := self._stored()) is not None:
+            self._check_same(stored, dataclasses.replace(stored, data=data))
 
     def newest(self, config: TrainingConfig) -> Path | None:
         """The checkpoint that a run goes on from, if it does.
@@ -51,18 +55,24 @@ class RunFolder:
                 :data:`~madformer.training.config.MAY_CHANGE`; the message names the first field and both values. Or it
                 is of something else.
         """
-        found = whole_checkpoints(self.checkpoints)
-        stored = TrainingConfig.of_run(self.path) if (self.path / RUN_CONFIG).exists() else None
+        found, stored = whole_checkpoints(self.checkpoints), self._stored()
         if not found:
             # what ended before its first checkpoint binds nobody
             return None
-        if stored is not None and (difference := difference_of(stored, config)):
-            raise ValueError(
-                f"{self.path} is of a run with {difference}: resume it as it was, or choose another folder"
-            )
+        if stored is not None:
+            self._check_same(stored, config)
         if config.steps < (step := step_of(found[-1])):
             raise ValueError(f"steps={config.steps} is less than the {step} that {self.path} has come to")
         return found[-1]
+
+    def _stored(self) -> TrainingConfig | None:
+        return TrainingConfig.of_run(self.path) if (self.path / RUN_CONFIG).exists() else None
+
+    def _check_same(self, stored: TrainingConfig, config: TrainingConfig) -> None:
+        if difference := difference_of(stored, config):
+            raise ValueError(
+                f"{self.path} is of a run with {difference}: resume it as it was, or choose another folder"
+            )
 
     @contextlib.contextmanager
     def opened(self, config: TrainingConfig, described: dict[str, Any], step: int) -> Iterator[None]:

@@ -88,7 +88,7 @@ class Trainer:
         self.run_folder = RunFolder(folder)
         with self.world.together():
             if self.world.is_first:
-                self.run_folder.check_free(resume=resume)
+                self.run_folder.check_free(config.data, resume=resume)
             data = open_data(config)
             self.config = config = self._fitted(config, data, given)
             newest = self.run_folder.newest(config)
