@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch loads OpenMP: threads that spin at a barrier while another process holds their core make a
 # microsecond's op take milliseconds.
@@ -14,6 +15,10 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported, so before anything of madformer is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs tests in the background ignores it for them, and for every process that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DIFFUSERS_MARKERS = (
     "attention autoround big_accelerator bitsandbytes cache compile context_parallel cpu_offload gguf group_offload "

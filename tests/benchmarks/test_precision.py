@@ -92,14 +92,14 @@ def test_every_mode_draws_what_the_pipeline_draws(folder: Path) -> None:
     device = torch.device("cpu")
     pipelines = {mode: benchmark.load(str(folder), name, device) for mode, (name, _) in benchmark.MODES.items()}
     images = benchmark.draw(pipelines, Prompts(), 3, 2, 2, seed=5)
-    alone = pipelines["exact"](1, 2, seed=7, output_type="latent").images
+    alone = pipelines["exact"](num_inference_steps=2, seed=7, output_type="latent").images
     torch.testing.assert_close(images["exact"].latents[2:], alone, rtol=1e-4, atol=1e-4)
     errors = {mode: benchmark.compare(images[mode], images["exact"]) for mode in ("default", "fp8")}
     assert errors["fp8"]["latent_psnr_db"] < errors["default"]["latent_psnr_db"] < math.inf
     for mode, (name, _) in benchmark.MODES.items():
         assert pipelines[mode].vae.dtype == PRECISIONS[name].dtype
     # two steps: with the layers in every second one, the last runs without them
-    reusing = pipelines["exact"](1, 2, seed=7, refresh_every=2, output_type="latent").images
+    reusing = pipelines["exact"](num_inference_steps=2, seed=7, refresh_every=2, output_type="latent").images
     torch.testing.assert_close(images["every_2"].latents[2:], reusing, rtol=1e-4, atol=1e-4)
     assert torch.equal(images["every_2"].latents, images["every_3"].latents)
     assert not torch.allclose(reusing, alone, rtol=1e-4, atol=1e-4)
