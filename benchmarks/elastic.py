@@ -141,7 +141,12 @@ def check_same(config: TrainingConfig, folder: Path) -> None:
         return
     stored, free = TrainingConfig.of_run(folder), ("num_threads", "device", "data", "vae")
     names = [field.name for field in dataclasses.fields(config) if field.name not in free]
-    others = [f"{name}={getattr(stored, name)!r}" for name in names if getattr(stored, name) != getattr(config, name)]
+    # A run stores what "auto" came to on its machine.
+    others = [
+        f"{name}={getattr(stored, name)!r}"
+        for name in names
+        if getattr(config, name) not in ("auto", getattr(stored, name))
+    ]
     if others:
         raise CannotCompare(f"{folder} holds another run, with {', '.join(others)}: take another --runs")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids as remove_worker_pids
 
 __all__ = ["fetch_batches", "lost_worker"]
 
@@ -64,8 +63,8 @@ def lost_worker(error: RuntimeError) -> ChildProcessError | None:
 
 
 def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    with _deaf_to_children():
-        batches = iter(loader)
+    batches = iter(loader)
+    _leave_unwatched(batches)
     while True:
         try:
             batch = next(batches)
@@ -76,20 +75,16 @@ def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-@contextlib.contextmanager
-def _deaf_to_children() -> Iterator[None]:
-    """Keep a ``DataLoader`` from raising wherever the program is when a worker dies: within an optimiser's step, say.
+def _leave_unwatched(batches: Iterator[Batch]) -> None:
+    """Keep PyTorch from raising wherever the program is when a worker dies: within an optimiser's step, say.
 
-    It finds out as well, within seconds, when it is asked for a batch.
+    One handler of SIGCHLD raises for the workers of every ``DataLoader`` in the program, so that a loader which somebody
+    else made before would have it raise for ours. Without it a dead worker is found, within seconds, by the next
+    request for a batch.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    if getattr(batches, "_worker_pids_set", False):
+        remove_worker_pids(id(batches))
+        batches._worker_pids_set = False  # type: ignore[attr-defined]
 
 
 class _Fetching(Dataset[Batch], Generic[Item, Batch]):
