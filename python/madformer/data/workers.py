@@ -78,9 +78,8 @@ def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def _leave_unwatched(batches: Iterator[Batch]) -> None:
     """Keep PyTorch from raising wherever the program is when a worker dies: within an optimiser's step, say.
 
-    One handler of SIGCHLD raises for the workers of every ``DataLoader`` in the program, so that a loader which somebody
-    else made before would have it raise for ours. Without it a dead worker is found, within seconds, by the next
-    request for a batch.
+    One handler of SIGCHLD raises for the workers of every ``DataLoader`` in the program, for ours too where somebody
+    else made one before. Without it a dead worker is found, within seconds, by the next request for a batch.
     """
     if getattr(batches, "_worker_pids_set", False):
         remove_worker_pids(id(batches))
