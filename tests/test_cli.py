@@ -232,8 +232,9 @@ def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     MADFormerPipeline(model, small_vae(), default_scheduler("epsilon")).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
     sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--precision", "exact", "--width", 24]
     assert main([*map(str, sample), "--out", str(tmp_path / "wide")]) == 0
+    assert "precision exact, seed 0 on cpu" in capsys.readouterr().err
     pipeline = MADFormerPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    expected = np.asarray(pipeline(num_inference_steps=2, width=24).images[0]).astype(int)
+    expected = np.asarray(pipeline(num_inference_steps=2, width=24, seed=0).images[0]).astype(int)
     assert expected.shape == (16, 24, 3)
     drawn = np.asarray(Image.open(tmp_path / "wide" / "00000000.png")).astype(int)
     np.testing.assert_allclose(drawn, expected, atol=1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from madformer.config import MADFormerConfig, TextConfig, tiny
@@ -70,6 +70,9 @@ def by_the_engine(pipeline: MADFormerPipeline, seeds: list[int], prompt: Prompt,
 
 
 def latents(pipeline: MADFormerPipeline, num_images: int = 1, steps: int = 25, **kwargs: Any) -> torch.Tensor:
+    """Of seed 0, where nothing else is said."""
+    if "generator" not in kwargs:
+        kwargs.setdefault("seed", 0)
     images = pipeline(
         num_images_per_prompt=num_images, num_inference_steps=steps, **kwargs, output_type="latent"
     ).images
@@ -101,6 +104,29 @@ def test_generators(pipeline: MADFormerPipeline) -> None:
         pipeline(num_inference_steps=3, seed=0, generator=shared)
     with pytest.raises(ValueError, match="generator has 1 entries for 2 images"):
         pipeline(num_images_per_prompt=2, num_inference_steps=3, generator=[shared])
+
+
+@pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
+def test_without_a_seed_they_are_pytorchs_own(pipeline: MADFormerPipeline, scheduler: Any) -> None:
+    """As in diffusers; the scheduler's noise is of the same, and a stream takes turns with whoever reads it."""
+    own = pipeline.scheduler
+    try:
+        if scheduler is not None:
+            pipeline.scheduler = scheduler.from_config(own.config)
+        with torch.random.fork_rng(devices=[]):
+            expected = latents(pipeline, 2, 3, generator=torch.manual_seed(5))
+            torch.manual_seed(5)
+            drawn, next_one = (latents(pipeline, 2, 3, seed=None) for _ in range(2))
+            torch.manual_seed(5)
+            streamed = [
+                output.images
+                for output in pipeline.stream(num_images_per_prompt=2, num_inference_steps=3, output_type="latent")
+            ]
+    finally:
+        pipeline.scheduler = own
+    assert torch.equal(drawn, expected)
+    assert torch.equal(streamed[-1], expected)
+    assert relative_error(next_one, drawn) > 0.1
 
 
 def test_output_types_agree(pipeline: MADFormerPipeline) -> None:

@@ -171,9 +171,9 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             image: keep it but for ``blocks``, by their places row by row, which are drawn anew: from those before them,
                 or from all others by a model of random block order. A picture of the size that is drawn, or latents
                 (C, H, W), or (B, C, H, W) for one of each image, as ``output_type="latent"`` gives them.
-            seed: image ``i`` of the batch is the one that ``seed + i`` draws alone; from 0 to 2^63 - 1. 0 where neither
-                it nor a generator is given.
-            generator: one for each image, or one that all images draw from in turn.
+            seed: image ``i`` of the batch is the one that ``seed + i`` draws alone; from 0 to 2^63 - 1.
+            generator: one for each image, or one that all images draw from in turn: PyTorch's own, which
+                ``torch.manual_seed`` sets, where neither it nor a seed is given.
             latents: standard normal noise ``(B, C, H, W)`` to start from, in place of the generators'.
             prompt_embeds, negative_prompt_embeds: have no place, since the model reads token ids.
             output_type: ``"pil"``; ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W) in [0, 1]; or ``"latent"``

@@ -69,16 +69,19 @@ def images_each(num_images_per_prompt: int, num_images: int | None) -> int:
 def generators_of(
     count: int, seed: int | None, generator: torch.Generator | list[torch.Generator] | None
 ) -> list[torch.Generator]:
-    """One for each image.
+    """One for each image: what seeds give, what was given, or PyTorch's own for all, as in diffusers.
 
     Raises:
         ValueError: given beside a seed, or in another number.
     """
-    if generator is None:
-        first = check_seed(0 if seed is None else seed, count)
-        return [generator_of(first + index) for index in range(count)]
     if seed is not None:
-        raise ValueError("give seed or generator, not both")
+        if generator is not None:
+            raise ValueError("give seed or generator, not both")
+        first = check_seed(seed, count)
+        return [generator_of(first + index) for index in range(count)]
+    if generator is None:
+        # the processor's, wherever the model is: a picture does not depend on the device
+        return [torch.default_generator] * count
     generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != count:
         raise ValueError(f"generator has {len(generators)} entries for {count} images")

@@ -221,7 +221,9 @@ def _describe(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: 
 
     model = pipeline.transformer
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    what = f"{parameters:.1f} M parameters, {type(pipeline.scheduler).__name__}, precision {precision}"
+    last = args.seed + args.num_images - 1
+    seeds = f"seed {last}" if last == args.seed else f"seeds {args.seed} to {last}"
+    what = f"{parameters:.1f} M parameters, {type(pipeline.scheduler).__name__}, precision {precision}, {seeds}"
     if args.ray is not None:
         return f"{what} on Ray's actors"
     layers = dispatch.resolve("cached_attention", model.backend, model.device, model.dtype)
