@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from madformer.arguments import floats, number, whole_number
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
@@ -100,8 +101,7 @@ class InFlightBatcher:
         self, sampler: Sampler, slots: int, *, max_steps: int = 250, max_waiting: int = 1024, guided: bool = False
     ) -> None:
         for name, value in (("slots", slots), ("max_steps", max_steps), ("max_waiting", max_waiting)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            whole_number(name, value, 1)
         self.sampler, self.num_slots = sampler, slots
         self.max_steps, self.max_waiting, self.guided = max_steps, max_waiting, guided
         self.kind = sampler.kind()
@@ -167,24 +167,25 @@ class InFlightBatcher:
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:
-            ValueError: noise or prompt of another shape, or a step count or guidance that the scheduler or this batcher
-                does not have.
+            ValueError: noise or prompt of another kind or shape, a priority that is no whole number, or a step count or
+                guidance that the scheduler or this batcher does not have.
             QueueFullError: ``max_waiting`` requests wait.
         """
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
-        if tuple(noise_MLC.shape) != shape:
-            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise_MLC.shape)}")
+        floats("noise", noise_MLC, shape)
+        guidance = number("guidance", guidance)
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
         prompt = prompt or Prompt()
         prompt.check(self.config, (), guided=self.guided)
+        order = whole_number("priority", priority)
         schedule, sigma = self._schedule(num_inference_steps, guidance)
         with self._lock:
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
-            job = Job(priority, next(self._arrivals), noise_MLC, schedule, sigma, Future(), prompt)
+            job = Job(order, next(self._arrivals), noise_MLC, schedule, sigma, Future(), prompt)
             heapq.heappush(self._waiting, job)
         return job.future
 

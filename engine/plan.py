@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from madformer.arguments import floats
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
@@ -461,7 +462,7 @@ class Plan:
             with computing(device):
                 prompt = prompt or Prompt()
                 prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
-                self._check_shapes(noise=noise, given=given, out=out)
+                self._check_tensors(noise=noise, given=given, out=out)
                 drawn = self._check_blocks(given, blocks)
                 if order is not None:
                     check_order(order, self.config)
@@ -568,11 +569,11 @@ class Plan:
             raise ValueError(f"context={self.config.context!r} reads blocks as it drew them, so none can be given")
         return blocks
 
-    def _check_shapes(self, **tensors: Any) -> None:
-        shape = self.slots.canvas_RMLC.shape
+    def _check_tensors(self, **tensors: Any) -> None:
         for name, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and tensor.shape != shape:
-                raise ValueError(f"{name} must have the plan's shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            absent = callable(tensor) if name == "noise" else tensor is None
+            if not absent:
+                floats(name, tensor, self.slots.canvas_RMLC.shape)
 
     def _draw(self, noise: Tensor | NoiseSource, place: int) -> None:
         """Put a block's noise where its pass finds it."""
@@ -580,6 +581,7 @@ class Plan:
             drawn = noise[:, place]
         else:
             drawn, self._touched = noise(place), True
+            floats(f"noise of block {place}", drawn, self.slots.latents_RLC.shape)
             # on a GPU it would have to be waited for: there its block's first step is what is named
             if drawn.device.type == "cpu" and (fault := _first_fault(drawn[:, None], [0])) is not None:
                 raise NonFiniteInputError(f"noise is not finite: image {fault[0]}, block {place}")
@@ -628,7 +630,7 @@ class Plan:
         """Go on as a callback wants it."""
         slots = self.slots
         if change.images_BMLC is not None:
-            self._check_shapes(images_BMLC=change.images_BMLC)
+            self._check_tensors(images_BMLC=change.images_BMLC)
             slots.canvas_RMLC.copy_(change.images_BMLC)
             slots.latents_RLC.copy_(slots.canvas_RMLC[:, place])
         if change.guidance is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from madformer.arguments import whole_number
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launcher
@@ -135,15 +136,14 @@ class Sampler:
             reuse: gives a plan of a kind that nobody uses, if there is one, to use in place of a new one.
 
         Raises:
-            ValueError: a step count that the scheduler does not have, an empty batch, or guidance of a model that has
-                no condition to leave out.
+            ValueError: what is no number, a step count that the scheduler does not have, an empty batch, or guidance of
+                a model that has no condition to leave out.
             OutOfMemoryError: the batch does not fit; the message names the largest one that does.
         """
-        if batch < 1:
-            raise ValueError(f"batch={batch} must be at least 1")
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every={refresh_every} must be at least 1")
-        guided = Guidance(guidance, guidance_interval) if guidance != 1.0 else None
+        batch, refresh_every = whole_number("batch", batch, 1), whole_number("refresh_every", refresh_every, 1)
+        guided: Guidance | None = Guidance(guidance, guidance_interval)
+        if guided is not None and guided.scale == 1:
+            guided = None
         if guided is not None:
             check_guidable(self.source.config)
         device, kind = self.source.device, self.kind()

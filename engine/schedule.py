@@ -17,6 +17,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from madformer.arguments import whole_number
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # those that the tables write out: not what was put in their place
 _STEPS = (DDIMScheduler.step, DPMSolverMultistepScheduler.step)
@@ -44,6 +46,15 @@ class ScheduleTable:
         return len(self.timesteps)
 
 
+def check_num_steps(scheduler: SchedulerMixin, num_steps: int) -> int:
+    """A number of steps that the scheduler has; raises ``ValueError`` for another."""
+    number = whole_number("num_inference_steps", num_steps)
+    limit = getattr(scheduler.config, "num_train_timesteps", number)
+    if not 1 <= number <= limit:
+        raise ValueError(f"num_inference_steps={number} must be between 1 and num_train_timesteps={limit}")
+    return number
+
+
 def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | str = "cpu") -> ScheduleTable | None:
     """The scheduler's ``num_steps`` steps as a table, or None where its own ``step`` has to be called.
 
@@ -60,12 +71,10 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
         device: where the table goes.
 
     Raises:
-        ValueError: ``num_steps`` is below 1 or above the scheduler's ``num_train_timesteps``, or
+        ValueError: ``num_steps`` is no whole number, below 1 or above the scheduler's ``num_train_timesteps``, or
             ``steps_offset`` moves a timestep of ``DDIMScheduler`` beyond the last one.
     """
-    limit = getattr(scheduler.config, "num_train_timesteps", num_steps)
-    if not 1 <= num_steps <= limit:
-        raise ValueError(f"num_inference_steps={num_steps} must be between 1 and num_train_timesteps={limit}")
+    num_steps = check_num_steps(scheduler, num_steps)
     # `is`, not isinstance: a subclass may step differently.
     if any(callable(value) for value in vars(scheduler).values()) or type(scheduler).step not in _STEPS:
         return None
@@ -108,7 +117,7 @@ class Schedule:
     @classmethod
     def of(cls, scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> Schedule:
         """The scheduler as it is now; raises what :func:`tabulate` raises."""
-        scheduler = copy.deepcopy(scheduler)
+        scheduler, num_steps = copy.deepcopy(scheduler), check_num_steps(scheduler, num_steps)
         with torch.device("cpu"):  # whatever the process makes tensors on
             table = tabulate(scheduler, num_steps, device)
         if table is None:

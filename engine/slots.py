@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from madformer.arguments import interval, number
 from madformer.config import MADFormerConfig
 from madformer.engine.prompts import Prompt
 from madformer.engine.rows import put, take
@@ -33,17 +34,15 @@ class Guidance:
         interval: first and last timestep at which it applies.
 
     Raises:
-        ValueError: a scale that is not finite, or an interval that does not rise.
+        ValueError: a scale that is no finite number, or an interval that is not two numbers or does not rise.
     """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance={self.scale} must be finite")
-        if not self.interval[0] <= self.interval[1]:
-            raise ValueError(f"guidance_interval={self.interval} must be the lower timestep, then the higher")
+        object.__setattr__(self, "scale", number("guidance", self.scale))
+        object.__setattr__(self, "interval", interval("guidance_interval", self.interval))
 
     def at(self, timesteps_T: Tensor) -> Tensor:
         """The scale at each timestep, fp32."""

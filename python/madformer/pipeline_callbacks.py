@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks
 from torch import Tensor
 
+from madformer.arguments import function, number, shown
 from madformer.config import MADFormerConfig
 from madformer.engine.plan import Change, Progress
 from madformer.engine.prompts import Prompt
@@ -82,7 +83,7 @@ class CallbackPipeline(DiffusionPipeline):
 
     @_guidance_scale.setter
     def _guidance_scale(self, scale: float) -> None:
-        self._run.guidance_scale = scale
+        self._run.guidance_scale = number("guidance_scale", scale, 0)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -111,7 +112,7 @@ class CallbackPipeline(DiffusionPipeline):
 
 
 def effective(guidance_scale: float) -> float:
-    """diffusers' rule: guidance up to 1 is none. What is not a number is none that the engine takes."""
+    """diffusers' rule: guidance up to 1 is none."""
     return 1.0 if guidance_scale <= 1 else guidance_scale
 
 
@@ -121,14 +122,13 @@ def tensor_inputs(callback: Callback | None, names: Sequence[str] | None) -> lis
     Raises:
         ValueError: something that there is not, or a callback that cannot run here.
     """
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}")
+    function("callback_on_step_end", callback)
     parts = callback.callbacks if isinstance(callback, MultiPipelineCallbacks) else [callback]
     if any(isinstance(part, IPAdapterScaleCutoffCallback) for part in parts):
         raise ValueError("IPAdapterScaleCutoffCallback has no place: these models have no IP adapter")
-    if isinstance(names, str):
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of names, got {names!r}")
-    wanted = list(getattr(callback, "tensor_inputs", None) or names or DEFAULT_INPUTS)
+    if not (names is None or isinstance(names, (list, tuple))):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of names, got {shown(names)}")
+    wanted = list(getattr(callback, "tensor_inputs", None) or (DEFAULT_INPUTS if names is None else names))
     known = CallbackPipeline._callback_tensor_inputs
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"callback_on_step_end_tensor_inputs: no {unknown[0]!r} among {', '.join(known)}")

@@ -5,40 +5,18 @@ Shape legend: B images, M blocks, L latents of a block, C channels, H rows, W co
 
 from __future__ import annotations
 
-import functools
-import numbers
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from madformer.arguments import floats, shown, whole_number
 from madformer.config import MADFormerConfig
 from madformer.model.blocks import to_blocks
 from madformer.seeds import check_seed, generator_of
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def prompt_first(call: Callable[P, R]) -> Callable[P, R]:
-    """Tell whoever passes a number of images first, where it once was, what to write."""
-
-    @functools.wraps(call)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if len(args) > 1 and isinstance(args[1], numbers.Number):
-            raise ValueError(f"the prompt comes first: write num_images_per_prompt={args[1]} for a number of images")
-        return call(*args, **kwargs)
-
-    return checked
-
-
-def check_prompts(**prompts: Any) -> None:
-    """Raises ``ValueError`` for a prompt that is neither a text nor a list of texts."""
-    for name, prompt in prompts.items():
-        entries = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        if prompt is not None and not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(f"{name} must be a text or a list of texts, got {_kind(prompt)}")
+MAX_IMAGES = 65_536
+"""They are drawn at once."""
 
 
 def check_no_embeddings(**embeddings: Any) -> None:
@@ -52,18 +30,13 @@ def images_each(num_images_per_prompt: int, num_images: int | None) -> int:
     """How many images of every prompt or class, by whichever of its two names it was given.
 
     Raises:
-        ValueError: given by both, or no positive integer.
+        ValueError: given by both, or no whole number from 1 to ``MAX_IMAGES``.
     """
-    name, count = "num_images_per_prompt", num_images_per_prompt
-    if num_images is not None:
-        if num_images_per_prompt != 1:
-            raise ValueError("give num_images_per_prompt or num_images, which are the same, not both")
-        name, count = "num_images", num_images
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-        raise ValueError(f"{name}={count!r} must be an integer")
-    if count < 1:
-        raise ValueError(f"{name}={count} must be at least 1")
-    return int(count)
+    if num_images is None:
+        return whole_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+    if num_images_per_prompt != 1:
+        raise ValueError("give num_images_per_prompt or num_images, which are the same, not both")
+    return whole_number("num_images", num_images, 1, MAX_IMAGES)
 
 
 def generators_of(
@@ -72,7 +45,7 @@ def generators_of(
     """One for each image: what seeds give, what was given, or PyTorch's own for all, as in diffusers.
 
     Raises:
-        ValueError: given beside a seed, or in another number.
+        ValueError: given beside a seed, of another kind, or in another number.
     """
     if seed is not None:
         if generator is not None:
@@ -82,33 +55,25 @@ def generators_of(
     if generator is None:
         # the processor's, wherever the model is: a picture does not depend on the device
         return [torch.default_generator] * count
-    generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+    generators = [generator] * count if isinstance(generator, torch.Generator) else generator
+    if not isinstance(generators, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"generator={shown(generator)} must be a torch.Generator, or a list of one for each image")
     if len(generators) != count:
         raise ValueError(f"generator has {len(generators)} entries for {count} images")
-    return generators
+    return list(generators)
 
 
 def noise_of(latents: Tensor | None, generators: list[torch.Generator], config: MADFormerConfig) -> Tensor:
     """Standard normal noise ``(B, M, L, C)`` in fp32: the given ``(B, C, H, W)``, else what the generators draw.
 
     Raises:
-        ValueError: latents of another shape, or that are not finite.
+        ValueError: latents of another kind or shape, or that are not finite.
     """
     if latents is None:
         block = (config.num_blocks, config.latents_per_block, config.latent_channels)
         drawn = (torch.randn(block, generator=g, device=g.device, dtype=torch.float32) for g in generators)
-        drawn = (torch.randn(block, generator=g, device=g.device, dtype=torch.float32) for g in generators)
         return torch.stack([noise.cpu() for noise in drawn])
-    shape = (len(generators), *config.latent_shape)
-    if not isinstance(latents, Tensor) or latents.shape != shape:
-        given = tuple(latents.shape) if hasattr(latents, "shape") else _kind(latents)
-        raise ValueError(f"latents must be noise of the shape {shape}, got {given}")
+    floats("latents", latents, (len(generators), *config.latent_shape))
     if not latents.isfinite().all():
         raise ValueError("latents must be noise, and these are not finite")
     return to_blocks(latents.detach().float(), config)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__} of {', '.join(sorted({type(entry).__name__ for entry in value}))}"
-    return type(value).__name__

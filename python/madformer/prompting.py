@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from madformer.arguments import as_whole, shown
 from madformer.config import MADFormerConfig
 from madformer.engine.prompts import Prompt, check_guidable
 from madformer.tokenizer import Tokenizer
@@ -46,10 +47,13 @@ class PromptReader:
             guided: with guidance.
 
         Raises:
-            ValueError: in one line, what is missing or has no place in this model, lists of different lengths, or a
-                class that there is not.
+            ValueError: in one line, what is of another kind, missing or has no place in this model, lists of different
+                lengths, or a class that there is not.
         """
         config = self.config
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            _check_texts(name, texts)
+        labels = _as_list(labels)
         if guided:
             check_guidable(config)
         elif negative_prompt is not None:
@@ -70,7 +74,7 @@ class PromptReader:
             if given is not None and not known:
                 raise ValueError(f"a {what} has no place: the model was made without {kind}")
         lengths = {len(given) for given in (prompt, negative_prompt, labels) if isinstance(given, (list, tuple))}
-        if len(lengths) > 1 or 0 in lengths:
+        if len(lengths) > 1:
             raise ValueError(f"lists of prompts and classes must be of one length, got {sorted(lengths)}")
         count = max(lengths, default=1)
 
@@ -96,14 +100,36 @@ class PromptReader:
             ValueError: there is none; the message lists the names where they are few.
         """
         names, count = self.class_names, self.config.num_classes
-        if label in names:
-            return names.index(label)
         low = -1 if self.config.null_class else 0
-        try:
-            number = int(label)
-        except ValueError:
-            number = count
+        if isinstance(label, str):
+            if label in names:
+                return names.index(label)
+            try:
+                number = int(label)
+            except ValueError:
+                number = count
+        elif (given := as_whole(label)) is None:
+            raise ValueError(f"labels={shown(label)} must be a class's number or name, or a list of such")
+        else:
+            number = given
         if low <= number < count:
             return number
         listed = ", ".join(names) if 0 < len(names) <= FEW_NAMES else f"from 0 to {count - 1}"
         raise ValueError(f"no class {label!r}: there are {count}, {listed}")
+
+
+def _check_texts(name: str, given: Any) -> None:
+    entries = given if isinstance(given, (list, tuple)) else [given]
+    if not entries:
+        raise ValueError(f"{name}={given} must hold one text at least")
+    if given is not None and not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{name}={shown(given)} must be a text or a list of texts")
+
+
+def _as_list(labels: Any) -> Any:
+    """Labels of an array, too; one alone stays so."""
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    labels = list(labels) if isinstance(labels, range) else labels
+    if isinstance(labels, (list, tuple)) and not labels:
+        raise ValueError(f"labels={labels} must hold one class at least")
+    return labels

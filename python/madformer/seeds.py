@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, SupportsIndex
+
+from madformer.arguments import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,7 @@ def check_seed(seed: SupportsIndex, count: int = 1) -> int:
     Raises:
         ValueError: no whole number, or one of the seeds is below 0 or above 2^63 - 1.
     """
-    try:
-        first = operator.index(seed)
-    except TypeError:
-        raise ValueError(f"seed={seed!r} must be a whole number") from None
+    first = whole_number("seed", seed)
     if not 0 <= first <= SEEDS - count:
         last = f", and with it the last of {count}" if count > 1 else ""
         raise ValueError(f"seed={first} must be from 0 to 2^63 - 1{last}")

@@ -361,7 +361,7 @@ def test_blocks_that_cannot_be_drawn_anew() -> None:
         ({"blocks": [4], "given": noise}, r"blocks=\[4\] must be some of 0 to 3"),
         ({"order": [0, 1, 2]}, r"order=\[0, 1, 2\] must name every block from 0 to 3 once"),
         ({"order": [1, 0, 2, 3]}, r"order=\[1, 0, 2, 3\] is none for this model, .* block_order='raster' alone"),
-        ({"blocks": [1], "given": noise[:1]}, r"given must have the plan's shape \(2, 4, 16, 4\), got \(1, 4, 16, 4\)"),
+        ({"blocks": [1], "given": noise[:1]}, r"given must have the shape \(2, 4, 16, 4\), got \(1, 4, 16, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):
             plan.run(noise, **options)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import madformer
+from madformer.arguments import whole_number
 from madformer.bulk.prompts import Prompts
 from madformer.model.persistence import fingerprint
 from madformer.seeds import check_seed
@@ -60,9 +61,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "shard_size", "refresh_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if not (name == "shard_size" and self.shard_size is None):
+                whole_number(name, getattr(self, name), 1)
         check_seed(self.seed)
         if (self.shard_size is not None) != (self.format == "wds"):
             raise ValueError(f"shard_size={self.shard_size} does not go with format={self.format!r}")

@@ -83,6 +83,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--batch-size {args.batch_size} must be at most {MAX_BATCH}: images are drawn a batch at once"
         )
+    if not (math.isfinite(args.guidance) and args.guidance >= 0):
+        raise ValueError(f"--guidance {args.guidance} must be a finite number from 0")
     check_seed(args.seed, args.num_images)
     told = [option for option in (args.texts, args.prompt, args.prompts) if option]
     several = this_process()[1] > 1

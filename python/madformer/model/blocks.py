@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from madformer.arguments import as_whole, shown
 from madformer.config import MADFormerConfig
 
 
@@ -75,8 +76,9 @@ def order_around(redrawn: Collection[int], config: MADFormerConfig) -> list[int]
 
 def check_blocks(blocks: Collection[int], config: MADFormerConfig) -> None:
     """Raises ``ValueError`` for what are no places of blocks."""
-    if not blocks or not all(0 <= block < config.num_blocks for block in blocks):
-        raise ValueError(f"blocks={list(blocks)} must be some of 0 to {config.num_blocks - 1}")
+    places = [as_whole(block) for block in blocks] if isinstance(blocks, Collection) else []
+    if not places or not all(place is not None and 0 <= place < config.num_blocks for place in places):
+        raise ValueError(f"blocks={shown(blocks)} must be some of 0 to {config.num_blocks - 1}")
 
 
 def check_order(order: Sequence[int], config: MADFormerConfig) -> None:
