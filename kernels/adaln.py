@@ -6,6 +6,8 @@ C columns. The kernels are ``norm_common``'s, which ``rms_norm`` has too.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,14 @@ from torch import Tensor, library
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_same, rows_of
-from madformer.kernels.norm_common import check_norm, norm_backward, norm_forward, with_contiguous_columns
+from madformer.kernels.norm_common import (
+    check_norm,
+    norm_backward,
+    norm_forward,
+    settings_in_use,
+    with_contiguous_columns,
+)
+from madformer.kernels.plans import eager, planned, recorded, taken_as
 
 OP = "adaln"
 Norm = Literal["layer", "rms"]
@@ -54,6 +63,15 @@ def adaln_ref(
     return y if residual is None else (y, total.flatten(1, 2))
 
 
+def _taken(
+    tensors: Sequence[Tensor | None], views: Sequence[Callable[..., Tensor]]
+) -> tuple[list[Any], list[Callable[[Any], Any]]]:
+    """Tensors in the views that the kernels take, and how others of their kind are passed to them."""
+    pairs = list(zip(tensors, views, strict=True))
+    return [None if x is None else view(x) for x, view in pairs], [taken_as(view, x) for x, view in pairs]
+
+
+@planned(settings_in_use)
 def _forward(
     x: Tensor,
     shift: Tensor,
@@ -64,19 +82,34 @@ def _forward(
     gate: Tensor | None,
     centred: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    y, total = norm_forward(
-        with_contiguous_columns(x),
-        residual=None if residual is None else with_contiguous_columns(residual),
-        gate=None if gate is None else rows_of(gate),
-        weight=weight,
-        bias=bias,
-        shift=rows_of(shift),
-        scale=rows_of(scale),
-        centred=centred,
-        eps=eps,
-    )
-    return y, x.new_empty(0) if total is None else total
+) -> Callable[..., Any]:
+    views = (*([with_contiguous_columns] * 2), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of, rows_of)
+    examples, takers = _taken((x, residual, gate, weight, bias, shift, scale), views)
+    x_BLC, residual_BLC, *rows = examples
+    modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
+    launch = norm_forward(x_BLC, residual=residual_BLC, **modulation, centred=centred, eps=eps)
+    take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
+    full = x.shape
+
+    def run(
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(full)
+        total = None if residual is None else residual.new_empty(full)
+        affine = take_weight(weight), take_bias(bias)
+        launch(
+            take_x(x), take_residual(residual), take_gate(gate), *affine, take_shift(shift), take_scale(scale), total, y
+        )
+        return y, x.new_empty(0) if total is None else total
+
+    return run
 
 
 def _empty_gradients(
@@ -96,6 +129,10 @@ def _empty_gradients(
     )
 
 
+_GRADIENTS = ("x", "shift", "scale", "weight", "bias", "total", "gate")
+
+
+@planned(settings_in_use)
 def _backward(
     grad_y: Tensor,
     grad_total: Tensor | None,
@@ -108,23 +145,42 @@ def _backward(
     centred: bool,
     eps: float,
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    gradients = _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
-    names = ("x", "shift", "scale", "weight", "bias", "total", "gate")
-    norm_backward(
-        with_contiguous_columns(grad_y),
-        None if grad_total is None else with_contiguous_columns(grad_total),
-        with_contiguous_columns(total),
-        x=None if x is None else with_contiguous_columns(x),
-        gate=None if gate is None else rows_of(gate),
-        weight=weight,
-        bias=bias,
-        scale=rows_of(scale),
+) -> Callable[..., Any]:
+    names = list(itertools.compress(_GRADIENTS, wanted))
+    views = (*([with_contiguous_columns] * 4), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of)
+    examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
+    *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
+    fill = norm_backward(
+        *tensors,
+        x=x_BLC,
+        gate=gate_rows,
+        bias=bias_C,
+        scale=scale_rows,
         centred=centred,
         eps=eps,
-        out={name: x for name, x, is_wanted in zip(names, gradients, wanted, strict=True) if is_wanted},
+        wanted=names,
     )
-    return gradients
+
+    def run(
+        grad_y: Tensor,
+        grad_total: Tensor | None,
+        total: Tensor,
+        x: Tensor | None,
+        scale: Tensor,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        centred: bool,
+        eps: float,
+        wanted: list[bool],
+    ) -> tuple[Tensor, ...]:
+        gradients = _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
+        given = grad_y, grad_total, total, x, gate, weight, bias, scale
+        out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
+        fill(*(take(tensor) for take, tensor in zip(takers, given, strict=True)), out)
+        return gradients
+
+    return run
 
 
 library.define(
@@ -193,7 +249,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
     wanted[0] = needs_x and not shared
     grad_total = grad_total if ctx.has_residual else None
     arguments = (grad_y, grad_total, total, x, scale, gate, weight, bias, ctx.centred, ctx.eps, wanted)
-    gradients = torch.ops.madformer.adaln_backward(*arguments)
+    gradients = _call_backward(*arguments)
     results = [x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)]
     if shared:
         results[0] = results[5]
@@ -201,6 +257,8 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
 
 
 library.register_autograd("madformer::adaln", _autograd_backward, setup_context=_setup_context)
+_call = eager(torch.ops.madformer.adaln, _forward, recorded(_forward, _setup_context, _autograd_backward))
+_call_backward = eager(torch.ops.madformer.adaln_backward, _backward)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
@@ -250,7 +308,7 @@ def adaln(
         return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
     check_floating("shift", shift)
     rows = [m if m is None or m.dim() == 3 else m.unsqueeze(1) for m in (shift, scale, gate)]
-    y, total = torch.ops.madformer.adaln(x, rows[0], rows[1], weight, bias, residual, rows[2], norm == "layer", eps)
+    y, total = _call(x, rows[0], rows[1], weight, bias, residual, rows[2], norm == "layer", eps)
     return y if residual is None else (y, total)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, library
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import DTYPES
-from madformer.kernels.launch import jit, launch, tl
+from madformer.kernels.launch import jit, tl
+from madformer.kernels.plans import Launch, planned, taken_as
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
@@ -74,12 +75,17 @@ def _step_kernel(
 BLOCK, NUM_WARPS = 512, 4
 
 
+def _unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """As (B, L) rows with contiguous columns: a view where its layout allows one, else a copy."""
     rows = tensor.reshape(len(tensor), -1)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+@planned(lambda: (BLOCK, NUM_WARPS))
 def _denoise_step_triton(
     sample: Tensor,
     model_output: Tensor,
@@ -88,23 +94,39 @@ def _denoise_step_triton(
     clip: float | None = None,
     unconditional: Tensor | None = None,
     guidance_scale: Tensor | None = None,
-) -> None:
+) -> Callable[..., None]:
     if sample.numel() == 0:
-        return
-    x, x0, m = _rows(sample), _rows(previous), _rows(model_output)
-    c = coefficients if coefficients.stride(1) == 1 else coefficients.contiguous()
+        return lambda *_: None
     # Without guidance the kernel does not look at its arguments.
-    u = m if unconditional is None else _rows(unconditional)
-    scale = c[:, 0] if guidance_scale is None else guidance_scale
-    row_size = x.shape[1]
-    launch(
-        _step_kernel, (len(x), -(-row_size // BLOCK)), x.device, x, m, x0, c, u, scale, row_size,
-        float("inf") if clip is None else clip, *(tensor.stride(0) for tensor in (x, m, x0, c, u, scale)),
+    examples = (sample, model_output, previous, model_output if unconditional is None else unconditional)
+    take_x, take_m, take_x0, take_u = (taken_as(_rows, x) for x in examples)
+    take_c = taken_as(_unit_stride, coefficients)
+    x, m, x0, u = map(_rows, examples)
+    strides = [rows.stride(0) for rows in (x, m, x0, _unit_stride(coefficients), u)]
+    launch = Launch(
+        _step_kernel, (len(x), -(-x.shape[1] // BLOCK)), x.device,
+        (x.shape[1], float("inf") if clip is None else clip, *strides,
+         0 if guidance_scale is None else guidance_scale.stride(0)),
         GUIDED=unconditional is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    for written, rows in ((sample, x), (previous, x0)):
-        if rows.data_ptr() != written.data_ptr():
-            written.copy_(rows.view(written.shape))
+
+    def run(
+        sample: Tensor,
+        model_output: Tensor,
+        previous: Tensor,
+        coefficients: Tensor,
+        clip: float | None = None,
+        unconditional: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+    ) -> None:
+        x, x0, m, c = take_x(sample), take_x0(previous), take_m(model_output), take_c(coefficients)
+        u = m if unconditional is None else take_u(unconditional)
+        launch(x, m, x0, c, u, c if guidance_scale is None else guidance_scale)
+        for written, rows in ((sample, x), (previous, x0)):
+            if rows is not written:
+                written.copy_(rows.view(written.shape))
+
+    return run
 
 
 _SCHEMA = (

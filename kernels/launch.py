@@ -60,6 +60,7 @@ class Target:
 # The interpreter takes any settings. Few SMs keep split reductions short and still split.
 _INTERPRETER = Target(capability=MIN_CAPABILITY, num_sms=4)
 _compiler: tuple[Target, Callable[..., None]] | None = None
+_stand_in: Target | None = None
 
 
 @functools.cache
@@ -72,6 +73,8 @@ def target(device: torch.device) -> Target:
     """What a kernel launched for tensors on ``device`` runs on."""
     if _compiler is not None:
         return _compiler[0]
+    if _stand_in is not None:
+        return _stand_in
     if device.type != "cuda" or INTERPRETED:
         return _INTERPRETER
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
@@ -79,7 +82,7 @@ def target(device: torch.device) -> Target:
 
 def refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of ``device``, in one line; None where they can."""
-    if _compiler is not None or INTERPRETED:
+    if _compiler is not None or _stand_in is not None or INTERPRETED:
         return None
     if device.type != "cuda":
         return "it needs a CUDA device (TRITON_INTERPRET=1 runs it slowly on any)"
@@ -89,32 +92,99 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
-def tensor_descriptor(tensor: torch.Tensor, block: list[int]) -> Any:
-    """What a kernel loads blocks of ``tensor`` through by the copy engine (TMA, from capability 90 on).
+class Descriptor:
+    """What a kernel loads blocks of a tensor through by the copy engine (TMA, from capability 90 on).
 
-    The last dimension must be contiguous, the address and the other strides multiples of 16 bytes.
+    It is checked and described once, and called with each tensor of the shape, strides and dtype of the first. The last
+    dimension must be contiguous, the addresses and the other strides multiples of 16 bytes.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+    def __init__(self, like: torch.Tensor, block: list[int]) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        made = TensorDescriptor(like, list(like.shape), list(like.stride()), block)
+        self._type, self._fields = TensorDescriptor, {**vars(made), "base": None}
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        made = object.__new__(self._type)
+        vars(made).update(self._fields, base=tensor)
+        return made
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any) -> Any:
     """Runs ``kernel`` over ``grid`` on the device of its tensors; an empty grid is no launch.
 
     Args:
         args: the kernel's arguments in order.
         settings: its ``constexpr`` arguments by name, ``num_warps`` and ``num_stages``.
+
+    Returns:
+        For :func:`prepared` what Triton compiled, where it did.
     """
     if 0 in grid:
-        return
+        return None
     if _compiler is not None:
-        _compiler[1](kernel, grid, *args, **settings)
-    elif device.type == "cuda" and not INTERPRETED:
+        return _compiler[1](kernel, grid, *args, **settings)
+    if device.type == "cuda" and not INTERPRETED:
         with torch.cuda.device(device):  # Triton launches on the current device, whatever the tensors'.
-            kernel[grid](*args, **settings)
-    else:
-        kernel[grid](*args, **settings)
+            return kernel[grid](*args, **settings)
+    return kernel[grid](*args, **settings)
+
+
+def prepared(
+    compiled: Any, kernel: Any, grid: tuple[int, ...], device: torch.device, numbers: tuple[Any, ...], settings: Any
+) -> Callable[..., None] | None:
+    """What starts a compiled kernel on the current stream of ``device``, given its tensors, addresses or descriptors.
+
+    Args:
+        compiled: what :func:`launch` returned.
+        numbers, settings: the other arguments that it was launched with.
+
+    Returns:
+        None where nothing was compiled: in the interpreter.
+    """
+    if compiled is None:
+        return None
+    x, y, z = (*grid, 1, 1)[:3]
+    start = compiled[x, y, z]
+    rest = (*numbers, *(settings[parameter.name] for parameter in kernel.params if parameter.is_constexpr))
+    if device.type != "cuda":
+        return lambda *tensors: start(*tensors, *rest, stream=0)
+    index, current_device = device.index, torch._C._cuda_getDevice
+    current_stream = torch._C._cuda_getCurrentRawStream
+
+    def on_device(*tensors: Any) -> None:
+        if current_device() == index:
+            start(*tensors, *rest, stream=current_stream(index))
+        else:
+            with torch.cuda.device(device):
+                start(*tensors, *rest, stream=current_stream(index))
+
+    return on_device
+
+
+def is_compiling() -> bool:
+    """Whether launches are compilations: within :func:`compiling_for`."""
+    return _compiler is not None
+
+
+def state() -> Any:
+    """What launches depend on that may change within a process, for tests and benchmarks alone."""
+    return INTERPRETED, _stand_in
+
+
+@contextlib.contextmanager
+def standing_in(stand_in: Target) -> Iterator[None]:
+    """Within it, launches for tensors on the CPU go to Triton's driver, which the caller has replaced by one that runs
+    nothing; settings are chosen for ``stand_in``."""
+    global _stand_in
+    assert _stand_in is None
+    assert not INTERPRETED
+    _stand_in = stand_in
+    try:
+        yield
+    finally:
+        _stand_in = None
 
 
 @contextlib.contextmanager

@@ -6,15 +6,24 @@ are ``norm_common``'s, which ``adaln`` has too.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
-from madformer.kernels.norm_common import check_norm, norm_backward, norm_forward, with_contiguous_columns
+from madformer.kernels.norm_common import (
+    check_norm,
+    norm_backward,
+    norm_forward,
+    settings_in_use,
+    with_contiguous_columns,
+)
+from madformer.kernels.plans import eager, itself, planned, recorded, taken_as
 
 OP = "rms_norm"
 
@@ -50,11 +59,29 @@ def _in_samples(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return with_contiguous_columns(x).reshape(shape)
 
 
-def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    shape = _sample_shape(x, residual)
-    residual_BLC = None if residual is None else _in_samples(residual, shape)
-    y, total = norm_forward(_in_samples(x, shape), residual=residual_BLC, weight=weight, centred=False, eps=eps)
-    return y.view(x.shape), x.new_empty(0) if total is None else total.view(x.shape)
+def _taken(x: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor | None, Callable[[Any], Any]]:
+    """A tensor as (B, L, C), and how others of its kind are passed to a kernel that was made for it."""
+    if x is None:
+        return None, itself
+    view = functools.partial(_in_samples, shape=shape)
+    return view(x), taken_as(view, x)
+
+
+@planned(settings_in_use)
+def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> Callable[..., Any]:
+    shape, full = _sample_shape(x, residual), x.shape
+    (x_BLC, take_x), (residual_BLC, take_residual) = (_taken(tensor, shape) for tensor in (x, residual))
+    assert x_BLC is not None
+    launch = norm_forward(x_BLC, residual=residual_BLC, centred=False, eps=eps)
+    take_weight = taken_as(Tensor.contiguous, weight)
+
+    def run(x: Tensor, weight: Tensor | None, residual: Tensor | None, _: float) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(full)
+        total = None if residual is None else residual.new_empty(full)
+        launch(take_x(x), take_residual(residual), None, take_weight(weight), None, None, None, total, y)
+        return y, x.new_empty(0) if total is None else total
+
+    return run
 
 
 def _empty_gradients(
@@ -69,23 +96,27 @@ def _empty_gradients(
     )
 
 
+@planned(settings_in_use)
 def _backward(
     grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(grad_y, total, weight, wanted)
-    names = ("x", "weight", "total")
-    out = {name: x for name, x, is_wanted in zip(names, gradients, wanted, strict=True) if is_wanted}
+) -> Callable[..., Any]:
+    names = [name for name, is_wanted in zip(("x", "weight", "total"), wanted, strict=True) if is_wanted]
     shape = _sample_shape(grad_y, grad_total, total)
-    norm_backward(
-        _in_samples(grad_y, shape),
-        None if grad_total is None else _in_samples(grad_total, shape),
-        _in_samples(total, shape),
-        weight=weight,
-        centred=False,
-        eps=eps,
-        out=out,
-    )
-    return gradients
+    examples, takers = zip(*(_taken(tensor, shape) for tensor in (grad_y, grad_total, total)), strict=True)
+    fill = norm_backward(*examples, centred=False, eps=eps, wanted=names)
+    take_grad, take_grad_total, take_total = takers
+    take_weight = taken_as(Tensor.contiguous, weight)
+
+    def run(
+        grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, _: float, wanted: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = _empty_gradients(grad_y, total, weight, wanted)
+        out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
+        given = take_grad(grad_y), take_grad_total(grad_total), take_total(total)
+        fill(*given, None, None, take_weight(weight), None, None, out)
+        return gradients
+
+    return run
 
 
 library.define("madformer::rms_norm", "(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor)")
@@ -124,7 +155,7 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
         grad_y = torch.zeros_like(total, dtype=ctx.dtype)
     shared = needs_x and needs_residual and ctx.dtype == total.dtype
     wanted = [needs_x and not shared, needs_weight, needs_residual]
-    dx, dweight, dresidual = torch.ops.madformer.rms_norm_backward(
+    dx, dweight, dresidual = _call_backward(
         grad_y, grad_total if ctx.has_residual else None, total, weight, ctx.eps, wanted
     )
     dx = dresidual if shared else dx if needs_x else None
@@ -132,6 +163,8 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
 
 
 library.register_autograd("madformer::rms_norm", _autograd_backward, setup_context=_setup_context)
+_call = eager(torch.ops.madformer.rms_norm, _forward, recorded(_forward, _setup_context, _autograd_backward))
+_call_backward = eager(torch.ops.madformer.rms_norm_backward, _backward)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
@@ -172,5 +205,5 @@ def rms_norm(
     check_norm(x, {"weight": weight}, residual, eps, compiled=chosen == "triton")
     if chosen == "reference":
         return rms_norm_ref(x, weight, eps=eps, residual=residual)
-    y, total = torch.ops.madformer.rms_norm(x, weight, residual, eps)
+    y, total = _call(x, weight, residual, eps)
     return y if residual is None else (y, total)

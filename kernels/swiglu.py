@@ -5,6 +5,8 @@ Shape legend: R rows (all dimensions but the last, flattened), I columns.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor, library
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_floating, check_same, rows_of
-from madformer.kernels.launch import jit, launch, tl
+from madformer.kernels.launch import jit, tl
+from madformer.kernels.plans import Launch, eager, planned, recorded, taken_as
 
 OP = "swiglu"
 
@@ -67,26 +70,39 @@ def choose_settings(num_cols: int) -> Settings:
     return Settings(block, num_warps=max(1, min(8, block // 256)))
 
 
-def _launch(kernel: object, tensors: list[Tensor], strides: list[int], like: Tensor) -> None:
-    rows, cols = like.shape
+def _launch_of(kernel: object, *tensors: Tensor) -> Launch:
+    """For tensors of one shape, which come with a row stride each."""
+    rows, cols = math.prod(tensors[0].shape[:-1]), tensors[0].shape[-1]
     settings = choose_settings(cols)
+    strides = [rows_of(x).stride(0) for x in tensors]
     grid = (rows, -(-cols // settings.block))
-    launch(kernel, grid, like.device, *tensors, cols, *strides, BLOCK=settings.block, num_warps=settings.num_warps)
+    return Launch(kernel, grid, tensors[0].device, (cols, *strides), BLOCK=settings.block, num_warps=settings.num_warps)
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    gate_RI, up_RI = rows_of(gate), rows_of(up)
-    out = gate.new_empty(gate.shape)
-    _launch(_forward_kernel, [gate_RI, up_RI, out], [gate_RI.stride(0), up_RI.stride(0)], gate_RI)
-    return out
+@planned(lambda: choose_settings)
+def _forward(gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    launch, shape = _launch_of(_forward_kernel, gate, up), gate.shape
+    rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (gate, up))
+
+    def run(gate: Tensor, up: Tensor) -> Tensor:
+        out = gate.new_empty(shape)
+        launch(rows_of_gate(gate), rows_of_up(up), out)
+        return out
+
+    return run
 
 
-def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_RI, gate_RI, up_RI = (rows_of(x) for x in (grad, gate, up))
-    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    strides = [grad_RI.stride(0), gate_RI.stride(0), up_RI.stride(0)]
-    _launch(_backward_kernel, [grad_RI, gate_RI, up_RI, dgate, dup], strides, gate_RI)
-    return dgate, dup
+@planned(lambda: choose_settings)
+def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    launch, shape = _launch_of(_backward_kernel, grad, gate, up), gate.shape
+    rows_of_grad, rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (grad, gate, up))
+
+    def run(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        dgate, dup = gate.new_empty(shape), up.new_empty(shape)
+        launch(rows_of_grad(grad), rows_of_gate(gate), rows_of_up(up), dgate, dup)
+        return dgate, dup
+
+    return run
 
 
 library.define("madformer::swiglu", "(Tensor gate, Tensor up) -> Tensor")
@@ -110,10 +126,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.madformer.swiglu_backward(grad, *ctx.saved_tensors)
+    return _call_backward(grad, *ctx.saved_tensors)
 
 
 library.register_autograd("madformer::swiglu", _autograd_backward, setup_context=_setup_context)
+_call = eager(torch.ops.madformer.swiglu, _forward, recorded(_forward, _setup_context, _autograd_backward))
+_call_backward = eager(torch.ops.madformer.swiglu_backward, _backward)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
@@ -139,4 +157,4 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         return swiglu_ref(gate, up)
     check_floating("gate", gate)
     check_same("up", up, "gate", gate)
-    return torch.ops.madformer.swiglu(gate, up)
+    return _call(gate, up)

@@ -14,6 +14,8 @@ delta on its way, which saves a pass over O and dO.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,9 @@ from madformer.kernels.block_causal_attention.forward import (
     head_of,
     is_masked,
     key_tiles,
-    launch_tiles,
+    launch_of,
     load_tile,
     num_queries,
-    packed_empty,
     query_tile,
     query_tiles,
     store_tile,
@@ -256,27 +257,18 @@ def _has_idle_keys(layout: BlockLayout) -> bool:
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: BlockLayout,
-    scale: float,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; ``out`` and ``lse`` are what :func:`forward` returned."""
+    examples: Sequence[Tensor], layout: BlockLayout, scale: float, settings: Settings
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What makes the gradients of q, k and v of tensors like the ``examples``: the gradient of the output, q, k and v,
+    the output, and the log-sum-exp as :func:`forward` gives it."""
+    grad, q, k, v, out, lse = examples
     if layout.query_length == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = packed_empty(q), packed_empty(k), packed_empty(v)
-    delta = torch.empty_like(lse)
+        return lambda grad, q, k, v, *_: (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     m, n = settings.dq.rows, settings.dq.cols
-    launch_tiles(
+    make_dq = launch_of(
         _dq_kernel,
         query_tiles(layout, m),
         [(q, m), (k, n), (v, n), (out, m), (grad, m)],
-        [lse, delta, dq],
         [scale, scale * LOG2_E],
         layout,
         settings.dq,
@@ -286,11 +278,10 @@ def backward(
         BLOCK_N=n,
     )
     n, m = settings.dkdv.rows, settings.dkdv.cols
-    launch_tiles(
+    make_dk_dv = launch_of(
         _dkdv_kernel,
         key_tiles(layout, n),
         [(k, n), (v, n), (q, m), (grad, m)],
-        [lse, delta, dk, dv],
         [scale, scale * LOG2_E],
         layout,
         settings.dkdv,
@@ -299,4 +290,15 @@ def backward(
         BLOCK_M=m,
         BLOCK_N=n,
     )
-    return dq, dk, dv
+    (batch, heads, queries, dim), keys, of_rows = q.shape, k.shape[2], lse.shape
+
+    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
+        dk = q.new_empty(batch, keys, heads, dim).transpose(1, 2)
+        dv = q.new_empty(batch, keys, heads, dim).transpose(1, 2)
+        delta = lse.new_empty(of_rows)
+        make_dq(q, k, v, out, grad, lse, delta, dq)
+        make_dk_dv(k, v, q, grad, lse, delta, dk, dv)
+        return dq, dk, dv
+
+    return run

@@ -12,6 +12,7 @@ one token. Where tiles divide blocks every tile that is met is full, and the ker
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from madformer.kernels.block_causal_attention.layout import BlockLayout
-from madformer.kernels.launch import jit, launch, tensor_descriptor, tl
+from madformer.kernels.launch import Descriptor, jit, tl
+from madformer.kernels.plans import Launch
 
 LOG2_E = math.log2(math.e)
 # What K and V of the heads that run at the same time may take: most of an A100's 40 MB of L2 cache, or an H100's 50.
@@ -295,8 +297,8 @@ def is_masked(layout: BlockLayout, queries: int, keys: int) -> bool:
     return not aligned or layout.text_query_length > 0
 
 
-def operands(loaded: list[tuple[Tensor, int]], tma: bool) -> tuple[list[Any], list[int], dict[str, Any]]:
-    """``(B, H, L, D)`` tensors, each with the rows of the tiles it is loaded in: (arguments, strides, constants).
+def operands(loaded: list[tuple[Tensor, int]], tma: bool) -> tuple[list[Descriptor], list[int], dict[str, Any]]:
+    """``(B, H, L, D)`` tensors, each with the rows of the tiles it is loaded in: (descriptors, strides, constants).
 
     The copy engine takes them where their strides are multiples of 16 bytes. A head in two chunks would need two
     descriptors a tensor, so it is loaded by pointers.
@@ -309,35 +311,35 @@ def operands(loaded: list[tuple[Tensor, int]], tma: bool) -> tuple[list[Any], li
     width, second = head_chunks(tensors[0].shape[3])
     # An expanded or empty tensor has no descriptor.
     tma = tma and unit > 1 and second == 0 and 0 not in strides and all(x.numel() for x in tensors)
-    arguments = [tensor_descriptor(x, [1, 1, rows, width]) if tma else x for x, rows in loaded]
-    return arguments, [stride // unit for stride in strides], {"UNIT": unit, "TMA": tma}
+    descriptors = [Descriptor(x, [1, 1, rows, width]) for x, rows in loaded] if tma else []
+    return descriptors, [stride // unit for stride in strides], {"UNIT": unit, "TMA": tma}
 
 
-def launch_tiles(
+def launch_of(
     kernel: Any,
     num_tiles: int,
     loaded: list[tuple[Tensor, int]],
-    others: list[Tensor],
     scales: list[float],
     layout: BlockLayout,
     tile: Tile,
     settings: Settings,
     **options: Any,
-) -> None:
-    """Runs one of the kernels on ``num_tiles`` tiles of every head."""
-    batch, heads, _, dim = loaded[0][0].shape
-    head_bytes = 2 * layout.key_length * dim * loaded[0][0].element_size()
+) -> Launch:
+    """The launch of one of the kernels on ``num_tiles`` tiles of every head, for tensors like ``loaded`` and others."""
+    first = loaded[0][0]
+    batch, heads, _, dim = first.shape
+    head_bytes = 2 * layout.key_length * dim * first.element_size()
     num_groups = max(1, min(batch * heads, -(-batch * heads * head_bytes // L2_BYTES)))
     group_heads = -(-batch * heads // num_groups)
     lengths = [layout.text_length, layout.clean_length, layout.noise_blocks * layout.block_size]
-    arguments, strides, loads = operands(loaded, settings.tma)
+    descriptors, strides, loads = operands(loaded, settings.tma)
     dim0, dim1 = head_chunks(dim)
-    launch(
+    return Launch(
         kernel,
         (num_tiles * batch * heads,),
-        others[0].device,
-        *(*arguments, *others, *strides, *scales),
-        *(batch * heads, heads, group_heads, num_tiles, *lengths, layout.block_size),
+        first.device,
+        [*strides, *scales, batch * heads, heads, group_heads, num_tiles, *lengths, layout.block_size],
+        descriptors,
         TEXT_QUERIES=layout.text_query_length > 0,
         CLEAN_QUERIES=layout.clean_queries and layout.clean_blocks > 0,
         CROSS_BLOCK=layout.cross_block,
@@ -360,16 +362,15 @@ def packed_empty(like_BHLD: Tensor) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """The output and, in base 2, the log-sum-exp of the scaled scores, ``(B, H, Lq)`` in float32."""
-    out, lse = packed_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What makes of tensors like these the output and, in base 2, the log-sum-exp of the scaled scores, ``(B, H, Lq)``
+    in float32."""
     tile = settings.forward
     m, n = tile.rows, tile.cols
-    launch_tiles(
+    launch = launch_of(
         _forward_kernel,
         query_tiles(layout, m),
         [(q, m), (k, n), (v, n)],
-        [out, lse],
         [scale * LOG2_E],
         layout,
         tile,
@@ -378,4 +379,12 @@ def forward(
         BLOCK_M=m,
         BLOCK_N=n,
     )
-    return out, lse
+    (batch, heads, length, dim), device = q.shape, q.device
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
+        lse = torch.empty(batch, heads, length, device=device)
+        launch(q, k, v, out, lse)
+        return out, lse
+
+    return run

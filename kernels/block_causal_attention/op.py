@@ -6,7 +6,8 @@ A layout crosses the operator's schema as a list of integers, in the order of it
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from madformer.kernels.block_causal_attention import forward as forward_kernel
 from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked, packed_empty
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import target
+from madformer.kernels.plans import eager, planned, recorded, taken_as
 
 MAX_HEAD_DIM = 128
+_FIELDS = [field.name for field in fields(BlockLayout)]
 
 
 def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capability: int) -> Settings:
@@ -58,22 +61,32 @@ def _settings(q: Tensor, layout: BlockLayout) -> Settings:
     return choose_settings(q.shape[-1], q.dtype, layout, target(q.device).capability)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> tuple[Tensor, Tensor]:
+@planned(lambda: (choose_settings, forward_kernel.L2_BYTES))
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
     blocks = _unpack(layout)
-    q, k, v = (_contiguous_rows(x) for x in (q, k, v))
-    return forward_kernel.forward(q, k, v, blocks, scale, _settings(q, blocks))
+    take_q, take_k, take_v = (taken_as(_contiguous_rows, x) for x in (q, k, v))
+    run = forward_kernel.forward(take_q(q), take_k(k), take_v(v), blocks, scale, _settings(q, blocks))
+    return lambda q, k, v, *_: run(take_q(q), take_k(k), take_v(v))
 
 
+@planned(lambda: (choose_settings, forward_kernel.L2_BYTES))
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     blocks = _unpack(layout)
-    grad, q, k, v, out = (_contiguous_rows(x) for x in (grad, q, k, v, out))
-    return backward_kernels.backward(grad, q, k, v, out, lse.contiguous(), blocks, scale, _settings(q, blocks))
+    takers: list[Callable[[Any], Any]] = [taken_as(_contiguous_rows, x) for x in (grad, q, k, v, out)]
+    takers.append(taken_as(Tensor.contiguous, lse))
+
+    def taken(*tensors: Tensor) -> list[Tensor]:
+        return [take(x) for take, x in zip(takers, tensors, strict=True)]
+
+    run = backward_kernels.backward(taken(grad, q, k, v, out, lse), blocks, scale, _settings(q, blocks))
+    return lambda *arguments: run(*taken(*arguments[:6]))
 
 
 def _pack(layout: BlockLayout) -> list[int]:
-    return [int(field) for field in astuple(layout)]
+    # Not dataclasses.astuple, which copies deeply: as long as the launch itself.
+    return [int(getattr(layout, name)) for name in _FIELDS]
 
 
 def _unpack(fields: list[int]) -> BlockLayout:
@@ -118,11 +131,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.madformer.block_causal_attention_backward(grad, *ctx.saved_tensors, ctx.layout, ctx.scale)
+    grads = _call_backward(grad, *ctx.saved_tensors, ctx.layout, ctx.scale)
     return *grads, None, None
 
 
 library.register_autograd("madformer::block_causal_attention", _autograd_backward, setup_context=_setup_context)
+_call = eager(
+    torch.ops.madformer.block_causal_attention, _forward, recorded(_forward, _setup_context, _autograd_backward)
+)
+_call_backward = eager(torch.ops.madformer.block_causal_attention_backward, _backward)
 
 
 def block_causal_attention_triton(
@@ -134,5 +151,5 @@ def block_causal_attention_triton(
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for backend='triton', got {q.shape[-1]}")
     if scale <= 0:
         raise ValueError(f"scale must be above 0 for backend='triton', got {scale}")
-    out, lse = torch.ops.madformer.block_causal_attention(q, k, v, _pack(layout), scale)
+    out, lse = _call(q, k, v, _pack(layout), scale)
     return out, lse * math.log(2) if return_lse else None

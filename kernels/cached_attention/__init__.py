@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS
+from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS, cached_attention_triton
 from madformer.kernels.cached_attention.reference import cached_attention_ref
 from madformer.kernels.checks import check_device, check_floating, check_same, check_shape
 
@@ -84,7 +84,7 @@ def cached_attention(
     check_floating("q", q_BHLD)
     if too_wide:
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
-    out_BLHD = torch.ops.madformer.cached_attention(
+    out_BLHD = cached_attention_triton(
         q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B, scale, num_splits
     )
     return out_BLHD.transpose(1, 2)

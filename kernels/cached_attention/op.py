@@ -6,13 +6,16 @@ Shape legend: B batch, H heads, L queries, N own keys, R rows of the cache, S th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from madformer.kernels.cached_attention.kernels import combine_kernel, split_kernel
-from madformer.kernels.launch import Target, launch, target
+from madformer.kernels.launch import Target, target
+from madformer.kernels.plans import Launch, eager, planned
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -82,6 +85,7 @@ def choose_num_splits(num_programs: int, num_keys: int, block_n: int, resident: 
     return next(splits for splits, each in enumerate(costs, 1) if each <= 1.1 * min(costs))
 
 
+@planned(lambda: choose_settings)
 def _forward(
     q_BHLD: Tensor,
     k_cache_RHSD: Tensor,
@@ -92,30 +96,22 @@ def _forward(
     rows_B: Tensor | None,
     scale: float,
     num_splits: int | None,
-) -> Tensor:
-    (B, H, L, D), (R, _, S, _) = q_BHLD.shape, k_cache_RHSD.shape
+) -> Callable[..., Tensor]:
+    (B, H, L, D), (R, _, S, _), device = q_BHLD.shape, k_cache_RHSD.shape, q_BHLD.device
     N = 0 if k_BHND is None else k_BHND.shape[2]
-    settings = choose_settings(B * H, L, S + N, D, q_BHLD.dtype, target(q_BHLD.device))
+    settings = choose_settings(B * H, L, S + N, D, q_BHLD.dtype, target(device))
     splits = settings.num_splits if num_splits is None else num_splits
     # Without an own block the cache stands in for it, and is not read as such.
     own = (k_cache_RHSD, v_cache_RHSD) if k_BHND is None or v_BHND is None else (k_BHND, v_BHND)
-    rows = lengths_B if rows_B is None else rows_B
     heads = (q_BHLD, k_cache_RHSD, v_cache_RHSD, *own)
     unit = math.gcd(16 // q_BHLD.element_size(), *(stride for x in heads for stride in x.stride()[:3]))
     strides = [tuple(stride // unit for stride in x.stride()[:3]) for x in heads]
-
-    out_BLHD = q_BHLD.new_empty(B, L, H, D)
-    partial, lse = out_BLHD, out_BLHD
-    if splits > 1:
-        partial = q_BHLD.new_empty(splits, B, L, H, D, dtype=torch.float32)
-        lse = q_BHLD.new_empty(splits, B, L, H, dtype=torch.float32)
-    launch(
+    rows_stride = (lengths_B if rows_B is None else rows_B).stride(0)
+    launch = Launch(
         split_kernel,
         (B * splits * -(-L // settings.block_m), H),
-        q_BHLD.device,
-        *(*heads, lengths_B, rows, partial, lse),
-        *(*strides, lengths_B.stride(0), rows.stride(0)),
-        *(L, R, S, N, splits, scale * math.log2(math.e)),
+        device,
+        (*strides, lengths_B.stride(0), rows_stride, L, R, S, N, splits, scale * math.log2(math.e)),
         HAS_OWN=N > 0,
         HAS_ROWS=rows_B is not None,
         SPLIT=splits > 1,
@@ -127,24 +123,45 @@ def _forward(
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )
-    if splits > 1:
-        _combine(partial, lse, out_BLHD)
-    return out_BLHD
+    combine = _combination(splits, B * L * H, D, device)
+
+    def run(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        rows: Tensor | None,
+        *_: Any,
+    ) -> Tensor:
+        out_BLHD = q.new_empty(B, L, H, D)
+        own_k, own_v = (k_cache, v_cache) if k is None else (k, v)
+        given = q, k_cache, v_cache, own_k, own_v, lengths, lengths if rows is None else rows
+        if splits == 1:
+            launch(*given, out_BLHD, out_BLHD)
+            return out_BLHD
+        partial = torch.empty(splits, B, L, H, D, device=device)
+        lse = torch.empty(splits, B, L, H, device=device)
+        launch(*given, partial, lse)
+        combine(partial, lse, out_BLHD)
+        return out_BLHD
+
+    return run
 
 
-def _combine(partial_PBLHD: Tensor, lse_PBLH: Tensor, out_BLHD: Tensor) -> None:
-    num_splits, (*rows, D) = partial_PBLHD.shape[0], out_BLHD.shape
+def _combination(num_splits: int, rows: int, head_dim: int, device: torch.device) -> Launch:
     # Of every split two loads of 16 bytes by each of 128 threads, and twice as many programs as SMs at batch 1.
-    block_r = 1024 // _block_d(D)
-    launch(
+    block_r = 1024 // _block_d(head_dim)
+    return Launch(
         combine_kernel,
-        (-(-math.prod(rows) // block_r),),
-        out_BLHD.device,
-        *(partial_PBLHD, lse_PBLH, out_BLHD, math.prod(rows)),
+        (-(-rows // block_r),),
+        device,
+        [rows],
         NUM_SPLITS=num_splits,
-        D=D,
+        D=head_dim,
         BLOCK_R=block_r,
-        BLOCK_D=_block_d(D),
+        BLOCK_D=_block_d(head_dim),
         num_warps=4,
     )
 
@@ -160,6 +177,7 @@ library.define(
     " int? num_splits) -> Tensor",
 )
 library.impl("madformer::cached_attention", ("cpu", "cuda"), _forward)
+cached_attention_triton = eager(torch.ops.madformer.cached_attention, _forward)
 
 
 @library.register_fake("madformer::cached_attention")

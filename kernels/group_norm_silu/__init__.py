@@ -12,6 +12,7 @@ S splits of a slab.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
-from madformer.kernels.launch import Target, launch, target
+from madformer.kernels.launch import Target, target
+from madformer.kernels.plans import Launch, eager, planned, recorded, taken_as
 
 OP = "group_norm_silu"
 MAX_GROUP_CHANNELS = 4096
@@ -114,28 +116,48 @@ def _channels_last(x_NCHW: Tensor) -> Tensor:
     return torch.empty_like(x_NCHW, memory_format=torch.channels_last)
 
 
+def _phases(splits: int) -> tuple[tuple[bool, bool], ...]:
+    """What each launch does: sums and output at once, or one after the other where slabs are split."""
+    return ((True, True),) if splits == 1 else ((True, False), (False, True))
+
+
+@planned(lambda: choose_settings)
 def _forward(
     x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    x_NPC, y = _rows(x), _channels_last(x)
-    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
-    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
-    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=False)
+) -> Callable[..., Any]:
+    x_NPC, maps, device = _rows(x), len(x), x.device
+    slabs, num_pixels, group_channels = maps * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
+    settings = choose_settings(slabs, num_pixels, group_channels, target(device), backward=False)
     splits = -(-num_pixels // settings.chunk)
-    partial = x.new_empty(slabs, 2, splits, dtype=torch.float32) if splits > 1 else mean
-    temb_NC = weight[None] if temb is None else _unit_stride(temb)
-    tensors = (x_NPC, temb_NC, weight.contiguous(), bias.contiguous(), y, mean, rstd, partial)
-    numbers = (num_groups, num_pixels, settings.chunk, eps, x_NPC.stride(0), x_NPC.stride(1), temb_NC.stride(0))
-    for moments, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
-        launch(
-            forward_kernel, (slabs, splits), x.device, *tensors, *numbers,
+    temb_stride = weight.shape[0] if temb is None else _unit_stride(temb).stride(0)
+    numbers = (num_groups, num_pixels, settings.chunk, eps, x_NPC.stride(0), x_NPC.stride(1), temb_stride)
+    launches = [
+        Launch(
+            forward_kernel, (slabs, splits), device, numbers,
             K=group_channels, HAS_TEMB=temb is not None, SILU=silu, MOMENTS=moments, OUTPUT=output,
             BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels), BLOCK_S=next_power_of_2(splits),
             RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
-    return y, mean, rstd
+        )
+        for moments, output in _phases(splits)
+    ]  # fmt: skip
+    take_x, take_temb = taken_as(_rows, x), taken_as(_unit_stride, temb)
+    take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
+
+    def run(x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y = _channels_last(x)
+        mean, rstd = (torch.empty(maps, num_groups, device=device) for _ in range(2))
+        partial = torch.empty(slabs, 2, splits, device=device) if splits > 1 else mean
+        affine = take_weight(weight), take_bias(bias)
+        # Without an embedding the kernel does not look at it.
+        tensors = take_x(x), affine[0] if temb is None else take_temb(temb), *affine, y, mean, rstd, partial
+        for launch in launches:
+            launch(*tensors)
+        return y, mean, rstd
+
+    return run
 
 
+@planned(lambda: choose_settings)
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -146,31 +168,51 @@ def _backward(
     rstd: Tensor,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_NPC, x_NPC, dx = _rows(grad), _rows(x), _channels_last(x)
-    slabs, num_pixels, group_channels = len(x) * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
-    settings = choose_settings(slabs, num_pixels, group_channels, target(x.device), backward=True)
-    splits = -(-num_pixels // settings.chunk)
-    sums = x.new_empty(len(x), splits, 2 if temb is None else 3, x.shape[1], dtype=torch.float32)
-    temb_NC = weight[None] if temb is None else _unit_stride(temb)
-    dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
-    weights = (weight.contiguous(), bias.contiguous(), mean, rstd)
-    tensors = (grad_NPC, x_NPC, temb_NC, *weights, dx, dtemb, sums)
-    strides = (*grad_NPC.stride()[:2], *x_NPC.stride()[:2], temb_NC.stride(0))
-    for take_sums, output in ((True, True),) if splits == 1 else ((True, False), (False, True)):
-        launch(
-            backward_kernel, (slabs, splits), x.device, *tensors, num_groups, num_pixels, settings.chunk, *strides,
+) -> Callable[..., Any]:
+    grad_NPC, x_NPC, (maps, channels), device = _rows(grad), _rows(x), x.shape[:2], x.device
+    slabs, num_pixels, group_channels = maps * num_groups, x_NPC.shape[1], channels // num_groups
+    settings = choose_settings(slabs, num_pixels, group_channels, target(device), backward=True)
+    splits, columns = -(-num_pixels // settings.chunk), next_power_of_2(group_channels)
+    num_sums = 2 if temb is None else 3
+    temb_stride = channels if temb is None else _unit_stride(temb).stride(0)
+    strides = (*grad_NPC.stride()[:2], *x_NPC.stride()[:2], temb_stride)
+    launches = [
+        Launch(
+            backward_kernel, (slabs, splits), device, (num_groups, num_pixels, settings.chunk, *strides),
             K=group_channels, HAS_TEMB=temb is not None, SILU=silu, SUMS=take_sums, OUTPUT=output,
-            BLOCK_P=settings.block_pixels, BLOCK_K=next_power_of_2(group_channels),
+            BLOCK_P=settings.block_pixels, BLOCK_K=columns,
             RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
-    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    columns = next_power_of_2(group_channels)
-    launch(
-        weights_kernel, (num_groups,), x.device, sums, dweight, dbias, len(x) * splits, sums.stride(1), x.shape[1],
+        )
+        for take_sums, output in _phases(splits)
+    ]  # fmt: skip
+    finish = Launch(
+        weights_kernel, (num_groups,), device, (maps * splits, num_sums * channels, channels),
         K=group_channels, BLOCK_P=max(1, 2048 // columns), BLOCK_K=columns, num_warps=4,
     )  # fmt: skip
-    return dx, dtemb, dweight, dbias
+    take_grad, take_x, take_temb = taken_as(_rows, grad), taken_as(_rows, x), taken_as(_unit_stride, temb)
+    take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
+
+    def run(
+        grad: Tensor,
+        x: Tensor,
+        temb: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, sums = _channels_last(x), torch.empty(maps, splits, num_sums, channels, device=device)
+        dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
+        affine = take_weight(weight), take_bias(bias)
+        given = take_grad(grad), take_x(x), affine[0] if temb is None else take_temb(temb)
+        for launch in launches:
+            launch(*given, *affine, mean, rstd, dx, dtemb, sums)
+        dweight, dbias = weight.new_empty(channels), bias.new_empty(channels)
+        finish(sums, dweight, dbias)
+        return dx, dtemb, dweight, dbias
+
+    return run
 
 
 library.define(
@@ -212,13 +254,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     temb = ctx.saved_tensors[1]
-    dx, dtemb, dweight, dbias = torch.ops.madformer.group_norm_silu_backward(
-        grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu
-    )
+    dx, dtemb, dweight, dbias = _call_backward(grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
     return dx, None if temb is None else dtemb, dweight, dbias, None, None, None
 
 
 library.register_autograd("madformer::group_norm_silu", _autograd_backward, setup_context=_setup_context)
+_call = eager(torch.ops.madformer.group_norm_silu, _forward, recorded(_forward, _setup_context, _autograd_backward))
+_call_backward = eager(torch.ops.madformer.group_norm_silu_backward, _backward)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
@@ -264,7 +306,7 @@ def group_norm_silu(
             check_floating(name, tensor)
     if x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
         raise ValueError(f"num_groups={num_groups} puts more than {MAX_GROUP_CHANNELS} channels into a group")
-    y, _, _ = torch.ops.madformer.group_norm_silu(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu)
+    y, _, _ = _call(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu)
     return y
 
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from madformer.kernels.checks import check_device, check_floating, check_shape
-from madformer.kernels.launch import launch, target
+from madformer.kernels.launch import target
 from madformer.kernels.norm_common.kernels import norm_backward_kernel, norm_forward_kernel, norm_reduce_kernel
+from madformer.kernels.plans import Launch
 
 MAX_COLS = 8192
 """Widest row: its chunks stay in the registers of one program."""
@@ -116,51 +118,55 @@ def _strides(tensor_BLC: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor_BLC is None else (tensor_BLC.stride(0), tensor_BLC.stride(1))
 
 
+def _row_strides(*rows: Tensor | None) -> list[int]:
+    return [0 if each is None else each.stride(0) for each in rows]
+
+
+def _blocks_and_tokens(like_BLC: Tensor, scale: Tensor | None) -> tuple[int, int]:
+    """Blocks that share a row of modulation, and the tokens of one."""
+    samples, length, _ = like_BLC.shape
+    blocks = samples if scale is None else scale.shape[0]
+    return blocks, samples * length // max(1, blocks)
+
+
+def settings_in_use() -> tuple[object, ...]:
+    """For :func:`~madformer.kernels.plans.planned`: what chooses the settings of the launches that are made here."""
+    return choose_forward_settings, choose_backward_settings, choose_splits
+
+
 def norm_forward(
     x_BLC: Tensor,
     *,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     centred: bool,
     eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    """``y`` (B, L, C) in the dtype of ``x``, and ``total`` in that of ``residual`` where there is one.
+) -> Launch:
+    """The launch for tensors like these: x, residual, gate, weight, bias, shift, scale, total, y.
 
-    ``x`` and ``residual`` have contiguous columns; ``gate``, ``shift`` and ``scale`` are (B * M, C) rows of such.
+    ``x`` and ``residual`` have contiguous columns; ``gate``, ``shift`` and ``scale`` are (B * M, C) rows of such,
+    ``weight``, ``bias``, ``total`` and ``y`` are contiguous. ``y`` has the dtype of ``x``, ``total`` the residual's.
     """
-    (samples, length, cols), device = x_BLC.shape, x_BLC.device
-    y = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    if x_BLC.numel() == 0:
-        return y, total
-    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    blocks = samples if scale is None else scale.shape[0]
-    tokens = samples * length // blocks
+    cols = x_BLC.shape[2]
+    blocks, tokens = _blocks_and_tokens(x_BLC, scale)
     settings = choose_forward_settings(cols)
     tiles = -(-tokens // settings.rows)
-    launch(
+    return Launch(
         norm_forward_kernel,
         (blocks * tiles,),
-        device,
-        *(x_BLC, residual, gate, weight, bias, shift, scale, total, y),
-        eps,
-        tokens,
-        blocks // samples,
-        tiles,
-        *_strides(x_BLC),
-        *_strides(residual),
-        *(0 if rows is None else rows.stride(0) for rows in (gate, shift, scale)),
+        x_BLC.device,
+        (
+            *(eps, tokens, blocks // max(1, len(x_BLC)), tiles),
+            *(*_strides(x_BLC), *_strides(residual), *_row_strides(gate, shift, scale)),
+        ),
         CENTRED=centred,
         COLS=cols,
         ROWS=settings.rows,
         CHUNK=settings.chunk,
         num_warps=settings.num_warps,
     )
-    return y, total
 
 
 def norm_backward(
@@ -170,54 +176,42 @@ def norm_backward(
     *,
     x: Tensor | None = None,
     gate: Tensor | None = None,
-    weight: Tensor | None = None,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     centred: bool,
     eps: float,
-    out: Mapping[str, Tensor],
-) -> None:
-    """Fills ``out``, the gradients that are wanted by name, contiguous.
+    wanted: Collection[str],
+) -> Callable[..., None]:
+    """What fills the gradients that are wanted by name, from tensors like these.
 
+    It is called with grad_y, grad_total, total, x, gate, weight, bias, scale, and a mapping of contiguous gradients.
     ``total`` is what was normalised, and its gradient is that of ``residual``; that of ``x`` differs by the gate.
     ``total`` and ``x`` are (B, L, C), ``gate``, ``shift`` and ``scale`` (B * M, C), ``weight`` and ``bias`` (C,).
-    The other arguments are :func:`norm_forward`'s; ``x`` is only read for the gradient of ``gate``.
+    ``x`` is only read for the gradient of ``gate``.
     """
-    (samples, length, cols), device = total_BLC.shape, total_BLC.device
+    (samples, _, cols), device = total_BLC.shape, total_BLC.device
     if total_BLC.numel() == 0:
-        for gradient in out.values():
-            gradient.zero_()
-        return
-    weight, bias = (None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-    blocks = samples if scale is None else scale.shape[0]
-    tokens = samples * length // blocks
-    needed = {
-        "sum": not out.keys().isdisjoint({"shift", "bias"} if bias is None else {"shift", "bias", "scale"}),
-        "dot": not out.keys().isdisjoint({"scale", "weight"}),
-        "gate": "gate" in out,
-    }
-    settings = choose_backward_settings(cols, num_sums=sum(needed.values()))
+        return _fill_with_zeros
+    blocks, tokens = _blocks_and_tokens(total_BLC, scale)
+    names = set(wanted)
+    needed = (
+        not names.isdisjoint({"shift", "bias"} if bias is None else {"shift", "bias", "scale"}),
+        not names.isdisjoint({"scale", "weight"}),
+        "gate" in names,
+    )
+    settings = choose_backward_settings(cols, num_sums=sum(needed))
     tiles = -(-tokens // settings.rows)
     splits = choose_splits(blocks, tiles, target(device).num_sms * settings.programs_per_sm)
-    partials = [
-        torch.empty(blocks * splits, cols, device=device) if is_needed else None for is_needed in needed.values()
-    ]
-    launch(
+    rows = blocks * splits
+    main = Launch(
         norm_backward_kernel,
-        (blocks * splits,),
+        (rows,),
         device,
-        *(grad_y_BLC, grad_total_BLC, total_BLC, x, gate, weight, scale),
-        *(out.get("total"), out.get("x"), *partials),
-        eps,
-        tokens,
-        blocks // samples,
-        tiles,
-        splits,
-        *_strides(grad_y_BLC),
-        *_strides(grad_total_BLC),
-        *_strides(total_BLC),
-        *_strides(x),
-        *(0 if rows is None else rows.stride(0) for rows in (gate, scale)),
+        (
+            *(eps, tokens, blocks // samples, tiles, splits),
+            *(*_strides(grad_y_BLC), *_strides(grad_total_BLC), *_strides(total_BLC), *_strides(x)),
+            *_row_strides(gate, scale),
+        ),
         CENTRED=centred,
         COLS=cols,
         ROWS=settings.rows,
@@ -225,42 +219,65 @@ def norm_backward(
         STAGES=settings.num_stages,
         num_warps=settings.num_warps,
     )
-    if any(needed.values()):
-        _reduce_partials(partials, weight, bias, scale, out)
+    reduce = _reduction(rows, cols, scale, names, device) if any(needed) else None
+
+    def run(
+        grad_y: Tensor,
+        grad_total: Tensor | None,
+        total: Tensor,
+        x: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        out: Mapping[str, Tensor],
+    ) -> None:
+        partials = [torch.empty(rows, cols, device=device) if is_needed else None for is_needed in needed]
+        dtotal, dx = out.get("total"), out.get("x")
+        main(grad_y, grad_total, total, x, gate, weight, scale, dtotal, dx, *partials)
+        if reduce is not None:
+            reduce(partials, weight, bias, scale, out)
+
+    return run
 
 
-def _reduce_partials(
-    partials: Sequence[Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    out: Mapping[str, Tensor],
-) -> None:
+def _fill_with_zeros(*arguments: Any) -> None:
+    for gradient in arguments[-1].values():
+        gradient.zero_()
+
+
+def _reduction(
+    rows: int, cols: int, scale: Tensor | None, wanted: Collection[str], device: torch.device
+) -> Callable[..., None]:
     """From the sums of every program to gradients, in one launch; with a scale, affine ones in one addition each."""
-    rows, cols = next(partial.shape for partial in partials if partial is not None)
-    device = next(iter(out.values())).device
     groups = 1 if scale is None else scale.shape[0]
     num_partials = rows // groups
-    affine = {name: out[name] for name in ("weight", "bias") if name in out}
-    by_group = (
-        affine if scale is None else {name: scale.new_empty(groups, cols, dtype=torch.float32) for name in affine}
-    )
+    affine = [name for name in ("weight", "bias") if name in wanted]
     tile = min(1024, 1 << (num_partials - 1).bit_length())
     width = max(16, min(128, 4096 // tile))
-    launch(
+    launch = Launch(
         norm_reduce_kernel,
         (groups, -(-cols // width)),
         device,
-        *(*partials, weight, bias, scale),
-        *(out.get(name) for name in ("shift", "scale", "gate")),
-        *(by_group.get(name) for name in ("weight", "bias")),
-        num_partials,
-        0 if scale is None else scale.stride(0),
+        [num_partials, *_row_strides(scale)],
         COLS=cols,
         TILE=tile,
         WIDTH=width,
         num_warps=max(1, min(8, tile * width // 512)),
     )
-    if scale is not None:
-        for name, gradient in affine.items():
-            gradient.copy_(by_group[name].sum(0))
+
+    def run(
+        partials: Sequence[Tensor | None],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        out: Mapping[str, Tensor],
+    ) -> None:
+        by_group = out if scale is None else {name: torch.empty(groups, cols, device=device) for name in affine}
+        shift_scale_gate = [out.get(name) for name in ("shift", "scale", "gate")]
+        launch(*partials, weight, bias, scale, *shift_scale_gate, by_group.get("weight"), by_group.get("bias"))
+        if scale is not None:
+            for name in affine:
+                out[name].copy_(by_group[name].sum(0))
+
+    return run

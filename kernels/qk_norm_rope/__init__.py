@@ -22,7 +22,7 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.launch import DTYPES
-from madformer.kernels.qk_norm_rope import ops  # noqa: F401  registers the ops
+from madformer.kernels.qk_norm_rope import ops
 from madformer.kernels.qk_norm_rope.reference import (
     Optionals,
     axes_of,
@@ -98,7 +98,7 @@ def qk_norm_rope(
     check_floating("qkv[0]", qkv[0])
     if chosen == "cpp":
         q_weight, k_weight, cos, sin = (_in_float32(entries) for entries in (q_weight, k_weight, cos, sin))
-    op = torch.ops.madformer.qk_norm_rope_cpp if chosen == "cpp" else torch.ops.madformer.qk_norm_rope
+    op = torch.ops.madformer.qk_norm_rope_cpp if chosen == "cpp" else ops.qk_norm_rope_triton
     arguments = _op_arguments(qkv, q_weight, k_weight, cos, sin, pairings, num_heads, head_dim)
     return op(*arguments, num_heads, head_dim, eps)
 
@@ -156,7 +156,7 @@ def qk_norm_rope_cached(
     if chosen == "cpp":
         q = torch.ops.madformer.qk_norm_rope_cached_cpp(qkv_BLC, *_in_float32(parameters), *caches, rows_B, *scalars)
     else:
-        q = torch.ops.madformer.qk_norm_rope_cached(qkv_BLC, *parameters, *caches, rows_B, *scalars)
+        q = ops.qk_norm_rope_cached_triton(qkv_BLC, *parameters, *caches, rows_B, *scalars)
     return q if has_queries else None
 
 

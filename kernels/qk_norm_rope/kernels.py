@@ -26,6 +26,8 @@ def forward_kernel(
     num_tokens,
     num_rows,
     num_slots,
+    first_query,
+    first_key,
     eps,
     stride_xb,
     stride_xl,
@@ -62,7 +64,7 @@ def forward_kernel(
     live = live_col & (token < num_tokens)
 
     x_ptrs = qkv_ptr + (batch * stride_xb + token * stride_xl) * UNIT + index * (NUM_HEADS * HEAD_DIM) + col
-    row, slot, stored = batch, token, live
+    row, slot, stored = batch, token + tl.where(part == 0, first_query, first_key), live
     if positions_ptr is not None:
         slot += tl.where(part == 0, 0, tl.load(positions_ptr + batch).to(tl.int64))
         stored &= (part == 0) | ((slot >= 0) & (slot < num_slots))
@@ -129,6 +131,9 @@ def backward_kernel(
     num_tokens,
     num_tiles,
     tiles_per_program,
+    first_query,
+    first_key,
+    first_weight,
     eps,
     stride_xb,
     stride_xl,
@@ -164,6 +169,7 @@ def backward_kernel(
 
     x_ptrs = qkv_ptr + index * PART_COLS + col
     dx_ptrs = dqkv_ptr + index * PART_COLS + col
+    first = tl.where(part == 0, first_query, first_key)
     dy_ptrs = tl.where(part == 0, dq_ptr, tl.where(part == 1, dk_ptr, dv_ptr)) + col
     stride_yb = tl.where(part == 0, stride_qb, tl.where(part == 1, stride_kb, stride_vb))
     stride_yh = tl.where(part == 0, stride_qh, tl.where(part == 1, stride_kh, stride_vh))
@@ -190,7 +196,7 @@ def backward_kernel(
         for start in range(0, NUM_HEADS, HEADS):
             head = start + tl.arange(0, HEADS)[None, :, None]
             live_head = live & (head < NUM_HEADS)
-            dy_row = (batch * stride_yb + token * stride_yl + head.to(tl.int64) * stride_yh) * UNIT
+            dy_row = (batch * stride_yb + (first + token) * stride_yl + head.to(tl.int64) * stride_yh) * UNIT
             dx1 = tl.load(dy_ptrs + dy_row, mask=live_head, other=0.0).to(tl.float32)
             dx2 = tl.load(dy_ptrs + dy_row + HALF, mask=live_head, other=0.0).to(tl.float32)
             if part < 2:
@@ -219,6 +225,6 @@ def backward_kernel(
         pair = tl.arange(0, COLS)
         channel = pair // HALF * (2 * HALF) + pair % HALF
         mask = (pair < HEAD_DIM // 2) & (part < 2)
-        partial_ptrs = partial_ptr + (index * num_programs + program) * HEAD_DIM + channel
+        partial_ptrs = partial_ptr + ((first_weight + index) * num_programs + program) * HEAD_DIM + channel
         tl.store(partial_ptrs, tl.sum(tl.sum(dweight1, 1), 0), mask=mask)
         tl.store(partial_ptrs + HALF, tl.sum(tl.sum(dweight2, 1), 0), mask=mask)

@@ -6,12 +6,14 @@ P programs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from madformer.kernels.launch import launch, target
+from madformer.kernels.launch import target
+from madformer.kernels.plans import Launch, itself, taken_as
 from madformer.kernels.qk_norm_rope.kernels import backward_kernel, forward_kernel
 
 
@@ -97,26 +99,16 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _inner_contiguous(tensor: Tensor) -> Tensor:
+def inner_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _weights(stream: Stream) -> tuple[Tensor | None, Tensor | None]:
-    """Contiguous weights; a kernel takes that of the queries to be there where that of the keys is."""
-    if stream.k_weight is None:
-        return None, None
-    k_weight = stream.k_weight.contiguous()
-    return k_weight if stream.q_weight is None else stream.q_weight.contiguous(), k_weight
-
-
-def _tables(stream: Stream) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Cosines, sines, and the strides of both from sample to sample and from token to token."""
-    if stream.cos is None or stream.sin is None:
-        return None, None, 0, 0
-    cos, sin = stream.cos, stream.sin
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin, cos.stride(0) if cos.ndim == 3 else 0, cos.stride(-2)
+def _table_strides(stream: Stream) -> tuple[int, int]:
+    """Of cosines and sines as :func:`takers` take them: from sample to sample, and from token to token."""
+    if stream.cos is None:
+        return 0, 0
+    cos = takers(stream)[3](stream.cos)
+    return cos.stride(0) if cos.ndim == 3 else 0, cos.stride(-2)
 
 
 def _common_unit(strides: list[int]) -> int:
@@ -127,36 +119,40 @@ def _common_unit(strides: list[int]) -> int:
     return 1 if any(stride % 8 for stride in strides) else 8
 
 
-def forward(
-    stream: Stream,
-    q_BHLD: Tensor,
-    k_RHSD: Tensor,
-    v_RHSD: Tensor,
-    positions_B: Tensor | None = None,
-    rows_B: Tensor | None = None,
-) -> None:
-    """Writes a stream's queries, keys and values, the latter two from slot ``positions_B`` of row ``rows_B`` on.
+def takers(stream: Stream) -> list[Callable[[Any], Any]]:
+    """How the first five entries of streams of this kind are passed to a kernel."""
+    cos, sin = stream.cos, stream.sin
+    alike = cos is None or sin is None or (cos.stride(-1) == 1 and cos.stride() == sin.stride())
+    table = itself if alike else Tensor.contiguous
+    weights = (taken_as(Tensor.contiguous, weight) for weight in (stream.q_weight, stream.k_weight))
+    return [taken_as(inner_contiguous, stream.qkv), *weights, table, table]
 
-    Without these from slot 0, and sample b to row b. Keys and values have the same strides, channels are contiguous.
-    ``q_BHLD`` is empty where the stream has no queries.
+
+def forward(
+    stream: Stream, q_BHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, *, first_query: int = 0, first_key: int = 0,
+    has_rows: bool = False,
+) -> Launch:  # fmt: skip
+    """The launch that writes a stream's queries, keys and values.
+
+    It takes what :func:`takers` make of the stream, positions and rows of a cache or None, and q, k and v like these:
+    the first from ``first_query`` on, the others from ``first_key`` on, or, in a cache, from the slot that positions
+    say. Keys and values have the same strides, channels are contiguous. ``q_BHLD`` is empty where the stream has no
+    queries.
     """
-    qkv = _inner_contiguous(stream.qkv)
-    positions, rows = (None if index is None else index.contiguous() for index in (positions_B, rows_B))
+    qkv = inner_contiguous(stream.qkv)
     # Not of every batch size a kernel of its own: a constant where nobody looks at it.
-    num_rows = 0 if rows is None else len(k_RHSD)
+    num_rows = len(k_RHSD) if has_rows else 0
     batch, num_tokens, _ = qkv.shape
     settings = choose_settings(stream)
     tiles = batch * -(-num_tokens // settings.tokens)
-    cos, sin, *table_strides = _tables(stream)
-    strides = [*qkv.stride()[:2], *table_strides, *q_BHLD.stride()[:3], *k_RHSD.stride()[:3]]
+    strides = [*qkv.stride()[:2], *_table_strides(stream), *q_BHLD.stride()[:3], *k_RHSD.stride()[:3]]
     unit = _common_unit(strides)
-    launch(
+    return Launch(
         forward_kernel,
         (stream.parts * tiles, -(-stream.num_heads // settings.heads_per_program)),
         qkv.device,
-        *(qkv, *_weights(stream), cos, sin, positions, rows, q_BHLD, k_RHSD, v_RHSD),
-        *(num_tokens, num_rows, k_RHSD.shape[2], stream.eps),
-        *(stride // unit for stride in strides),
+        [num_tokens, num_rows, k_RHSD.shape[2], first_query, first_key, stream.eps]
+        + [stride // unit for stride in strides],
         NUM_HEADS=stream.num_heads,
         HEAD_DIM=stream.head_dim,
         AXES=max(1, stream.axes),
@@ -171,34 +167,28 @@ def forward(
 
 
 def backward(
-    stream: Stream,
-    dq_BHLD: Tensor,
-    dk_BHLD: Tensor,
-    dv_BHLD: Tensor,
-    partial_NPD: Tensor | None,
-    num_programs: int,
-) -> Tensor:
-    """The gradient of a stream's ``qkv``; writes every program's share of those of its weights.
+    stream: Stream, gradients_BHLD: Sequence[Tensor], num_programs: int, *, first_query: int, first_key: int,
+    first_weight: int,
+) -> Launch:  # fmt: skip
+    """The launch that makes the gradient of a stream's ``qkv``, and writes every program's share of its weights'.
 
-    Args:
-        partial_NPD: fp32, contiguous, for the stream's N weights and P = ``num_programs``; None where nobody asks.
+    It takes gradients of q, k and v like these (the stream's part of them begins at ``first_query`` and ``first_key``),
+    what :func:`takers` make of the stream, the gradient, and the shares ``(N, P, D)`` of all streams in fp32, P being
+    ``num_programs`` and ``first_weight`` the first of this one's; None where nobody asks.
     """
-    qkv = _inner_contiguous(stream.qkv)
+    qkv = inner_contiguous(stream.qkv)
     batch, num_tokens, _ = qkv.shape
     settings = choose_settings(stream)
     num_tiles = batch * -(-num_tokens // settings.tokens)
-    cos, sin, *table_strides = _tables(stream)
-    dqkv = qkv.new_empty(qkv.shape)
-    gradients = [_inner_contiguous(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
-    strides = [*qkv.stride()[:2], *table_strides, *(stride for x in gradients for stride in x.stride()[:3])]
+    strides = [*qkv.stride()[:2], *_table_strides(stream)]
+    strides += [stride for x in gradients_BHLD for stride in x.stride()[:3]]
     unit = _common_unit(strides)
-    launch(
+    return Launch(
         backward_kernel,
         (stream.parts * num_programs,),
         qkv.device,
-        *(*gradients, qkv, *_weights(stream), cos, sin, dqkv, partial_NPD),
-        *(num_tokens, num_tiles, -(-num_tiles // max(1, num_programs)), stream.eps),
-        *(stride // unit for stride in strides),
+        [num_tokens, num_tiles, -(-num_tiles // max(1, num_programs)), first_query, first_key, first_weight, stream.eps]
+        + [stride // unit for stride in strides],
         NUM_HEADS=stream.num_heads,
         HEAD_DIM=stream.head_dim,
         AXES=max(1, stream.axes),
@@ -209,4 +199,3 @@ def backward(
         UNIT=unit,
         num_warps=settings.num_warps,
     )
-    return dqkv

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
+from madformer.kernels.plans import eager, planned, taken_as
 from madformer.kernels.qk_norm_rope import launchers
 from madformer.kernels.qk_norm_rope.launchers import Stream
 
@@ -37,14 +38,36 @@ def _streams(
     return streams
 
 
-def _spans(streams: Sequence[Stream]) -> Iterator[tuple[Stream, slice, slice]]:
-    """Every stream with the span of its queries and that of its keys in the joint tensors."""
-    query = token = 0
-    for stream in streams:
-        num_tokens = stream.qkv.shape[1]
-        num_queries = num_tokens if stream.has_queries else 0
-        yield stream, slice(query, query + num_queries), slice(token, token + num_tokens)
-        query, token = query + num_queries, token + num_tokens
+class _Place(NamedTuple):
+    """A stream, where its queries and keys begin in the joint tensors, its first weight in the joint gradients, and
+    how its kernels' arguments are made of the op's ``(None, *qkv, *weights, *tables)``: by which entry, and how taken.
+    """
+
+    stream: Stream
+    first_query: int
+    first_key: int
+    first_weight: int
+    arguments: list[tuple[int, Callable[[Any], Any]]]
+
+
+def _placed(streams: Sequence[Stream]) -> Iterator[_Place]:
+    query = key = weight = 0
+    at_weight = 1 + len(streams)
+    at_table = at_weight + sum(stream.num_weights for stream in streams)
+    for number, stream in enumerate(streams):
+        # A kernel takes the weight of the queries to be there where that of the keys is.
+        q_at = k_at = 0
+        if stream.k_weight is not None:
+            q_at, k_at = at_weight + weight, at_weight + weight + stream.num_weights - 1
+        tables = (0, 0) if stream.cos is None else (at_table, at_table + 1)
+        entries = (1 + number, q_at, k_at, *tables)
+        take_qkv, take_q_weight, take_k_weight, *take_tables = launchers.takers(stream)
+        takers = take_qkv, take_k_weight if stream.q_weight is None else take_q_weight, take_k_weight, *take_tables
+        yield _Place(stream, query, key, weight, list(zip(entries, takers, strict=True)))
+        query += stream.qkv.shape[1] if stream.has_queries else 0
+        key += stream.qkv.shape[1]
+        weight += stream.num_weights
+        at_table += 0 if stream.cos is None else 2
 
 
 def _empty_heads(like: Stream, num_tokens: int) -> Tensor:
@@ -52,35 +75,89 @@ def _empty_heads(like: Stream, num_tokens: int) -> Tensor:
     return like.qkv.new_empty(like.qkv.shape[0], num_tokens, like.num_heads, like.head_dim).transpose(1, 2)
 
 
+def _output_lengths(streams: Sequence[Stream]) -> tuple[int, int]:
+    """Tokens of all queries, and of all keys."""
+    lengths = [(stream.qkv.shape[1], stream.has_queries) for stream in streams]
+    return sum(length for length, has_queries in lengths if has_queries), sum(length for length, _ in lengths)
+
+
 def _empty_outputs(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     streams = _streams(qkv, *arguments)
-    num_queries = sum(stream.qkv.shape[1] for stream in streams if stream.has_queries)
-    num_tokens = sum(stream.qkv.shape[1] for stream in streams)
+    num_queries, num_tokens = _output_lengths(streams)
     q, k, v = (_empty_heads(streams[0], length) for length in (num_queries, num_tokens, num_tokens))
     return q, k, v
 
 
-def _forward(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _empty_outputs(qkv, *arguments)
-    for stream, queries, tokens in _spans(_streams(qkv, *arguments)):
-        launchers.forward(stream, q[:, :, queries], k[:, :, tokens], v[:, :, tokens])
-    return q, k, v
+@planned(lambda: launchers.choose_settings)
+def _forward(
+    qkv: list[Tensor],
+    weights: list[Tensor],
+    tables: list[Tensor],
+    normalised: list[bool],
+    axes: list[int],
+    num_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    arguments = qkv, weights, tables, normalised, axes, num_heads, head_dim, eps
+    streams = _streams(*arguments)
+    outputs, (num_queries, num_tokens), batch = _empty_outputs(*arguments), _output_lengths(streams), len(qkv[0])
+    steps = [
+        (
+            launchers.forward(place.stream, *outputs, first_query=place.first_query, first_key=place.first_key),
+            place.arguments,
+        )
+        for place in _placed(streams)
+    ]
+
+    def run(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        new = qkv[0].new_empty
+        q = new(batch, num_queries, num_heads, head_dim).transpose(1, 2)
+        k = new(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+        v = new(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+        entries = (None, *qkv, *weights, *tables)
+        for launch, taken in steps:
+            launch(*[take(entries[at]) for at, take in taken], None, None, q, k, v)
+        return q, k, v
+
+    return run
 
 
+@planned(lambda: launchers.choose_settings)
 def _backward(
     dq: Tensor, dk: Tensor, dv: Tensor, needs_weights: bool, qkv: list[Tensor], weights: list[Tensor], *arguments: Any
-) -> tuple[list[Tensor], Tensor]:
+) -> Callable[..., tuple[list[Tensor], Tensor]]:
     streams = _streams(qkv, weights, *arguments)
     # As many programs for every stream, so that one sum finishes the weights of all.
     num_programs = max(launchers.num_backward_programs(stream) for stream in streams)
-    partial_NPD = dk.new_empty(len(weights), num_programs, dk.shape[3], dtype=torch.float32)
-    dqkv, row = [], 0
-    for stream, queries, tokens in _spans(streams):
-        partial = partial_NPD[row : row + stream.num_weights] if needs_weights and stream.num_weights else None
-        row += stream.num_weights
-        gradients = dq[:, :, queries], dk[:, :, tokens], dv[:, :, tokens]
-        dqkv.append(launchers.backward(stream, *gradients, partial, num_programs))
-    return dqkv, partial_NPD.sum(1) if needs_weights else partial_NPD.new_empty(0, dk.shape[3])
+    gradients = [launchers.inner_contiguous(x) for x in (dq, dk, dv)]
+    takers = [taken_as(launchers.inner_contiguous, x) for x in (dq, dk, dv)]
+    shapes = [x.shape for x in qkv]
+    num_weights, head_dim, device = len(weights), dk.shape[3], dk.device
+    steps = []
+    for place in _placed(streams):
+        firsts = place._asdict()
+        launch = launchers.backward(
+            place.stream,
+            gradients,
+            num_programs,
+            **{name: firsts[name] for name in ("first_query", "first_key", "first_weight")},
+        )
+        steps.append((launch, place.arguments, needs_weights and place.stream.num_weights > 0))
+
+    def run(
+        dq: Tensor, dk: Tensor, dv: Tensor, _: bool, qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor],
+        *__: Any,
+    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+        entries = (None, *qkv, *weights, *tables)
+        partial_NPD = torch.empty(num_weights if needs_weights else 0, num_programs, head_dim, device=device)
+        given = [take(x) for take, x in zip(takers, (dq, dk, dv), strict=True)]
+        dqkv = [x.new_empty(shape) for x, shape in zip(qkv, shapes, strict=True)]
+        for dx, (launch, taken, has_weights) in zip(dqkv, steps, strict=True):
+            launch(*given, *[take(entries[at]) for at, take in taken], dx, partial_NPD if has_weights else None)
+        return dqkv, partial_NPD.sum(1)
+
+    return run
 
 
 def _cached_stream(
@@ -92,10 +169,48 @@ def _cached_stream(
     return stream, _empty_heads(stream, qkv.shape[1] if stream.has_queries else 0)
 
 
-def _cached(*arguments: Any) -> Tensor:
-    stream, q = _cached_stream(*arguments[:5], *arguments[9:])
-    launchers.forward(stream, q, *arguments[5:9])
-    return q
+@planned(lambda: launchers.choose_settings)
+def _cached(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    rows: Tensor | None,
+    *scalars: Any,
+) -> Callable[..., Tensor]:
+    stream, q = _cached_stream(qkv, q_weight, k_weight, cos, sin, *scalars)
+    launch = launchers.forward(stream, q, k_cache, v_cache, has_rows=rows is not None)
+    take_qkv, take_q_weight, take_k_weight, take_cos, take_sin = launchers.takers(stream)
+    take_positions, take_rows = (taken_as(Tensor.contiguous, index) for index in (positions, rows))
+    batch, num_queries, num_heads, head_dim = len(qkv), q.shape[2], stream.num_heads, stream.head_dim
+
+    def run(
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        positions: Tensor,
+        rows: Tensor | None,
+        *_: Any,
+    ) -> Tensor:
+        q = qkv.new_empty(batch, num_queries, num_heads, head_dim).transpose(1, 2)
+        of_k = take_k_weight(k_weight)
+        # A kernel takes the weight of the queries to be there where that of the keys is.
+        of_q = of_k if q_weight is None else take_q_weight(q_weight)
+        launch(
+            take_qkv(qkv), of_q, of_k, take_cos(cos), take_sin(sin), take_positions(positions), take_rows(rows),
+            q, k_cache, v_cache,
+        )  # fmt: skip
+        return q
+
+    return run
 
 
 def _empty_gradients(
@@ -115,20 +230,50 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*qkv, *weights, *tables)
 
 
-def _autograd_backward(backward: Any, ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
-    num_streams, num_weights, num_tables = ctx.counts
+def _gradients(
+    backward: Any, ctx: Any, needed: Sequence[bool], grads: tuple[Tensor, ...]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of qkv and of the weights; the tables get none."""
+    num_streams, num_weights, _ = ctx.counts
     saved = list(ctx.saved_tensors)
     qkv, weights = saved[:num_streams], saved[num_streams : num_streams + num_weights]
     tables = saved[num_streams + num_weights :]
-    needed = ctx.needs_input_grad[1]
-    dqkv, dweight_ND = backward(dq, dk, dv, any(needed), qkv, weights, tables, *ctx.scalars)
+    dqkv, dweight_ND = backward(*grads, any(needed), qkv, weights, tables, *ctx.scalars)
     dweights: list[Tensor | None] = [None] * num_weights
     if any(needed):
         rows = dweight_ND.to(weights[0].dtype)  # One cast for all, where they have one dtype.
         dweights = [
             row.to(weight.dtype) if need else None for row, weight, need in zip(rows, weights, needed, strict=True)
         ]
-    return dqkv, dweights, [None] * num_tables, *([None] * len(ctx.scalars))
+    return dqkv, dweights
+
+
+def _autograd_backward(backward: Any, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    dqkv, dweights = _gradients(backward, ctx, ctx.needs_input_grad[1], grads)
+    return dqkv, dweights, [None] * ctx.counts[2], *([None] * len(ctx.scalars))
+
+
+class _Recorded(torch.autograd.Function):
+    """The op for autograd, which does not look into lists: their tensors come one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: tuple[int, int, int], scalars: tuple[Any, ...], *tensors: Tensor) -> Any:
+        ctx.counts, ctx.scalars = counts, scalars
+        ctx.save_for_backward(*tensors)
+        given, (num_streams, num_weights, _) = list(tensors), counts
+        tables = num_streams + num_weights
+        return _forward(given[:num_streams], given[num_streams:tables], given[tables:], *scalars)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        num_streams, num_weights, num_tables = ctx.counts
+        needed = ctx.needs_input_grad[2 + num_streams : 2 + num_streams + num_weights]
+        dqkv, dweights = _gradients(_call_backward, ctx, needed, grads)
+        return None, None, *dqkv, *dweights, *([None] * num_tables)
+
+
+def _record(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *scalars: Any) -> Any:
+    return _Recorded.apply((len(qkv), len(weights), len(tables)), scalars, *qkv, *weights, *tables)
 
 
 _STREAMS = (
@@ -161,3 +306,6 @@ for _language in ("", "_cpp"):
 library.impl("madformer::qk_norm_rope", ("cpu", "cuda"), _forward)
 library.impl("madformer::qk_norm_rope_backward", ("cpu", "cuda"), _backward)
 library.impl("madformer::qk_norm_rope_cached", ("cpu", "cuda"), _cached)
+qk_norm_rope_triton = eager(torch.ops.madformer.qk_norm_rope, _forward, _record)
+qk_norm_rope_cached_triton = eager(torch.ops.madformer.qk_norm_rope_cached, _cached)
+_call_backward = eager(torch.ops.madformer.qk_norm_rope_backward, _backward)

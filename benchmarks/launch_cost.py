@@ -1,0 +1,217 @@
+"""What a call of every op costs in Python, outside graphs, beside Triton's own launch of the same kernels. No GPU.
+
+The path is the real one, from the public function to Triton's launcher and its encoder of tensor maps, and ends in a
+driver that launches nothing (``stub_driver/libcuda.c``). Tensors are on the CPU, whose allocator is told never to ask
+the system for memory, as CUDA's caching one does not. Figures are CPU time of the one thread, the least of many short
+runs, so that other work on the machine shows little.
+
+    python benchmarks/launch_cost.py [--op swiglu] [--out benchmarks/results/<device>/launch_cost.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STUB = ROOT / "build" / "stub_driver"
+CALLS, RUNS = 5, 100
+"""Calls of a run, and runs of which the fastest counts."""
+WARM_UP = 20
+
+
+def enter_stub_driver() -> None:
+    """Starts this program again with the stub as the CUDA driver; returns where that was done."""
+    if os.environ.get("TRITON_LIBCUDA_PATH") == str(STUB):
+        return
+    include = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__path__[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    STUB.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).parent / "stub_driver" / "libcuda.c"
+    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O2", f"-I{include}/backends/nvidia/include"]
+    subprocess.run([*command, str(source), "-o", str(STUB / "libcuda.so.1")], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "LD_LIBRARY_PATH": f"{STUB}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        "TRITON_LIBCUDA_PATH": str(STUB),
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+        "OMP_NUM_THREADS": "1",
+    }
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def microseconds(*calls: Callable[[], Any]) -> list[float]:
+    """CPU time of one call of each, run by turns."""
+    for call in calls * WARM_UP:
+        call()
+    best = [float("inf")] * len(calls)
+    for _ in range(RUNS):
+        for i, call in enumerate(calls):
+            start = time.thread_time_ns()
+            for _ in range(CALLS):
+                call()
+            best[i] = min(best[i], time.thread_time_ns() - start)
+    return [nanoseconds / CALLS / 1e3 for nanoseconds in best]
+
+
+class StubDriver:
+    """Triton's own launcher and encoder, of a device that is always there."""
+
+    def __init__(self) -> None:
+        from triton.backends.nvidia import driver
+
+        self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """Triton's own launches of a call, each with its arguments made."""
+    from madformer.kernels.launch import compiling_for
+
+    recorded: list[Callable[[], Any]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
+        recorded.append(lambda: kernel[grid](*args, **settings))
+
+    with compiling_for(TARGET, record):
+        call()
+    return recorded
+
+
+def rows_of(case: Any) -> list[dict[str, Any]]:
+    """Forward for inference, forward and backward for training of one case."""
+    import torch
+
+    from ops.case import leaves_of, tensors_of
+
+    inputs = case.inputs(torch.device("cpu"))
+
+    def inference() -> Any:
+        with torch.no_grad():
+            return case.run(*inputs, backend="triton")
+
+    calls: dict[str, Callable[[], Any]] = {"forward": inference}
+    if leaves := leaves_of(inputs):
+        calls["training forward"] = lambda: case.run(*inputs, backend="triton")
+        outputs = tensors_of(calls["training forward"]())
+        grads = [torch.empty_like(x) for x in outputs]
+        calls["backward"] = lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+    return [row(case, direction, call) for direction, call in calls.items()]
+
+
+def row(case: Any, direction: str, call: Callable[[], Any]) -> dict[str, Any]:
+    from madformer.kernels import plans
+
+    launches = launches_of(call)
+
+    def triton() -> None:
+        for launch in launches:
+            launch()
+
+    def dispatched() -> None:
+        short_way, plans.is_plain = plans.is_plain, lambda _: False
+        call()
+        plans.is_plain = short_way
+
+    ours, own, through = microseconds(call, triton, dispatched)
+    return {
+        "op": case.op,
+        "label": case.label,
+        "direction": direction,
+        "launches": len(launches),
+        "us": ours,
+        "triton_us": own,
+        "ratio": ours / own,
+        "through_dispatcher_us": through,
+    }
+
+
+def autograd_alone() -> dict[str, float]:
+    """What PyTorch takes to record an op of one input and one output that does nothing, and to run it backward."""
+    import torch
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
+    x = torch.empty(4, requires_grad=True)
+    y, grad = Nothing.apply(x), torch.empty(4)
+    forward, backward = microseconds(
+        lambda: Nothing.apply(x), lambda: torch.autograd.grad(y, x, grad, retain_graph=True)
+    )
+    return {"training forward": forward, "backward": backward}
+
+
+def measure(ops: list[str] | None) -> dict[str, Any]:
+    import torch
+    import triton
+
+    from madformer.benchmark.environment import environment
+    from madformer.kernels.launch import standing_in
+    from ops.case import every_case
+
+    triton.runtime.driver.set_active(StubDriver())
+    first = {case.op: case for case in reversed(list(every_case())) if not case.op.endswith("variants")}
+    alone = autograd_alone()
+    print(f"autograd alone: forward {alone['training forward']:.1f} us, backward {alone['backward']:.1f} us")
+    print(f"{'op':<24}{'direction':<18}{'launches':>9}{'us':>8}{'triton us':>11}{'ratio':>7}{'dispatched us':>15}")
+    rows = []
+    with standing_in(TARGET):
+        for op, case in sorted(first.items()):
+            for entry in rows_of(case) if not ops or op in ops else ():
+                rows.append(entry)
+                print(
+                    f"{op:<24}{entry['direction']:<18}{entry['launches']:>9}{entry['us']:>8.1f}"
+                    f"{entry['triton_us']:>11.1f}{entry['ratio']:>7.2f}{entry['through_dispatcher_us']:>15.1f}",
+                    flush=True,
+                )
+    return {
+        **environment("launch_cost", torch.device("cpu"), ["triton"]),
+        "calls": CALLS,
+        "runs": RUNS,
+        "autograd_alone_us": alone,
+        "rows": rows,
+        "metrics": {"worst_ratio": max(entry["ratio"] for entry in rows)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", help="only this op; may be repeated")
+    parser.add_argument("--out", type=Path, help="where to write the record")
+    arguments = parser.parse_args()
+    enter_stub_driver()
+    global TARGET
+    from madformer.kernels.launch import Target
+    from record import finish
+
+    TARGET = Target(90, num_sms=132)
+    return finish("launch_cost", lambda: measure(arguments.op), arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
