@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,10 +36,9 @@ IMPLEMENTATIONS = {
 
 
 @pytest.fixture(autouse=True)
-def no_plans() -> Iterator[None]:
+def no_plans() -> None:
     for implementation in IMPLEMENTATIONS.values():
         implementation.plans.clear()
-    yield
 
 
 def spread(rows: int, cols: int, *, stride: int = 0, offset: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -248,10 +247,12 @@ def test_a_second_derivative_is_refused_or_recorded_as_before(monkeypatch: pytes
     for short in (True, False):
         monkeypatch.setattr(plans, "is_plain", (lambda arguments: True) if short else (lambda arguments: False))
         x = torch.randn(2, 16, device=DEVICE, requires_grad=True)
-        with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-            (grad,) = torch.autograd.grad(gated(x, x, backend="triton").sum(), x, create_graph=True)
-            with pytest.raises(RuntimeError):
-                torch.autograd.grad(grad.sum(), x)
+        (grad,) = torch.autograd.grad(gated(x, x, backend="triton").sum(), x, create_graph=True)
+        with (
+            pytest.warns(UserWarning, match="autograd kernel was not registered"),
+            pytest.raises(RuntimeError),
+        ):
+            torch.autograd.grad(grad.sum(), x)
 
 
 class FakeKernel:
