@@ -83,7 +83,8 @@ class InFlightBatcher:
     The model is looked at in every :meth:`step`, and in :meth:`run_until_idle` whenever an image is admitted or done:
     however it was changed by then, all images go on with what it is. Those that were begun before keep the blocks that
     are done, and what the model of that time cached of them; to draw each image with one model, change it while
-    nothing runs.
+    nothing runs. Whatever a step raises ends the images that have a slot: their futures raise it, too, and those that
+    wait are drawn by the steps to come.
 
     Args:
         sampler: of a scheduler that can be tabulated: DDIM or DPM-Solver++.
@@ -155,7 +156,7 @@ class InFlightBatcher:
         """Ask for an image.
 
         Args:
-            noise_MLC: standard normal, ``(M, L, C)``.
+            noise_MLC: standard normal, ``(M, L, C)``; it is copied, as the prompt is.
             num_inference_steps: denoising steps of every block.
             prompt: of one image, for a model with text or classes; where the batcher is guided, with a negative text
                 whatever the scale. guidance: the scale, 1 for none.
@@ -179,6 +180,7 @@ class InFlightBatcher:
         prompt = prompt or Prompt()
         prompt.check(self.config, (), guided=self.guided)
         order = whole_number("priority", priority)
+        noise_MLC, prompt = noise_MLC.detach().clone(), prompt.clone()
         schedule, sigma = self._schedule(num_inference_steps, guidance)
         with self._lock:
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
@@ -216,8 +218,8 @@ class InFlightBatcher:
             How many images took it; 0 where there is nothing to do.
 
         Raises:
-            RuntimeError: it is called in another thread, or from a future's callback; or images are being drawn of a
-                model whose configuration, dtype or device changed.
+            InUseError: it is called in another thread, or from a future's callback.
+            RuntimeError: the model's configuration, dtype or device changed, which this batcher was made for.
         """
         with self._alone, computing(self.device):
             self._touched = True
@@ -231,8 +233,17 @@ class InFlightBatcher:
                 pass
 
     def _step(self) -> int:
-        self._leave()
-        joined = self._join()
+        joined: list[Job] = []
+        try:
+            self._leave()
+            self._join(joined)
+            return self._advance(joined)
+        except BaseException as error:
+            # their slots may be written to by half
+            self._give_up([*self._running, *joined], error)
+            raise
+
+    def _advance(self, joined: list[Job]) -> int:
         if joined or (self._touched and self._running):
             self._follow()
         between = [job for job in self._running if job.step == job.schedule.num_steps]
@@ -243,8 +254,8 @@ class InFlightBatcher:
         if joined:
             for job in joined:
                 self._place(job)
-            self._running += joined
             self._launch("first_block", joined)
+            self._running += joined
         if self._running:
             self._launch("denoise", self._running)
             for job in self._running:
@@ -254,32 +265,40 @@ class InFlightBatcher:
     def _leave(self) -> None:
         """Images that are done, and requests that were cancelled, give up their slots."""
         last = self.config.num_blocks - 1
-        done = [job for job in self._running if job.block == last and job.step == job.schedule.num_steps]
-        self._running = [job for job in self._running if job not in done and not job.future.cancelled()]
-        for job in done:
+        self._running = [job for job in self._running if not job.future.cancelled()]
+        for job in [job for job in self._running if job.block == last and job.step == job.schedule.num_steps]:
+            self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
+            sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
+            image = self.slots.canvas_RMLC[job.row].clone()
+            self._running.remove(job)
             if not job.future.set_running_or_notify_cancel():
                 continue
             self._touched = True  # by whoever waits for it
-            self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
-            sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
             if sound < steps * self.config.num_blocks:
                 where = f"from block {block_order(self.config)[sound // steps]}, step {sound % steps} on"
                 job.future.set_exception(NonFiniteError(f"the image is not finite {where}"))
             else:
-                job.future.set_result(self.slots.canvas_RMLC[job.row].clone())
+                job.future.set_result(image)
 
-    def _join(self) -> list[Job]:
-        """Give free slots to those who wait, in their order."""
+    def _give_up(self, jobs: list[Job], error: BaseException) -> None:
+        """Tell those who wait for these images that there will be none."""
+        self._running = []
+        if not isinstance(error, Exception):
+            error = RuntimeError(f"the images were given up: {type(error).__name__}")
+        for job in jobs:
+            if not job.future.done() and job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+
+    def _join(self, joined: list[Job]) -> None:
+        """Give free slots to those who wait, in their order; they are added to ``joined``."""
         taken = {job.row for job in self._running}
         free = [row for row in range(self.num_slots) if row not in taken]
-        joined: list[Job] = []
         with self._lock:
             while free and self._waiting:
                 job = heapq.heappop(self._waiting)
                 if not job.future.cancelled():
                     job.row = free.pop(0)
                     joined.append(job)
-        return joined
 
     def _place(self, job: Job) -> None:
         """Put a request's noise and schedule into its slot."""
@@ -307,7 +326,7 @@ class InFlightBatcher:
         """Make the passes those of the model as it is now."""
         sampler = self.sampler
         if (kind := sampler.kind()) != self.kind:
-            raise RuntimeError(f"the model changed to {kind}: this batcher was made for {self.kind}")
+            raise RuntimeError(f"the model is not what this batcher was made for: {kind.difference(self.kind)}")
         self._touched = False
         built: Signature | None = None
         lasting = self.launcher.captures or sampler.compile_unet

@@ -6,6 +6,7 @@ Shape legend: B batch, M blocks, L latents of a block, C channels, T rows of a s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
@@ -159,6 +160,16 @@ class ModelKind:
     def of(cls, model: MADFormer, grid: tuple[int, int] | None = None) -> ModelKind:
         config = model.config if grid is None else model.config.at_grid(*grid)
         return cls(config, compute_dtype(model), model.device, model.backend, model.attention_backend)
+
+    def difference(self, expected: ModelKind) -> str:
+        """What is not as expected, in one line."""
+        fields = [
+            (prefix + field.name, getattr(one, field.name), getattr(other, field.name))
+            for prefix, one, other in (("config.", self.config, expected.config), ("", self, expected))
+            for field in dataclasses.fields(one)
+            if field.name != "config"
+        ]
+        return ", ".join(f"{name}={one}, not {other}" for name, one, other in fields if one != other)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from madformer.engine.structure import plain
 from madformer.kernels.dispatch import BackendUnavailableError
 from madformer.kernels.swiglu import swiglu
 from madformer.model import MADFormer
@@ -85,8 +86,9 @@ def apply(model: MADFormer, precision: str) -> MADFormer:
     modules are its own: what becomes of ``model`` later is to be applied anew. On a GPU convolutions are
     ``channels_last``, which cuDNN is fastest with.
 
-    ``fp8`` is ``default`` but for the linear layers of the towers; those whose sizes do not fit stay bf16, with a
-    warning, and :func:`unquantized` lists them. It is not for :meth:`~madformer.model.MADFormer.save_pretrained`.
+    ``fp8`` is ``default`` but for the linear layers of the towers. Those whose sizes do not fit stay bf16, and so do
+    those that are more than their weights (hooks, adapters, a forward of their own): with a warning, and
+    :func:`unquantized` lists them. It is not for :meth:`~madformer.model.MADFormer.save_pretrained`.
 
     ``exact`` turns TF32 off for the whole process, for cuBLAS and for cuDNN, which has it on by default, and leaves
     it off: PyTorch has no narrower switch that would also hold while a graph is captured and for the autoencoder.
@@ -108,7 +110,8 @@ def apply(model: MADFormer, precision: str) -> MADFormer:
         if kept := unquantized(result):
             names = ", ".join(kept[:2]) + (", ..." if kept[2:] else "")
             warnings.warn(
-                f"{len(kept)} linear layers stay bf16, their sizes are no multiples of {FP8_MULTIPLE}: {names}",
+                f"{len(kept)} linear layers stay bf16, having sizes that are no multiples of {FP8_MULTIPLE}, hooks or "
+                f"adapters: {names}",
                 stacklevel=2,
             )
     if model.device.type == "cuda":
@@ -161,7 +164,7 @@ def _cast(model: MADFormer, dtype: torch.dtype) -> MADFormer:
 def _quantize_towers(result: MADFormer, source: MADFormer) -> None:
     """Puts FP8 layers into ``result``, made of the weights of ``source``, which may be more precise."""
     for name, tower in source.named_modules():
-        if not isinstance(tower, Tower):
+        if type(tower) is not Tower or not plain(tower):
             continue
         quantized = result.get_submodule(name)
         if _fits(tower.qkv):
@@ -169,12 +172,20 @@ def _quantize_towers(result: MADFormer, source: MADFormer) -> None:
             quantized.__class__ = FP8Tower
         if _fits(tower.proj):
             quantized.register_module("proj", FP8Linear(tower.proj))
-        if isinstance(tower.mlp, SwiGLU) and _fits(tower.mlp.gate_proj, tower.mlp.up_proj, tower.mlp.down_proj):
-            quantized.register_module("mlp", FP8SwiGLU(tower.mlp))
+        mlp = tower.mlp
+        if type(mlp) is SwiGLU and plain(mlp) and _fits(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            quantized.register_module("mlp", FP8SwiGLU(mlp))
 
 
-def _fits(*layers: nn.Linear) -> bool:
-    return all(size % FP8_MULTIPLE == 0 for layer in layers for size in (layer.in_features, layer.out_features))
+def _fits(*layers: nn.Module) -> bool:
+    """Whether FP8 layers of their weights may stand in for them."""
+    return all(
+        type(layer) is nn.Linear
+        and plain(layer)
+        and not layer.in_features % FP8_MULTIPLE
+        and not layer.out_features % FP8_MULTIPLE
+        for layer in layers
+    )
 
 
 def quantize_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:

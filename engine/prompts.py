@@ -26,6 +26,10 @@ class Prompt:
     negative_text: Tensor | None = None
     label: Tensor | None = None
 
+    def clone(self) -> Prompt:
+        """The same in memory of its own."""
+        return Prompt(*(None if ids is None else ids.clone() for ids in (self.text, self.negative_text, self.label)))
+
     def check(self, config: MADFormerConfig, batch: tuple[int, ...], *, guided: bool) -> None:
         """Whether it is what a model asks for.
 

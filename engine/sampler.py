@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ from madformer.engine.plan import (
 from madformer.engine.prompts import check_guidable
 from madformer.engine.schedule import Schedule
 from madformer.engine.slots import Guidance, Slots
-from madformer.engine.structure import over_the_same, unwrapped
+from madformer.engine.structure import around_the_whole, over_the_same, unwrapped
 from madformer.model.madformer import MADFormer
 
 __all__ = [
@@ -84,6 +85,11 @@ class Sampler:
         grid: tuple[int, int] | None = None,
     ) -> None:
         self.source = unwrapped(model)
+        if (what := around_the_whole(self.source)) is not None:
+            warnings.warn(
+                f"{what} on the model as a whole: sampling calls its parts, and never this; put it on a part of it",
+                stacklevel=2,
+            )
         self.passes = passes
         self.compile_unet = compile_unet
         self.pack_weights = pack_weights

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -20,8 +21,15 @@ from torch import Tensor
 from madformer.arguments import whole_number
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# those that the tables write out: not what was put in their place
-_STEPS = (DDIMScheduler.step, DPMSolverMultistepScheduler.step)
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+    """Its methods and the like; Python keeps things of its own under names with two underscores."""
+    return {name: value for name, value in vars(cls).items() if not name.startswith("__")}
+
+
+# what the tables write out, and not what was put in its place
+_ORIGINALS = {cls: _attributes(cls) for cls in (DDIMScheduler, DPMSolverMultistepScheduler)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
     """
     num_steps = check_num_steps(scheduler, num_steps)
     # `is`, not isinstance: a subclass may step differently.
-    if any(callable(value) for value in vars(scheduler).values()) or type(scheduler).step not in _STEPS:
+    kind = type(scheduler)
+    if any(callable(value) for value in vars(scheduler).values()) or _attributes(kind) != _ORIGINALS.get(kind):
         return None
     if type(scheduler) is DDIMScheduler and _supports_ddim(scheduler):
         scheduler = copy.deepcopy(scheduler)

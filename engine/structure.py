@@ -45,6 +45,8 @@ def plain(module: nn.Module) -> bool:
         or attributes.get("_compiled_call_impl") is not None
         or any(map(_special, attributes["_parameters"].values()))
         or any(map(_special, attributes["_buffers"].values()))
+        # in the place of a parameter
+        or any(isinstance(attributes.get(name), Tensor) for name in ("weight", "bias"))
     )
 
 
@@ -190,6 +192,22 @@ def unwrapped(model: Any) -> Any:
             return model
         model = inner
     return model
+
+
+def around_the_whole(model: nn.Module) -> str | None:
+    """What somebody put around the call of a model, but for what moves and casts its weights; None for nothing."""
+    if any(map(_is_foreign, [*model._forward_hooks.values(), *model._forward_pre_hooks.values()])):
+        return "a hook"
+    own = vars(model).get("forward")
+    return "a forward of its own" if own is not None and _is_foreign(own) else None
+
+
+def _is_foreign(call: Any) -> bool:
+    for name in ("func", "__func__"):  # of a partial and of a method
+        call = getattr(call, name, call)
+    # not its `__module__`, which is that of a function that it wraps
+    where = getattr(call, "__globals__", {}).get("__name__") or type(call).__module__
+    return where.partition(".")[0] not in ("torch", "accelerate", "diffusers", "peft", "madformer")
 
 
 def compute_dtype(model: Any) -> torch.dtype:

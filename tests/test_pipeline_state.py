@@ -23,8 +23,9 @@ from diffusers import (
 from torch import Tensor
 
 from engine_cases import make_model
-from madformer.config import tiny
+from madformer.config import TextConfig, tiny
 from madformer.pipeline import MADFormerPipeline
+from madformer.tokenizer import ByteTokenizer
 from testing import relative_error
 
 CONFIG = tiny().replace(num_blocks=2, block_grid=(1, 2))
@@ -172,3 +173,30 @@ def test_no_scheduler_hides_nan(scheduler: Callable[[], Any]) -> None:
             draw(pipeline)
         bias.copy_(sound)
         assert draw(pipeline).isfinite().all()
+
+
+def test_parts_that_go_together_no_longer() -> None:
+    """Each was replaced or configured anew since it was assigned; and wrappers that hide the model."""
+    pipeline = make_pipeline()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="DDIMScheduler has prediction_type='v_prediction' and the model 'epsilon'"):
+        draw(pipeline)
+    pipeline = make_pipeline()
+    pipeline.transformer = make_model(CONFIG.replace(prediction_type="sample"))
+    with pytest.raises(ValueError, match="prediction_type='epsilon' and the model 'sample'"):
+        draw(pipeline)
+    for wrapped in (torch.nn.DataParallel(pipeline.transformer), None):
+        with pytest.raises(ValueError, match=f"the transformer must be a MADFormer, got {type(wrapped).__name__}"):
+            pipeline.transformer = wrapped
+    text = make_model(CONFIG.replace(text=TextConfig(100, 8, 99)))
+    with pytest.raises(ValueError, match=r"has 257 tokens, and the model text\.vocab_size=100"):
+        MADFormerPipeline(text, None, DDIMScheduler(), ByteTokenizer())
+    pipeline = MADFormerPipeline(text, None, DDIMScheduler())
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens"):
+        pipeline.tokenizer = ByteTokenizer()
+    pipeline = MADFormerPipeline(
+        make_model(CONFIG.replace(text=TextConfig(257, 8, 256))), None, DDIMScheduler(), ByteTokenizer()
+    )
+    pipeline.transformer = text
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens"):
+        draw(pipeline, prompt="a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +245,26 @@ def test_an_overflow_is_an_error_and_no_black_picture() -> None:
     assert torch.equal(decode(forced, latents), decode(exact, latents))
     assert torch.equal(encode(forced, pixels)[0], encode(exact, pixels)[0])
     assert forced.dtype == torch.float16
+
+
+def test_calls_side_by_side_of_one_that_is_cast_for_them() -> None:
+    """The first that ends leaves it in fp32 for the other, and the last puts it back; also within each other."""
+    vae, exact = overflowing_vae(force_upcast=True).half(), overflowing_vae(force_upcast=True).half().float()
+    latents = 9 * torch.randn(1, 4, 8, 8)
+    expected = decode(exact, latents)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            may_end.wait(10)
+
+    vae.decoder.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(decode, vae, latents)
+        assert begun.wait(10)
+        assert torch.equal(decode(vae, latents), expected)
+        assert vae.dtype == torch.float32
+        may_end.set()
+        assert torch.equal(other.result(), expected)
+    assert vae.dtype == torch.float16

@@ -81,7 +81,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
 
     Raises:
         ValueError: a tokenizer, an autoencoder or class names that are not the model's, or a scheduler that cannot be
-            used; also when one is assigned.
+            used; also when one is assigned, or what it fitted was changed, in the next call.
     """
 
     _optional_components: ClassVar[list[str]] = ["vae", "tokenizer"]
@@ -95,20 +95,27 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         class_names: Sequence[str] | Mapping[Any, str] | None = None,
     ) -> None:
         super().__init__()
-        config = transformer.config
         class_names = names_of_classes(class_names)
-        tokenizer = as_tokenizer(tokenizer)
-        if config.text is not None and tokenizer is not None:
-            check_tokenizer(tokenizer, config.text)
+        # the others are held against it
+        self.transformer = transformer
+        config = transformer.config
         if class_names is not None and len(class_names) != config.num_classes:
             raise ValueError(f"class_names has {len(class_names)} entries for num_classes={config.num_classes}")
+        tokenizer = as_tokenizer(tokenizer)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(class_names=class_names)
         self._plans = PlanPool()
 
     def __setattr__(self, name: str, value: Any) -> None:
         config = getattr(self.__dict__.get("transformer"), "config", None)
-        if name == "scheduler":
+        if name == "transformer" and not isinstance(getattr(value, "config", None), MADFormerConfig):
+            hint = ": give what it wraps" if isinstance(value, torch.nn.Module) else ""
+            raise ValueError(f"the transformer must be a MADFormer, got {type(value).__name__}{hint}")
+        if name == "tokenizer":
+            value = as_tokenizer(value)
+            if value is not None and config is not None and config.text is not None:
+                check_tokenizer(value, config.text)
+        elif name == "scheduler":
             check_scheduler(value, getattr(config, "prediction_type", None))
             if value.config.get("clip_sample"):
                 logger.warning(
@@ -190,6 +197,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         """
         self._check_output_type(output_type)
         truth_value("return_dict", return_dict)
+        self._check_parts()
         check_no_embeddings(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
         each = images_each(num_images_per_prompt, num_images)
         inputs = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -355,6 +363,15 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         choice("output_type", output_type, get_args(OutputType))
         if output_type != "latent" and self.vae is None:
             raise ValueError(f"output_type={output_type!r} needs an autoencoder, and this pipeline has none")
+
+    def _check_parts(self) -> None:
+        """Whether they still go together: each may have been replaced or configured anew since it was assigned."""
+        config = self.transformer.config
+        check_scheduler(self.scheduler, config.prediction_type)
+        if self.vae is not None:
+            check_vae(self.vae, config.latent_channels)
+        if self.tokenizer is not None and config.text is not None:
+            check_tokenizer(self.tokenizer, config.text)
 
     def _finish(self, latents_BCHW: Tensor, output_type: OutputType) -> Any:
         return latents_BCHW if output_type == "latent" else self.decode(latents_BCHW, output_type)

@@ -32,6 +32,8 @@ USABLE = (
 """The classes of diffusers that turn a picture into latents of (channels, rows, columns) and back."""
 
 _casting = threading.Lock()
+_users: dict[Any, int] = {}
+"""How many calls are under way of each autoencoder that was cast for them."""
 
 
 def load_vae(
@@ -225,15 +227,23 @@ def check_finite(finite_B: Tensor, vae: Any, what: str = "pictures") -> None:
 @contextmanager
 def _in_working_dtype(vae: Any) -> Iterator[None]:
     """fp32 in place of fp16 for an autoencoder whose ``force_upcast`` says that its activations overflow in it."""
-    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+    if not getattr(vae.config, "force_upcast", False):
         yield
         return
     with _casting:
-        vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            vae.to(torch.float16)
+        cast = vae in _users or vae.dtype == torch.float16
+        if cast:
+            vae.to(torch.float32)
+            _users[vae] = _users.get(vae, 0) + 1
+    try:
+        yield
+    finally:
+        with _casting:
+            if cast:
+                _users[vae] -= 1
+                if not _users[vae]:
+                    del _users[vae]
+                    vae.to(torch.float16)
 
 
 def _device(vae: Any) -> torch.device:

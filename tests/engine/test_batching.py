@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
@@ -253,3 +254,65 @@ def test_packed_weights_and_ddim() -> None:
     expected = sampler.plan(2, 3).run(noise)
     for index, future in enumerate(futures):
         assert relative_error(future.result(timeout=0), expected[index]) < TOLERANCE
+
+
+class Failure(Exception):
+    pass
+
+
+def fail_at(model: MADFormer, call: int) -> None:
+    """Once, in so many calls of the first layer: before the first block, in a step or between two blocks."""
+    calls = itertools.count(1)
+
+    def fail(*_: object) -> None:
+        if next(calls) == call:
+            raise Failure
+
+    model.layers[0].register_forward_hook(fail)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+def test_what_a_step_raises_ends_the_images_it_was_drawing(call: int) -> None:
+    """They are not gone on with from what it left half done, nor waited for in vain; the others are drawn."""
+    config = tiny().replace(num_blocks=2, block_grid=(1, 2))
+    noise, model = draw_noise(config, batch=3), make_model(config)
+    batcher = make_batcher(model, 2, max_steps=1)
+    fail_at(model, call)
+    futures = [batcher.submit(noise_MLC, 1) for noise_MLC in noise]
+    with pytest.raises(Failure):
+        batcher.run_until_idle()
+    batcher.run_until_idle()
+    failed = [isinstance(future.exception(timeout=0), Failure) for future in futures]
+    assert failed == ([False, False, True] if call == 5 else [True, True, False])
+    for index, future in enumerate(futures):
+        if not failed[index]:
+            assert relative_error(future.result(), drawn_alone(model, noise[index], 1)) < TOLERANCE
+
+
+def test_a_model_of_another_dtype_ends_what_was_asked_for() -> None:
+    model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
+    batcher = make_batcher(model, 1, max_steps=1)
+    model.bfloat16()
+    future = batcher.submit(noise, 1)
+    message = "the model is not what this batcher was made for: dtype=torch.bfloat16, not torch.float32"
+    with pytest.raises(RuntimeError, match=message):
+        batcher.step()
+    with pytest.raises(RuntimeError, match=message):
+        future.result(timeout=0)
+
+
+def test_a_request_is_what_it_was_when_it_was_made() -> None:
+    """Whatever is written to its memory while it waits."""
+    config = CASES["text and classes"]
+    model, noise = make_model(config), draw_noise(config, batch=2)
+    batcher = make_batcher(model, 1, max_steps=1)
+    prompt = one_of(draw_prompt(config, 1), 0)
+    expected = batcher.submit(noise[0].clone(), 1, prompt.clone())
+    batcher.run_until_idle()
+    future = batcher.submit(noise[0], 1, prompt)
+    noise[0] = noise[1]
+    for ids in (prompt.text, prompt.label):
+        assert ids is not None
+        ids.zero_()
+    batcher.run_until_idle()
+    assert torch.equal(future.result(), expected.result())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
+import accelerate
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -91,6 +94,27 @@ def _parametrized(model: MADFormer) -> None:
     parametrize.register_parametrization(tower(model).proj, "weight", Doubled())
 
 
+class Tripled(Tensor):
+    """Of a library that computes in a way of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        return 3 * result if function is nn.functional.linear else result
+
+
+def _in_place_of_a_parameter(model: MADFormer) -> None:
+    linear = tower(model).proj
+    weight = linear._parameters.pop("weight")
+    assert weight is not None
+    linear.__dict__["weight"] = weight.detach().as_subclass(Tripled)
+
+
+def _activation(model: MADFormer) -> None:
+    cast(Any, model.upsampler).up_blocks[0].resnets[0].nonlinearity = nn.Tanh()
+
+
 CHANGES: dict[str, Change] = {
     "data": lambda model: tower(model).proj.weight.data.mul_(3),
     "NumPy": _through_numpy,
@@ -111,6 +135,11 @@ CHANGES: dict[str, Change] = {
     "adapter": _adapter,
     "parametrization": _parametrized,
     "attribute": lambda model: setattr(tower(model).input_norm, "eps", 300.0),
+    "head norm": lambda model: [
+        setattr(layer.tower("noise").q_norm, "eps", 300.0) for layer in cast(Any, model.layers)
+    ],
+    "in place of a parameter": _in_place_of_a_parameter,
+    "activation": _activation,
     "cast and back": lambda model: model.to(torch.bfloat16).float(),
 }
 
@@ -148,8 +177,12 @@ def test_between_two_runs(name: str, way: str) -> None:
     assert torch.equal(draw(plan), after)
 
 
+# seen by the same code as others are, whenever it looks
+ONCE = ("head norm", "in place of a parameter", "activation")
+
+
 @pytest.mark.parametrize("way", ["packed", "recorded"])
-@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("cast and back", "bias", "norm")])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("cast and back", "bias", "norm", *ONCE)])
 def test_in_a_callback(name: str, way: str) -> None:
     """From the next pass on, and what was drawn before stays."""
 
@@ -217,6 +250,24 @@ def test_a_hook_is_called_with_the_module_it_was_put_on() -> None:
     cast(Any, model.layers[-1]).register_forward_pre_hook(lambda module, args: seen.append(module))
     draw(make_plan(model, "packed"))
     assert {*seen} == {tower(model).proj, model.downsampler, model.layers[-1]}
+
+
+def test_what_is_put_around_the_whole_is_told() -> None:
+    """Since it is never called; but not what moves or casts weights, and needs no call."""
+    model = make_model(tiny())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sampler(accelerate.hooks.add_hook_to_module(make_model(tiny()), accelerate.hooks.ModelHook()), no_clamp())
+        Sampler(torch.compile(model, backend="eager"), no_clamp())
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args: forward(*args))  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="a forward of its own on the model as a whole"):
+        Sampler(model, no_clamp())
+    del model.forward  # type: ignore[method-assign]
+    handle = model.register_forward_pre_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a hook on the model as a whole: sampling calls its parts"):
+        Sampler(model, no_clamp())
+    handle.remove()
 
 
 def test_a_layer_that_keeps_something_keeps_it() -> None:
@@ -323,7 +374,7 @@ def test_packed_weights_follow_what_they_are_made_of() -> None:
     assert torch.equal(project(first), before)
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "cast and back"])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("cast and back", *ONCE)])
 def test_a_batcher_follows(name: str) -> None:
     """At every step: one that another batcher draws with nothing packed, and a step at a time."""
 

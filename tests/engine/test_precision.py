@@ -266,13 +266,34 @@ def test_sizes_that_do_not_fit_stay_bf16(changes: dict[str, int], kept: int) -> 
     source = perturb(MADFormer(tiny().replace(**changes))).to(DEVICE)
     assert isinstance(source, MADFormer)
     towers = 2 * source.config.num_layers
-    with pytest.warns(UserWarning, match=rf"{kept * towers} linear layers stay bf16.* of 16: layers\.0\.towers\.clean"):
+    with pytest.warns(UserWarning, match=rf"{kept * towers} linear layers stay bf16.*: layers\.0\.towers\.clean"):
         result = apply(source, "fp8")
     assert len(unquantized(result)) == kept * towers
     default = apply(source, "default")
     error = relative_error(predict(result), predict(default))
     assert (error == 0) == (kept == 5)
     assert error < LAYER_ERROR * (4 * source.config.num_layers) ** 0.5
+
+
+def test_layers_that_are_more_than_their_weights_stay_bf16() -> None:
+    """An adapter, a hook or a forward of its own is not lost behind FP8 copies of the weights."""
+    model = make_model()
+    tower = model.layers[-1].towers["noise"]
+    assert isinstance(tower, Tower)
+    plain = apply(model, "fp8")
+    tower.proj.register_forward_hook(lambda module, args, output: 0 * output)
+    tower.mlp.register_forward_hook(lambda module, args, output: 0 * output)
+    tower.qkv.__class__ = type("Adapted", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+    with pytest.warns(UserWarning, match="5 linear layers stay bf16, .* hooks or adapters"):
+        quantized = apply(model, "fp8").layers[-1].towers["noise"]
+    x = torch.randn(2, 3, model.config.hidden_size, dtype=torch.bfloat16)
+    before = plain.layers[-1].towers["noise"]
+    assert isinstance(before, Tower)
+    assert isinstance(quantized, Tower)
+    assert not quantized.proj(x).any()
+    assert not quantized.mlp(x).any()
+    assert relative_error(quantized.qkv(x), 2 * before.qkv(x)) < 0.1
+    assert relative_error(quantized.key_value(x), 2 * before.key_value(x)) < 0.1
 
 
 def test_a_cast_or_a_move_of_the_model_keeps_fp8() -> None:

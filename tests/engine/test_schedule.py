@@ -191,6 +191,16 @@ def test_everything_else_keeps_its_own_step(scheduler: Any) -> None:
     assert tabulate(scheduler, 10) is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(DDIMScheduler, "step"), (DDIMScheduler, "scale_model_input"), (DPM, "convert_model_output")],
+)
+def test_methods_that_were_replaced_for_all(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tabulate(copy.deepcopy(kind()), 10) is not None
+    monkeypatch.setattr(kind, name, lambda *_, **__: None)
+    assert tabulate(kind(), 10) is None
+
+
 @pytest.mark.parametrize("make", [DDIMScheduler, DPM])
 def test_the_scheduler_is_not_changed(make: Any) -> None:
     scheduler = make()

@@ -252,8 +252,10 @@ class Tower(nn.Module):
     @property
     def has_plain_head_norms(self) -> bool:
         """Whether the kernel that rotates may normalise as well, of the weights alone."""
-        kinds = (RMSNorm, nn.Identity)
-        return all(any(is_plain(norm, kind) for kind in kinds) for norm in (self.q_norm, self.k_norm))
+        return all(
+            is_plain(norm, nn.Identity) or (is_plain(norm, RMSNorm) and norm.eps == QK_NORM_EPS)
+            for norm in (self.q_norm, self.k_norm)
+        )
 
     def norm_heads(self, packed_BLC: Tensor, parts: int, num_heads: int) -> Tensor:
         """Packed projections after the per-head norms: three parts, or two without queries."""

@@ -57,6 +57,8 @@ class ResnetBlock(ResnetBlock2D):
             block.__class__ = cls
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        if not is_plain(self.nonlinearity, nn.SiLU) or not is_plain(self.dropout, nn.Dropout) or self.dropout.p:
+            return super().forward(input_tensor, temb)
         hidden = self.conv1(self._norm_silu(self.norm1, input_tensor))
         added = None if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
         hidden = self.conv2(self._norm_silu(self.norm2, hidden, added))
