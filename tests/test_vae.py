@@ -241,6 +241,11 @@ def test_an_overflow_is_an_error_and_no_black_picture() -> None:
         check_finite(finite(decode(vae, latents)), vae)
     with pytest.raises(FloatingPointError, match=message.format("latents")):
         encode(vae, pixels)
+    for value in (torch.inf, -torch.inf, torch.nan):
+        vae = make_vae("AutoencoderKL")
+        vae.decoder.conv_out.bias.data[1] = value
+        with pytest.raises(FloatingPointError, match="AutoencoderKL in float32 makes pictures that are not finite"):
+            check_finite(finite(decode(vae, latents)), vae)
     exact, forced = overflowing_vae(force_upcast=True).half().float(), overflowing_vae(force_upcast=True).half()
     assert torch.equal(decode(forced, latents), decode(exact, latents))
     assert torch.equal(encode(forced, pixels)[0], encode(exact, pixels)[0])

@@ -201,7 +201,8 @@ def decode(vae: Any, latents_BCHW: Tensor) -> Tensor:
         pixels = torch.cat(
             [vae.decode(g, **keywords).sample.float() for g, keywords in zip(groups, options, strict=True)]
         )
-    return (pixels / 2 + 0.5).clamp(0, 1)
+    # infinity becomes NaN, which is not clamped
+    return (pixels / 2 + 0.5 + 0 * pixels).clamp(0, 1)
 
 
 def finite(values_BCHW: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ def test_other_arguments_and_weights_are_refused_in_one_line(
         (weights, changed(ar_len=10**12, spatial_len=16 * 10**12), "ar_len=1000000000000, and not a number from 1"),
         (weights, changed(ar_len=True), "have ar_len=True"),
         (weights, changed(diff_depth=-1), "have diff_depth=-1"),
+        (weights, changed(denoising_mlp="False"), "have denoising_mlp='False', and neither True nor False"),
+        (weights, changed(clear_clean=None), "have clear_clean=None"),
         (weights, changed(diff_depth=99), "are of no model: "),
         (weights, changed(block_size=5, spatial_len=20), "are of no model: "),
         (weights, {"block_size": 16}, "'ar_len' is missing"),

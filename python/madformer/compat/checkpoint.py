@@ -84,6 +84,18 @@ class ReleasedCheckpoint:
                 raise ValueError(
                     f"{self.path}: its args have {name}={value!r}, and not a number from 1 to {MAX_TOKENS}"
                 )
+        flags = {
+            flag: arguments.get(flag, default)
+            for flag, default in (
+                ("square_block", True),
+                ("clear_clean", False),
+                ("clear_cond", False),
+                ("denoising_mlp", False),
+            )
+        }
+        for name, value in flags.items():
+            if value not in (True, False) or not isinstance(value, int):
+                raise ValueError(f"{self.path}: its args have {name}={value!r}, and neither True nor False")
         return {
             "hidden_size": hidden_size,
             "num_heads": hidden_size // head_dim,
@@ -91,15 +103,7 @@ class ReleasedCheckpoint:
             "no_qk_norm": head_norm is None,
             "model_config_path": config,
             **named,
-            **{
-                flag: arguments.get(flag, default)
-                for flag, default in (
-                    ("square_block", True),
-                    ("clear_clean", False),
-                    ("clear_cond", False),
-                    ("denoising_mlp", False),
-                )
-            },
+            **{name: bool(value) for name, value in flags.items()},
         }
 
     def _infer_model_config(self) -> dict[str, Any]:

@@ -110,8 +110,9 @@ class Reporter:
         self.file = folder / "metrics.jsonl"
         self._forget_after(first_step)
         self.stream = self.file.open("a", buffering=1)
-        self.bar = tqdm(total=config.steps, initial=first_step, unit="step", smoothing=0.1)
         self.sinks = open_sinks(config, folder)
+        # last: behind an error it would be shown once more
+        self.bar = tqdm(total=config.steps, initial=first_step, unit="step", smoothing=0.1)
         self.begun, self.begun_at = time.perf_counter(), first_step
 
     def pause(self, seconds: float) -> None:
