@@ -75,7 +75,10 @@ class ScheduleRows:
     ) -> ScheduleRows:
         """Rows of ``timesteps`` (S,), with a table's ``coefficients`` (S, 6) if there is one."""
         num_steps, num_rows = len(timesteps), num_rows_of(max_steps)
-        coefficients_T6 = torch.tensor(STAND_STILL, device=timesteps.device).repeat(num_rows, 1)
+        # filled on the device: a run asks for its rows again and again, and would wait for a copy from the host
+        coefficients_T6 = timesteps.new_empty(num_rows, NUM_COEFFICIENTS, dtype=torch.float32)
+        for column_T, value in zip(coefficients_T6.unbind(1), STAND_STILL, strict=True):
+            column_T.fill_(value)
         if coefficients is not None:
             coefficients_T6[:num_steps] = coefficients
         # the released sampler embeds the clean block with the last timestep of the previous block's loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,50 @@ def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, *, name:
     band = rounding * _largest(oracle.double())
     budget = 2 * eager_error + band
     assert error <= budget, f"{name}: error {error:.3e} > 2 x eager's {eager_error:.3e} + rounding {band:.3e}"
+
+
+Move = Callable[[Tensor], Tensor]
+"""What a computation does to its inputs before it uses them."""
+
+
+def float32_noise(
+    results: Callable[[nn.Module, Move], dict[str, Tensor]], model: nn.Module, seeds: int = 4
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The truth by name, and by how much float32 may miss it: how well the computation is conditioned says it.
+
+    Where every weight and every input moves by one rounding of float64, results of float64 move by what these, and all
+    roundings that follow them, make of it. In float32 it is the same, 2^29 times as large. That holds for results which
+    are sums of large terms, too, and for those which are zero but for roundings.
+
+    Args:
+        results: computes them in the dtype of its model, whose gradients it may leave behind, of inputs that it moves.
+        model: of any dtype; it is left as it is.
+        seeds: how many times all is moved, each number at random up or down. The largest movement counts.
+    """
+    exact = copy.deepcopy(model).double()
+    truth = results(copy.deepcopy(exact), torch.clone)
+    noise = dict.fromkeys(truth, 0.0)
+    for seed in range(seeds):
+        generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(exact)
+
+        def move(x: Tensor, generator: torch.Generator = generator) -> Tensor:
+            signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+            return x * (1 + torch.finfo(torch.float64).eps * signs.to(x))
+
+        for weight in moved.parameters():
+            weight.data = move(weight.data)
+        for name, value in results(moved, move).items():
+            noise[name] = max(noise[name], _largest(value - truth[name]))
+    larger = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+    return truth, {name: movement * larger for name, movement in noise.items()}
+
+
+def assert_within_noise(actual: Mapping[str, Tensor], truth: Mapping[str, Tensor], noise: Mapping[str, float]) -> None:
+    """Asserts that no result of float32 is further from the truth than twice its :func:`float32_noise`."""
+    assert actual.keys() == truth.keys()
+    for name, value in actual.items():
+        error = _largest(value.double() - truth[name])
+        assert error <= 2 * noise[name], f"{name}: error {error:.3e} > 2 x float32's noise {noise[name]:.3e}"
 
 
 def _largest(values: Tensor) -> float:

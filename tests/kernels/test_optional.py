@@ -81,7 +81,7 @@ _cpp_library_load_exception = Error()
     ids=["left over and of another PyTorch", "broken", "version 2 without its extension", "version 4"],
 )
 def test_a_report_says_why(files: dict[str, str], expected: dict[str, str | None], tmp_path: Path) -> None:
-    reasons = json.loads(run(write(tmp_path, files), "-c", REPORT, optional.__file__).splitlines()[-1])
+    reasons = json.loads(run(write(tmp_path, files), "-S", "-c", REPORT, optional.__file__).splitlines()[-1])
     for name, pattern in expected.items():
         if pattern is None:
             assert reasons[name] is None
