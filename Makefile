@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | oldest-check | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow lint format kernel-check cuda-check oldest-check gpu-check bench package-tree
+.PHONY: install demo test test-slow lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench package-tree
 
 install: $(STAMP)
 
@@ -86,16 +86,32 @@ oldest-check: install
 			-isystem $(OLDEST_HEADERS)/torch/include $$source || exit 1; \
 	done; echo 'oldest-check: csrc/*.cpp compile against torch $(OLDEST_TORCH)'
 
-# On a machine with a GPU: the extension into the links, then the stages of docs/gpu-visit.md. It needs no install where
-# $(PYTHON) has what it imports and builds with. GPU_CHECK='--stages kernels,peers --budget 300' make gpu-check
+# The oldest and the newest PyTorch that are supported, each in an environment of its own in build/matrix: no GPU.
+# MATRIX_VENVS=FOLDER takes its venv-oldest and venv-newest.
+matrix:
+	.ci/matrix
+
+# What a GPU machine without a network lacks, into build/gpu-bundle, with the oldest environment of `make matrix`, whose
+# Python and PyTorch are that machine's. MADFORMER_RELEASED=FOLDER adds the released implementation's source.
+GPU_BUNDLE_PYTHON ?= $(or $(MATRIX_VENVS),build/matrix)/venv-oldest/bin/python
+gpu-bundle:
+	@test -x $(GPU_BUNDLE_PYTHON) || { echo "gpu-bundle: no $(GPU_BUNDLE_PYTHON): make matrix makes it"; exit 1; }
+	$(GPU_BUNDLE_PYTHON) benchmarks/gpu_bundle.py make
+
+# On a machine with a GPU: the extension into the links, out of build/gpu-bundle or compiled, then the stages of
+# docs/gpu-visit.md. It needs no install where $(PYTHON) and the bundle have what it imports and builds with.
+# GPU_CHECK='--stages kernels,peers --budget 300' make gpu-check
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check: export PYTHONPATH := $(CURDIR)/build/package:$(PYTHONPATH):$(CURDIR)/build/gpu-site
 gpu-check: package-tree
-	MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} $(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
-	PYTHONPATH="$(CURDIR)/build/package:$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+	$(GPU_PYTHON) benchmarks/gpu_bundle.py use || MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} \
+		$(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 # The folders laid out by links as they are installed: for mypy, which does not follow an editable install with mapped
 # folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install. What is no
 # link stays: the extension that was built into it.
+TREE ?= build/package
 package-tree:
-	@mkdir -p build/package/madformer && find build/package/madformer -type l -delete
-	@ln -sf "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" build/package/madformer/
+	@mkdir -p $(TREE)/madformer && find $(TREE)/madformer -type l -delete
+	@ln -sf "$(CURDIR)"/python/madformer/* "$(CURDIR)/kernels" "$(CURDIR)/engine" $(TREE)/madformer/

@@ -20,10 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_bundle import BUNDLE
 from kernel_record import ROOT, WHOLE, record_of, source_of
 from visit import Entry, Stage, Visit
 
 BENCHMARKS = ROOT / "benchmarks"
+RELEASED = BUNDLE / "released"
 TESTS = ("tests/csrc", "tests/kernels", "tests/engine", "tests/model")
 
 
@@ -144,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=570, metavar="SECONDS", help="of all stages (570)")
     parser.add_argument("--stages", type=lambda text: text.split(","), metavar="NAME,NAME", help="only these")
-    parser.add_argument("--released", type=Path, metavar="PATH", help="clone of the released code, to compare with")
+    carried = RELEASED if RELEASED.is_dir() else None
+    parser.add_argument(
+        "--released", type=Path, metavar="PATH", default=carried, help="clone of the released code, or the bundle's"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="in place of benchmarks/results/<device>")
     options = parser.parse_args(arguments)
     try:
