@@ -135,8 +135,9 @@ def photos(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("as_latents", [False, True], ids=["images", "latents"])
 def test_one_command_for_a_folder_of_folders(
-    config: TrainingConfig, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, as_latents: bool
-) -> None:
+    config: TrainingConfig, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str], as_latents: bool,
+) -> None:  # fmt: skip
     """Pictures of 16 pixels for a model of 16; what it learned is asked for by name."""
     source = str(photos)
     if as_latents:
@@ -157,6 +158,18 @@ def test_one_command_for_a_folder_of_folders(
     grid = ["--steps", "1", "--grid", str(tmp_path / "g.png")]
     assert main(["sample", "--model", str(run / "model"), "--class", "bee", *grid]) == 0
     assert (tmp_path / "g.png").is_file()
+    if as_latents:
+        return
+    # its labels would stand for others, or the same in another order
+    index = json.loads((run / "model" / "model_index.json").read_text())
+    index["class_names"] = {"0": "ape", "1": "cat", "2": "bee"}
+    (run / "model" / "model_index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(run), "--steps", "2"]) == 1
+    assert "of a run whose class 1 is 'cat', and the data's is 'bee'" in capsys.readouterr().err
+    assert main(["train", "tiny", "--data", source, "--out", str(photos / "ape" / "run"), *options]) == 1
+    assert "lies within the data, whose pictures its samples would be" in capsys.readouterr().err
+    assert not (photos / "ape" / "run").exists()
 
 
 def test_contradictions_are_refused_before_anything_is_written(

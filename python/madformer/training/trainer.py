@@ -92,6 +92,7 @@ class Trainer:
             data = open_data(config)
             self.config = config = self._fitted(config, data, given)
             newest = self.run_folder.newest(config)
+            self.run_folder.check_data(data)
             check_sinks(config)
             if config.num_threads:
                 torch.set_num_threads(config.num_threads)
