@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors.torch import save
+
 from madformer.bulk import Settings
+
+NOTHING = save({})
+"""A whole file of latents."""
 
 
 def settings(**changes: Any) -> Settings:

@@ -430,6 +430,26 @@ def test_a_full_disk(
     assert contents(tmp_path) == unbroken(name)
 
 
+@pytest.mark.parametrize("name", ["png", "latents", "shards"])
+def test_files_that_were_cut_short_are_drawn_again(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    unbroken: Callable[[str], dict[str, bytes]],
+    name: str,
+) -> None:
+    """Whatever the manifest says; nothing of them is packed."""
+    files = unbroken(name)
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+    names = sorted(set(files) - {"manifest.json"})
+    (tmp_path / names[0]).write_bytes(b"")
+    (tmp_path / names[-1]).write_bytes(files[names[-1]][:-600])
+    assert main(command(model, tmp_path, *FORMATS[name])) == 0
+    assert last_line(capsys)["num_drawn"] > 0
+    assert contents(tmp_path) == files
+
+
 def test_numbers_that_are_not_finite(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     unbroken: Callable[[str], dict[str, bytes]],

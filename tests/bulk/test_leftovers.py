@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bulk_cases import settings
+from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
 from madformer.model.persistence import remove_leftovers_of
@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
 def test_files_of_the_dead_go_and_of_the_living_stay(tmp_path: Path, sharded: bool) -> None:
     own = settings(shard_size=8, format="wds") if sharded else settings()
     with OutputFolder(tmp_path, own, 64).opened() as folder:
-        folder.write(0, b"")
+        folder.write(0, NOTHING)
     dead = [tmp_path / f".{name}.abcdefg{end}" for name in ("manifest.json", "00000900.png") for end in "hi"]
     dead += [folder.images / ".00000003.safetensors.a_234567", tmp_path / ".latents-000001.tar.abcdefgh"]
     others = [

@@ -9,7 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from bulk_cases import settings
+from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
 from madformer.bulk.image_set import ImageSet
@@ -52,7 +52,7 @@ def test_a_run_without_end_begins_at_once(tmp_path: Path, shard_size: int | None
         assert list(itertools.islice(folder.missing(folder.batches()), 3)) == [0, 1, 2]
         assert folder.count(folder.batches()) == number
         for image in (*range(16), *range(32, 48), 50):
-            folder.write(image, b"")
+            folder.write(image, NOTHING)
         folder.pack()
         assert not folder.finish()
     with OutputFolder(tmp_path, own, number).opened(1, 3) as folder:
@@ -85,7 +85,7 @@ def test_names_that_are_no_images(tmp_path: Path) -> None:
     """Of another seed, with zeros too many, in other digits or of the other kind: nothing of the run."""
     with OutputFolder(tmp_path, settings(seed=100), 50).opened() as folder:
         for image in range(3):
-            folder.write(image, b"")
+            folder.write(image, NOTHING)
         for name in ("000000103", "0000104", "00000099", "00000150", "٠٠٠٠٠١٠٥", "00000106.1"):
             (tmp_path / f"{name}.safetensors").write_bytes(b"")
         (tmp_path / "00000107.png").write_bytes(b"")
@@ -98,7 +98,7 @@ def test_a_large_folder_is_read_in_little_memory(tmp_path: Path) -> None:
     number = 50_000
     with OutputFolder(tmp_path, settings(), number).opened() as folder:
         for image in range(number - 1):
-            folder.file(image).touch()
+            folder.file(image).write_bytes(NOTHING)
     with OutputFolder(tmp_path, settings(), number).opened():
         pass  # what is imported is
     tracemalloc.start()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,11 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from madformer.bulk.damage import is_whole
 from madformer.bulk.image_set import ImageSet
 from madformer.bulk.settings import Settings
 from madformer.data.shards import KEY, write_shard
 from madformer.model.persistence import atomic_path, check_writable, locked, remove_leftover
 from madformer.seeds import check_seed
+
+logger = logging.getLogger("madformer.bulk")
 
 MANIFEST = "manifest.json"
 UNPACKED = "unpacked"
@@ -236,12 +240,20 @@ class OutputFolder:
         before = manifest["num_images"]
         if self.num_images < before:
             raise ValueError(f"num_images={self.num_images} is less than the {before} that {self.path} is made for")
+        self._drop_damaged()
         if self.num_images > before:
             if self.sharded:
                 self._unpack_last(before)
             self._write_manifest(complete=False)
             return False
         return bool(manifest["complete"])
+
+    def _drop_damaged(self) -> None:
+        """Remove what was damaged since it appeared, to be drawn again."""
+        for file in itertools.chain(map(self.file, self._unpacked()), map(self._shard, self._shards())):
+            if not is_whole(file):
+                logger.warning("%s is damaged, and drawn again", file)
+                file.unlink(missing_ok=True)
 
     def _go_on_as_before(self) -> None:
         """In a folder of madformer 0.1.0 from before pictures had records: the rest is to be as it would have been."""
