@@ -202,6 +202,32 @@ def test_layerwise_casting_to_another_dtype_than_the_weights(name: str) -> None:
         assert relative_error(draw(stored), draw(model)) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("own", "storage", "compute"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float64),
+        (torch.float32, torch.bfloat16, torch.float64),
+    ],
+)
+def test_layerwise_casting_to_a_more_precise_dtype_than_the_weights(
+    own: torch.dtype, storage: torch.dtype, compute: torch.dtype
+) -> None:
+    """PyTorch's normalisations take no activations that are more precise than their weights."""
+    model, given = make(CONFIGS["text, classes, AdaLN"])
+    stored = copy.deepcopy(model).to(own)
+    stored.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
+    assert stored.dtype == compute
+    model = model.double()
+    for parameter, kept in zip(model.parameters(), stored.parameters(), strict=True):
+        parameter.data = parameter.data.to(own).to(kept.dtype).double()
+    exact = cast(given, torch.float64)
+    with torch.no_grad():
+        expected = model(**exact)
+        assert_close(stored(**cast(given, compute)), expected, 0.05 if compute == torch.bfloat16 else 1e-4)
+
+
 def draw(model: MADFormer) -> Tensor:
     """A sample, of fixed noise and prompt."""
     config, scheduler = model.config, DDIMScheduler(clip_sample=False)

@@ -97,6 +97,29 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         model = cls(parsed.register(**changes))
         return (model, {**unused, **model.config.registered}) if return_unused_kwargs else model
 
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type[torch.nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """diffusers' own, see there; layers that it leaves out get a dtype that holds both their own and the others'.
+
+        PyTorch's normalisations take no activations that are more precise than their weights.
+        """
+        compute_dtype = compute_dtype or self.dtype
+        skipped = skip_modules_pattern, skip_modules_classes
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, *skipped, non_blocking)
+        for module in self.modules():
+            registry = vars(module).get("_diffusers_hook")
+            if registry is not None and registry.get_hook("layerwise_casting") is not None:
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.itemsize > 1:
+                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, compute_dtype))
+
     def to_json_string(self) -> str:
         """What ``config.json`` holds: not what diffusers notes under names that begin with ``_``."""
         config = self.config
