@@ -44,12 +44,13 @@ def _can_pack(device_type: str, dtype: torch.dtype) -> bool:
 
 @dataclass
 class PackedWeights:
-    """Packed weights by the names of their layers, each with what it was made of.
+    """Packed weights by the names of their layers, each with what it was made of, and the layers themselves.
 
     It takes the memory of the weights that are used a second time.
     """
 
     entries: dict[str, tuple[Hashable, Tensor]] = field(default_factory=dict)
+    layers: dict[str, PackedLinear | PackedConv2d] = field(default_factory=dict)
 
     def get(self, name: str, weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
         """``pack()`` of the weight as it is now, or what it gave before for the same bytes and the same ``how``."""
@@ -62,11 +63,13 @@ class PackedWeights:
 
 def digest(tensor: Tensor) -> Hashable:
     """Of a tensor's bytes in the order in which they lie in memory."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    dense = tensor.detach().permute(order).contiguous()
+    dense = tensor
+    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        dense = tensor.detach().permute(order).contiguous()
     if _CONTENT_HASH is not None:
         return _CONTENT_HASH(dense.data_ptr(), dense.nbytes)
-    content: Any = dense.view(-1).view(torch.uint8).numpy()
+    content: Any = dense.detach().as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
     return hashlib.sha1(content, usedforsecurity=False).digest()
 
 
@@ -84,26 +87,28 @@ _CONTENT_HASH = _content_hash()
 def packed(model: MADFormer, weights: PackedWeights | None = None) -> MADFormer:
     """The model as it is now, with its plain linear layers and convolutions computing with packed weights.
 
-    It is for one run: made anew, with the same ``weights``, it is as cheap as looking at the weights. It shares
-    everything with the model but the modules that lead to packed ones. For inference only.
+    It is for use until it is made anew: with the same ``weights`` that is as cheap as looking at the weights, and takes
+    over the layers. It shares everything with the model but the modules that lead to packed ones. For inference only.
     """
     weights = weights if weights is not None else PackedWeights()
     names: set[str] = set()
 
     def stand_in(name: str, module: nn.Module) -> nn.Module | None:
-        layer: nn.Module | None = None
-        if type(module) is nn.Conv2d:
-            if module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
-                layer = PackedConv2d(module, weights, name)
-        elif type(module) is nn.Linear:
-            layer = PackedLinear(module, weights, name)
-        if layer is None or not all(can_pack(tensor) for tensor in module._parameters.values() if tensor is not None):
+        kind = _STAND_INS.get(type(module))
+        if kind is None or not kind.fits(module):
+            return None
+        if not all(can_pack(tensor) for tensor in module._parameters.values() if tensor is not None):
             return None
         names.add(name)
+        layer: Any = weights.layers.get(name)
+        if layer is None or not layer.looks_again(module):
+            layer = weights.layers[name] = kind(module, weights, name)
         return layer
 
     result = rebuilt(model, stand_in) if process_is_plain() else model
-    weights.entries = {name: entry for name, entry in weights.entries.items() if name in names}
+    for kept in (weights.entries, weights.layers):
+        for name in kept.keys() - names:
+            del kept[name]
     return result
 
 
@@ -113,11 +118,25 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, weights: PackedWeights | None = None, name: str = "") -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        assert isinstance(conv.padding, tuple)
-        self.geometry = list(conv.padding), list(conv.stride), list(conv.dilation), 1
+        self.geometry = self.geometry_of(conv)
         self.weights, self.name = weights or PackedWeights(), name
         self.shape: torch.Size | None = None
         self.packed: Tensor | None = None
+
+    @staticmethod
+    def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+        return list(map(int, conv.padding)), list(conv.stride), list(conv.dilation), 1
+
+    @staticmethod
+    def fits(conv: nn.Conv2d) -> bool:
+        """Whether one may stand in for a convolution of this geometry."""
+        return conv.groups == 1 and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+
+    def looks_again(self, conv: nn.Conv2d) -> bool:
+        """Whether it stands in for this one still; if so, the next call looks at the weights again."""
+        vars(self)["shape"] = None
+        same = self.weight is conv.weight and self.bias is conv.bias
+        return same and self.geometry == self.geometry_of(conv)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         # not where the batch does: in-flight batching changes it at every step, and the layout is the same
@@ -141,6 +160,15 @@ class PackedLinear(nn.Module):
         self.weights, self.name = weights or PackedWeights(), name
         self.packed: Tensor | None = None
 
+    @staticmethod
+    def fits(linear: nn.Linear) -> bool:
+        return True
+
+    def looks_again(self, linear: nn.Linear) -> bool:
+        """As that of :class:`PackedConv2d`."""
+        vars(self)["packed"] = None
+        return self.weight is linear.weight and self.bias is linear.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             rows = x.numel() // x.shape[-1]
@@ -149,3 +177,6 @@ class PackedLinear(nn.Module):
 
     def _pack(self, rows: int) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+
+
+_STAND_INS: dict[type[nn.Module], Any] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}

@@ -28,7 +28,7 @@ from madformer.engine.passes import Passes
 from madformer.engine.prompts import Prompt
 from madformer.engine.schedule import Schedule, ScheduleTable
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
-from madformer.engine.structure import Signature, UnknownPartError, compute_dtype, signature
+from madformer.engine.structure import Signature, UnknownPartError, dtype_and_device, signature
 from madformer.model.blocks import block_order, check_blocks, check_order
 from madformer.model.madformer import MADFormer
 
@@ -159,7 +159,7 @@ class ModelKind:
     @classmethod
     def of(cls, model: MADFormer, grid: tuple[int, int] | None = None) -> ModelKind:
         config = model.config if grid is None else model.config.at_grid(*grid)
-        return cls(config, compute_dtype(model), model.device, model.backend, model.attention_backend)
+        return cls(config, *dtype_and_device(model), model.backend, model.attention_backend)
 
     def difference(self, expected: ModelKind) -> str:
         """What is not as expected, in one line."""

@@ -19,8 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from madformer.arguments import whole_number
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+from madformer.engine.schedulers import PREDICTION_TYPES
 
 
 def _attributes(cls: type) -> dict[str, Any]:

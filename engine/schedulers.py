@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from madformer.engine.schedule import PREDICTION_TYPES
+from madformer.arguments import shown
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 USABLE = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
@@ -14,6 +16,24 @@ USABLE = (
 )  # fmt: skip
 """The classes of diffusers whose steps are those of a network that is told an integer timestep of the training's
 discrete, variance-preserving schedule (arXiv:2006.11239) and predicts noise, picture or velocity."""
+
+SHORT_NAMES = {
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpmpp-single": "DPMSolverSinglestepScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+}
+"""For the command line, which takes the names of the classes, too."""
 
 _FLOW = "is for flow matching, and these models are trained to denoise"
 _VIDEO = "is for models of videos"
@@ -64,6 +84,26 @@ def check_name(name: str) -> None:
     if name not in USABLE:
         reason = _REASONS.get(name, "is none of the schedulers whose steps are those of these models")
         raise ValueError(f"{name} {reason}: use another, such as DPMSolverMultistepScheduler")
+
+
+def scheduler_class(name: str) -> str:
+    """The class of diffusers by a name of ``SHORT_NAMES`` or its own, with or without ``Scheduler`` at the end.
+
+    Raises:
+        ValueError: no model can be sampled with it, or there is none of the name; one line that says why.
+    """
+    known = {_bare(own): own for own in (*_REASONS, *USABLE)}
+    known |= {_bare(short): own for short, own in SHORT_NAMES.items()}
+    # those of flow matching are all refused for one reason
+    found = known.get(_bare(name)) or ("FlowMatchEulerDiscreteScheduler" if _bare(name).startswith("flow") else None)
+    if found is None:
+        raise ValueError(f"no scheduler {shown(name)}: there are {', '.join(SHORT_NAMES)}, and classes by their names")
+    check_name(found)
+    return found
+
+
+def _bare(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower())).removesuffix("scheduler")
 
 
 def check_scheduler(scheduler: Any, prediction_type: str | None = None) -> None:

@@ -24,7 +24,7 @@ _KNOWN_TOO = ("builtins", "collections", "torch", "torch.nn.functional")
 _ORIGINALS = ((nn.Linear, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.Module, "__call__"))
 _CLASSES = tuple(getattr(cls, name) for cls, name in _ORIGINALS)
 _FUNCTIONS = F.linear, F.conv2d
-_PLAIN = (nn.Parameter, Tensor, type(None), nn.Buffer)
+_PLAIN = frozenset((nn.Parameter, Tensor, type(None), nn.Buffer))
 _SIMPLE = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format)
 
 # of nn.Module, and without a part in what a call computes
@@ -43,15 +43,9 @@ def plain(module: nn.Module) -> bool:
         or attributes["_forward_pre_hooks"]
         or "forward" in attributes
         or attributes.get("_compiled_call_impl") is not None
-        or any(map(_special, attributes["_parameters"].values()))
-        or any(map(_special, attributes["_buffers"].values()))
         # in the place of a parameter
         or any(isinstance(attributes.get(name), Tensor) for name in ("weight", "bias"))
-    )
-
-
-def _special(tensor: Tensor | None) -> bool:
-    return type(tensor) not in _PLAIN
+    ) and _PLAIN.issuperset(map(type, (*attributes["_parameters"].values(), *attributes["_buffers"].values())))
 
 
 def process_is_plain() -> bool:
@@ -79,9 +73,8 @@ def _known_name(module: str | None) -> bool:
 
 def _all_known(module: nn.Module) -> bool:
     """Whether the module and all of its own attributes are."""
-    if not _known(module):
-        return False
-    return all(_known(value) for name, value in vars(module).items() if name not in _BOOKKEEPING)
+    attributes = vars(module)
+    return _known(module) and all(_known(attributes[name]) for name in attributes.keys() - _BOOKKEEPING)
 
 
 def rebuilt(model: M, stand_in: Callable[[str, nn.Module], nn.Module | None]) -> M:
@@ -210,11 +203,18 @@ def _is_foreign(call: Any) -> bool:
     return where.partition(".")[0] not in ("torch", "accelerate", "diffusers", "peft", "madformer")
 
 
-def compute_dtype(model: Any) -> torch.dtype:
-    """What the model computes in: where diffusers keeps weights in another dtype and casts them by hooks, what to."""
-    for module in model.modules():
-        registry = vars(module).get("_diffusers_hook")
-        hook = None if registry is None else registry.get_hook("layerwise_casting")
-        if hook is not None:
-            return hook.compute_dtype
-    return model.dtype
+def dtype_and_device(model: Any) -> tuple[torch.dtype, torch.device]:
+    """What the model computes in and where: ``model.dtype`` and ``model.device``.
+
+    diffusers looks for hooks that cast or move weights in the call, which takes milliseconds where there are none.
+    """
+    modules, seen = [model], set()
+    while modules:
+        module = modules.pop()
+        attributes = vars(module)
+        if "_diffusers_hook" in attributes:
+            return model.dtype, model.device
+        seen.add(module)
+        modules += [child for child in attributes["_modules"].values() if child is not None and child not in seen]
+    first = next(model.parameters())
+    return (first.dtype if first.is_floating_point() else model.dtype), first.device

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from madformer import MADFormer, MADFormerPipeline
+from madformer.bulk.records import read_record
+from madformer.cli.main import main
+from madformer.cli.recorded import command as described
 from madformer.config import emoji64, tiny
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
+from madformer.pipeline_lora import WEIGHTS
 from testing import perturb, relative_error
 
 pytest.importorskip("peft")
@@ -176,6 +181,39 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained() -> None:
     for options, why in (({"rank": 0}, "at least 1"), ({"rank": 2, "targets": ["attention"]}, "must be some of")):
         with pytest.raises(ValueError, match=why):
             add_lora(copy.deepcopy(model), **options)  # type: ignore[arg-type]
+
+
+def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line merges adapters, and says so in what it writes."""
+    model = make("AdaLN")
+    network, updates = adapted(model, "style")
+    network.save_lora_adapter(tmp_path / "style", adapter_name="style")
+    weights = {f"transformer.{name}": x for name, x in load_file(tmp_path / "style" / WEIGHTS).items()}
+    from peft import get_peft_model_state_dict
+
+    metadata = network.peft_config["style"].to_dict()
+    layers = get_peft_model_state_dict(network, adapter_name="style")
+    MADFormerPipeline.save_lora_weights(tmp_path / "style", layers, transformer_lora_adapter_metadata=metadata)
+    MADFormerPipeline(model, None, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "model")
+    command = ["sample", "--model", tmp_path / "model", "--lora-strength", 0.25, "--lora", tmp_path / "style"]
+    options = ["--steps", 2, "--latents", "--precision", "exact", "--device", "cpu", "--out", tmp_path / "out"]
+    assert main([*map(str, (*command, *options))]) == 0
+    file = tmp_path / "out" / "00000000.safetensors"
+    expected = MADFormerPipeline(merged(model, (0.25, updates["style"])), None, DDIMScheduler(clip_sample=False))
+    images = expected(num_inference_steps=2, seed=0, output_type="latent").images
+    assert relative_error(load_file(file)["latents"], images[0]) < 2e-5
+    record = read_record(file)
+    assert (record["lora"]["name"], record["lora"]["strength"]) == ("style", 0.25)
+    assert "--lora style --lora-strength 0.25" in str(described(record))
+    other = {name: x[:, :-1].contiguous() if "lora_A" in name else x for name, x in weights.items()}
+    for name, content in (("none", None), ("shapes", other), ("foreign", {"unet.x.lora_A.weight": torch.zeros(1, 1)})):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            save_file(content, tmp_path / name / WEIGHTS)
+        capsys.readouterr()
+        assert main([*map(str, (*command[:-1], tmp_path / name, *options))]) == 1
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert (f"holds no {WEIGHTS}" if content is None else "holds no adapters of this model") in message
 
 
 def test_pipeline(tmp_path: Path) -> None:

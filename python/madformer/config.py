@@ -31,6 +31,28 @@ FOREIGN = ("auto_map", "quantization_config")
 MAX_TOKENS = 2**24
 """Of an image. Their places alone fill gigabytes."""
 
+MAX_LEVELS = 10
+# far beyond any model: what is more is a slip, and fails at a place that does not say so
+_MOST_OF_UNET = {
+    "block_out_channels": 2**16,
+    "layers_per_block": 256,
+    "num_heads": 2**16,
+    "norm_groups": 2**16,
+    "time_embed_dim": 2**16,
+}
+_MOST = {
+    "hidden_size": 2**17,
+    "num_layers": 1024,
+    "num_heads": 2**16,
+    "intermediate_size": 2**20,
+    "num_blocks": MAX_TOKENS,
+    "block_size": MAX_TOKENS,
+    "rope_base": 2**31 - 1,
+    "latent_channels": 2**16,
+    "patch_size": 1024,
+    "num_classes": 2**24,
+}
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -48,9 +70,12 @@ class UNetConfig:
     time_embed_dim: int = 128
 
     def __post_init__(self) -> None:
-        check_types(self, "unet.")
+        check_types(self, "unet.", most=_MOST_OF_UNET)
         levels = len(self.block_out_channels)
-        _require(levels >= 1, f"unet.block_out_channels={self.block_out_channels} must name at least one level")
+        _require(
+            1 <= levels <= MAX_LEVELS,
+            f"unet.block_out_channels={self.block_out_channels} must name from one level to {MAX_LEVELS}",
+        )
         for name in ("layers_per_block", "attention"):
             _require(
                 len(getattr(self, name)) == levels,
@@ -95,7 +120,7 @@ class TextConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        check_types(self, "text.")
+        check_types(self, "text.", most={"vocab_size": 2**24, "length": 2**20})
         for name in ("vocab_size", "length"):
             _require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
         _require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
@@ -166,7 +191,7 @@ class MADFormerConfig(Mapping[str, Any]):
     square_blocks: bool = True
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, most=_MOST)
         for own in dataclasses.fields(self):
             value, low = getattr(self, own.name), 0 if own.name in ("num_classes", "rope_base") else 1
             if own.type == "int":
@@ -202,6 +227,10 @@ class MADFormerConfig(Mapping[str, Any]):
             whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 1 for side in shape)
             fits = whole and len(shape) == 2 and math.prod(shape) == count
             _require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
+        _require(
+            self.num_blocks * self.block_size <= MAX_TOKENS,
+            f"num_blocks={self.num_blocks} of block_size={self.block_size} must be at most {MAX_TOKENS} tokens",
+        )
         for name in ("block_shape", "block_grid", "block_order"):
             _require(
                 self.square_blocks or getattr(self, name) in ((), "raster"),

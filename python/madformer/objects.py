@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 T = TypeVar("T")
 
+LARGEST = 2**63 - 1
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "truth values", str: "strings"}
 
@@ -64,11 +66,14 @@ def from_object(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**{name: _built(value, hints[name], f"{prefix}{name}.") for name, value in values.items()})
 
 
-def check_types(instance: Any, prefix: str = "", *, infinite: Collection[str] = ()) -> None:
-    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type.
+def check_types(
+    instance: Any, prefix: str = "", *, infinite: Collection[str] = (), most: Mapping[str, int] | None = None
+) -> None:
+    """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type, or too large.
 
     Args:
-        prefix: of the fields' names in messages. infinite: names of those that may be infinite.
+        prefix: of the fields' names in messages. infinite: names of those that may be infinite. most: the largest whole
+            number of a field or of its entries; for others what 64 bits hold.
     """
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
@@ -76,6 +81,10 @@ def check_types(instance: Any, prefix: str = "", *, infinite: Collection[str] = 
             continue
         if not _fits(value, hint):
             raise ValueError(f"{prefix}{name}={value!r} must be {_named(hint)}")
+        limit = (most or {}).get(name, LARGEST)
+        entries = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(entry, int) and abs(entry) > limit for entry in entries):
+            raise ValueError(f"{prefix}{name}={value!r} must be at most {limit}")
 
 
 _hints_of: dict[type, dict[str, Any]] = {}

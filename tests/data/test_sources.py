@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -319,6 +320,42 @@ class TestHuggingFace:
             open_dataset(f"hf:{tmp_path}/both:dev", 4)
 
     @pytest.mark.parametrize(
+        ("part", "content", "message"),
+        [
+            ("state.json", None, r"is not whole, as save_to_disk writes it \(.*No such file.*state.json"),
+            ("state.json", b"", r"is not whole.*state.json: Expecting value"),
+            ("state.json", b"[]", "is not whole.*state.json: .. is no JSON object"),
+            ("state.json", b"{}", "is not whole.*state.json lists no _data_files"),
+            ("dataset_info.json", None, "is not whole"),
+            ("dataset_info.json", b"x", "is not whole"),
+            ("data-00000-of-00001.arrow", None, "is not whole"),
+            ("data-00000-of-00001.arrow", b"", "is not whole"),
+            ("data-00000-of-00001.arrow", b"ARROW1", "is not whole"),
+        ],
+    )
+    def test_a_saved_folder_that_is_not_whole(
+        self, tmp_path: Path, datasets: Any, part: str, content: bytes | None, message: str
+    ) -> None:
+        self.rows(datasets, label=[0, 1]).save_to_disk(str(tmp_path))
+        (tmp_path / part).unlink() if content is None else (tmp_path / part).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            open_dataset(tmp_path, 4)
+        assert "\n" not in str(caught.value)
+
+    def test_a_saved_folder_without_rows(self, tmp_path: Path, datasets: Any) -> None:
+        rows = self.rows(datasets, label=[0, 1])
+        rows.select([]).save_to_disk(str(tmp_path / "one"))
+        datasets.DatasetDict(train=rows, test=rows.select([])).save_to_disk(str(tmp_path / "both"))
+        for source in (tmp_path / "one", f"hf:{tmp_path}/both:test"):
+            with pytest.raises(FileNotFoundError, match="is empty"):
+                open_dataset(source, 4)
+        assert len(open_dataset(tmp_path / "both", 4)) == 2
+        for split in ("train", "test"):
+            shutil.rmtree(tmp_path / "both" / split)
+        with pytest.raises(ValueError, match="both/train is not whole"):
+            open_dataset(tmp_path / "both", 4)
+
+    @pytest.mark.parametrize(
         ("values", "reason"),
         [
             ([[0, 1], [1]], "lists"),
@@ -371,6 +408,40 @@ class TestHuggingFace:
         datasets.Dataset.from_dict({"id": [1]}).save_to_disk(str(tmp_path / "none"))
         with pytest.raises(ValueError, match="has no image column, only id"):
             open_dataset(tmp_path / "none", 4)
+
+
+class TestKinds:
+    def test_what_pillow_reads_is_read_and_what_is_left_out_is_counted(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kinds = {
+            "jfif": "JPEG",
+            "jpe": "JPEG",
+            "jp2": "JPEG2000",
+            "tga": "TGA",
+            "ico": "ICO",
+            "pgm": "PPM",
+            "AVIF": "AVIF",
+        }
+        for extension, name in kinds.items():
+            Image.new("L" if extension == "pgm" else "RGB", (16, 16), "white").save(tmp_path / f"x.{extension}", name)
+        for left_out in ("a.heic", "b.HEIC", "c.svg", "notes.md"):
+            (tmp_path / left_out).write_bytes(b"x")
+        with caplog.at_level("WARNING"):
+            dataset = open_dataset(tmp_path, 4)
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{tmp_path}: 2 .heic, 1 .svg are left out; convert them to have them read"
+        ]
+        assert [float(item["image"].mean()) for item in dataset] == pytest.approx([1] * len(kinds), abs=0.02)
+        for extension in kinds:
+            (tmp_path / f"x.{extension}").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no images \(only 2 \.heic, 1 \.svg, which are not read"):
+            open_dataset(tmp_path, 4)
+
+    def test_names_of_classes_stay_in_a_line(self, tmp_path: Path) -> None:
+        dataset = open_dataset(write_files(tmp_path, {"a\nb/1.png": b"", "c\x1b[31m\u2028/2.png": b""}), 4)
+        assert dataset.class_names == ["a\\nb", "c\\x1b[31m\\u2028"]
+        assert dataset.source.name(0).splitlines() == [f"{tmp_path}/a\\nb/1.png"]
 
 
 class TestSummary:

@@ -359,7 +359,7 @@ def test_signatures_refuse_what_may_do_anything(name: str) -> None:
 
 
 def test_packed_weights_follow_what_they_are_made_of() -> None:
-    """A tree that is made anew computes with the weights of then; one that stays, with those it met first."""
+    """A tree computes with the weights that it met first, until it is made anew."""
     model, weights = make_model(tiny()), PackedWeights()
     x = torch.randn(3, tiny().hidden_size)
 
@@ -370,8 +370,14 @@ def test_packed_weights_follow_what_they_are_made_of() -> None:
     first = packed(model, weights)
     before = project(first)
     tower(model).proj.weight.data.mul_(2)
-    assert relative_error(project(packed(model, weights)), tower(model).proj(x)) < 1e-6
     assert torch.equal(project(first), before)
+    anew = packed(model, weights)
+    assert relative_error(project(anew), tower(model).proj(x)) < 1e-6
+    assert tower(anew).proj is tower(first).proj
+    # nor is a layer taken over that stands in for another one
+    other = nn.Linear(tiny().hidden_size, tiny().hidden_size)
+    tower(model).proj = other
+    assert relative_error(project(packed(model, weights)), other(x)) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("cast and back", *ONCE)])

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engine_cases import CASES, draw_noise, draw_prompt, make_model, sample_uncached
 from madformer.engine.sampler import Sampler
-from madformer.engine.schedulers import USABLE, check_name, check_scheduler
+from madformer.engine.schedulers import SHORT_NAMES, USABLE, check_name, check_scheduler, scheduler_class
 from testing import relative_error
 
 EVERY = [
@@ -74,3 +74,23 @@ def test_a_class_of_somebody_elses() -> None:
     check_scheduler(Mine(), "epsilon")
     with pytest.raises(ValueError, match="dict is no scheduler of diffusers: it has no set_timesteps"):
         check_scheduler({})
+
+
+def test_names_for_the_command_line() -> None:
+    """Every class by a short name or its own; those that are refused, with their reason."""
+    assert set(SHORT_NAMES.values()) <= set(USABLE)
+    for name in USABLE:
+        for said in (name, name.lower(), name.removesuffix("Scheduler")):
+            assert scheduler_class(said) == name
+    for short, name in SHORT_NAMES.items():
+        assert scheduler_class(short) == name
+    for said, reason in (
+        ("lcm", "LCMScheduler is for consistency models"),
+        ("flow-match", "is for flow matching"),
+        ("FlowMatchHeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler is for flow matching"),
+        ("edm-euler", "told the noise's standard deviation"),
+        ("k_lms2", "no scheduler 'k_lms2': there are dpmpp, ddim"),
+        ("", "no scheduler '': there are"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            scheduler_class(said)

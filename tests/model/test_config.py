@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from madformer.config import PRESETS, MADFormerConfig, TextConfig, UNetConfig, preset
+from madformer.config import PRESETS, MADFormerConfig, TextConfig, UNetConfig, preset, tiny
+from madformer.training.config import TrainingConfig
 
 GEOMETRY: dict[str, Any] = {
     "num_blocks": 6, "block_shape": (1, 4), "block_grid": (2, 3), "block_order": "random", "rope_base": 300
@@ -112,6 +113,37 @@ def test_impossible_unet_names_its_fields(changes: dict[str, object], named: lis
 def test_impossible_text_names_its_fields(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         TextConfig(**{"vocab_size": 9, "length": 2, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", [MADFormerConfig, UNetConfig, TextConfig, TrainingConfig])
+def test_every_whole_number_has_a_limit(cls: Any) -> None:
+    """Beyond it is a slip, which would fail where nobody says so: in an allocation, or as a process a worker."""
+    needed = {"vocab_size": 9, "length": 3} if cls is TextConfig else {}
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if hint in (int, int | None, tuple[int, ...])}
+    assert hints
+    for name, hint in hints.items():
+        for number in (10**30, 2**63):
+            value = (number, number) if hint == tuple[int, ...] else number
+            with pytest.raises(ValueError, match=rf"{name}=\(?{number}.* must be at most \d+$"):
+                cls(**{**needed, name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_classes": 2**24 + 1, "time_conditioning": "unet+adaln"},
+            "num_classes=16777217 must be at most",
+        ),
+        ({"num_layers": 10_000}, "num_layers=10000 must be at most 1024"),
+        ({"num_blocks": 2**16, "block_size": 2**16}, "must be at most 16777216 tokens"),
+    ],
+)
+def test_sizes_beyond_any_model(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny().replace(**changes)
+    with pytest.raises(ValueError, match=r"unet\.block_out_channels=.* must name from one level to 10"):
+        UNetConfig(block_out_channels=(16,) * 11, layers_per_block=(1,) * 11, attention=(False,) * 11)
 
 
 def test_geometry_and_splits_survive_the_round_trip() -> None:

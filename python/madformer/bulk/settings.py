@@ -39,8 +39,9 @@ class Settings:
             latents.
         prompts: what the images are of. refresh_every: see :meth:`madformer.engine.sampler.Sampler.plan`.
         recorded: what pictures say of themselves besides the above: ``size`` (rows and columns of pixels, None for
-            latents), ``class_names`` of the prompts' labels, ``diffusion_layers`` of an elastic model. Empty for a
-            folder that was begun before pictures said anything; those added to it say nothing, too.
+            latents), ``class_names`` of the prompts' labels, ``diffusion_layers`` of an elastic model, ``lora`` that
+            was merged into ``model``. Empty for a folder that was begun before pictures said anything; those added to
+            it say nothing, too.
     """
 
     format: Format
@@ -80,8 +81,12 @@ class Settings:
         shard_size: int | None = None,
         prompts: Prompts | None = None,
         refresh_every: int = 1,
+        lora: Mapping[str, Any] | None = None,
     ) -> Settings:
         """Those of a pipeline; with a ``shard_size`` it will write shards.
+
+        Args:
+            lora: what :meth:`~madformer.pipeline_lora.LoraLoaderMixin.merge_lora` said of adapters.
 
         Call it on the model as loaded: once a precision is applied, the weights are others.
         """
@@ -101,7 +106,7 @@ class Settings:
             vae_tile=None if vae is None else tile_of(vae),
             prompts=prompts or Prompts(),
             refresh_every=refresh_every,
-            recorded=_recorded(pipeline, prompts or Prompts(), latents),
+            recorded=_recorded(pipeline, prompts or Prompts(), latents) | ({"lora": dict(lora)} if lora else {}),
         )
 
     def record(self, images: range) -> dict[str, Any]:
@@ -119,6 +124,7 @@ class Settings:
             "guidance_interval": prompts.guidance_interval and list(prompts.guidance_interval),
             "refresh_every": self.refresh_every if self.refresh_every > 1 else None,
             "diffusion_layers": self.recorded.get("diffusion_layers"),
+            "lora": self.recorded.get("lora"),
             "height": height,
             "width": width,
             "vae_tile": self.vae_tile if tiled else None,

@@ -78,10 +78,11 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 def run_emoji(args: argparse.Namespace) -> None:
     from madformer.data.emoji import write_emoji_shards
+    from madformer.data.text import printable
 
     made = write_emoji_shards(args.out, size=args.size, font=args.font, emoji_test=args.emoji_test, limit=args.limit)
     for name, count in zip(made["class_names"], made["class_counts"], strict=True):
-        print(f"{count:6d}  {name}")
+        print(f"{count:6d}  {printable(name)}")
     print(f"{made['num_samples']:6d}  images in {args.out} ({made['num_left_out']} emoji are not in the font)")
 
 

@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.run(args)
             # here, where a full disk or a closed pipe is an error like others
             sys.stdout.flush()
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             return 128 + signal.SIGPIPE
         if os.environ.get("MADFORMER_TRACEBACK") or not _is_for_the_user(error):
             raise
-        print(f"madformer {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split()) or "out of memory"
+        print(f"madformer {args.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"madformer {args.command}: interrupted", file=sys.stderr)
@@ -55,6 +56,8 @@ def _is_for_the_user(error: Exception) -> bool:
     from madformer.engine.memory import OutOfMemoryError
     from madformer.kernels.dispatch import BackendUnavailableError
 
+    if "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return True
     return not isinstance(error, RuntimeError) or isinstance(error, (BackendUnavailableError, OutOfMemoryError))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from madformer.cli.sample_options import SCHEDULERS
+from madformer.engine.schedulers import SHORT_NAMES, USABLE
 
 _LISTS = {"prompt": "--prompt", "class": "--class"}
 _VALUES = {
@@ -60,7 +60,10 @@ def command(record: Mapping[str, Any]) -> str | None:
         words += [f"{option}={record[name]}" for name, option in _VALUES.items() if name in record]
         if "guidance_interval" in record:
             words.append("--guidance-interval={},{}".format(*record["guidance_interval"]))
-        words += [f"--scheduler={name}" for name, kind in SCHEDULERS.items() if kind == record["scheduler"]]
+        if "lora" in record:
+            words += [f"--lora={record['lora']['name']}", f"--lora-strength={float(record['lora']['strength'])}"]
+        if (scheduler := record["scheduler"]) in USABLE:
+            words.append(f"--scheduler={next((n for n, kind in SHORT_NAMES.items() if kind == scheduler), scheduler)}")
         words += ["--grid=picture.png"] if "height" in record else ["--latents", "--out=folder"]
     except (KeyError, TypeError, ValueError, IndexError):
         return None

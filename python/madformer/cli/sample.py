@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from madformer.choices import device_of, precision_of
 from madformer.cli.process import exit_status
-from madformer.cli.sample_options import SCHEDULERS, SHARD_SIZE, add_options, check, texts_of, this_process
+from madformer.cli.sample_options import SHARD_SIZE, add_options, check, texts_of, this_process
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,7 @@ def _sample(args: argparse.Namespace) -> None:
     texts = texts_of(args)
     if args.ray is not None:
         _make_absolute(args)
-    pipeline = _load(args, "cpu" if args.ray is not None else device)
+    pipeline, lora = _load(args, "cpu" if args.ray is not None else device)
     tabulate(pipeline.scheduler, args.steps)  # to refuse a step count before anything is written
     prompts = Prompts.of(
         pipeline,
@@ -90,6 +91,7 @@ def _sample(args: argparse.Namespace) -> None:
         shard_size=(args.shard_size or SHARD_SIZE) if args.format == "wds" else None,
         prompts=prompts,
         refresh_every=args.refresh_every,
+        lora=lora,
     )
     if args.grid:
         check_grid(args.num_images, _rows(settings, args), *settings.recorded["size"])
@@ -147,12 +149,13 @@ def _pictures(pipeline: MADFormerPipeline, settings: Settings, args: argparse.Na
             bar.update(len(batch))
 
 
-def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
-    """The pipeline with the network as stored, in fp32, and the autoencoder as it will run."""
+def _load(args: argparse.Namespace, device: str) -> tuple[MADFormerPipeline, dict[str, Any] | None]:
+    """The pipeline with the network as stored, in fp32, and the autoencoder as it will run; what LoRA is in it."""
     import diffusers
     import torch
 
     from madformer.engine.precision import PRECISIONS
+    from madformer.model.persistence import resolve_folder
     from madformer.pipeline import MADFormerPipeline
     from madformer.vae import load_vae, set_tile
 
@@ -181,17 +184,22 @@ def _load(args: argparse.Namespace, device: str) -> MADFormerPipeline:
         set_tile(pipeline.vae, args.vae_tile)
     pipeline.transformer.set_grid(*pipeline.grid_of(args.height, args.width))
     if args.scheduler:
-        config = pipeline.scheduler.config
-        # DDIM's own default clamps to [-1, 1], which latents are not bounded by
-        options = {"clip_sample": config.get("clip_sample", False)} if args.scheduler == "ddim" else {}
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[args.scheduler]).from_config(config, **options)
-    return pipeline
+        config, cls = pipeline.scheduler.config, getattr(diffusers, args.scheduler)
+        # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
+        clamps = "clip_sample" in inspect.signature(cls.__init__).parameters
+        options = {"clip_sample": config.get("clip_sample", False)} if clamps else {}
+        pipeline.scheduler = cls.from_config(config, **options)
+    lora = None
+    if args.lora is not None:
+        strength = 1.0 if args.lora_strength is None else args.lora_strength
+        lora = pipeline.merge_lora(resolve_folder(args.lora), strength)
+    return pipeline, lora
 
 
 def _make_absolute(args: argparse.Namespace) -> None:
     """Folders by their whole paths: an actor works in another one."""
     args.out = args.out.absolute()
-    for name in ("model", "vae", "tokenizer"):
+    for name in ("model", "lora", "vae", "tokenizer"):
         value = getattr(args, name)
         if value is not None and Path(value).is_dir():
             setattr(args, name, str(Path(value).absolute()))
@@ -209,7 +217,7 @@ def _prepare(pipeline: MADFormerPipeline, args: argparse.Namespace, precision: s
 
 def _load_and_prepare(args: argparse.Namespace, device: str) -> MADFormerPipeline:
     """For an actor, which has no terminal."""
-    pipeline = _load(args, device)
+    pipeline, _ = _load(args, device)
     _prepare(pipeline, args, precision_of(args.precision, device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

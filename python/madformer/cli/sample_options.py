@@ -8,14 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from madformer.engine.schedulers import SHORT_NAMES, scheduler_class
 from madformer.seeds import check_seed
 
-SCHEDULERS = {
-    "dpmpp": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
 PRECISIONS = ("auto", "exact", "default", "fp8")
 BACKENDS = ("auto", "triton", "reference")
 FORMATS = ("png", "wds")
@@ -34,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--diffusion-layers", type=int, metavar="D", help="split of an elastic model (default: its own)")
     add("--height", type=int, metavar="PIXELS", help="of the images (default: as trained; others are extrapolated)")
     add("--width", type=int, metavar="PIXELS", help="likewise")
-    add("--scheduler", choices=SCHEDULERS, help="replace the model's own")
+    add("--scheduler", type=_scheduler, metavar="NAME", help=f"replace the model's own: {', '.join(SHORT_NAMES)}")
+    add("--lora", metavar="FOLDER", help="adapters for the model, a folder or hub id")
+    add("--lora-strength", type=float, metavar="X", help="how much of what they change (default 1)")
     add("--vae", help="autoencoder, a folder or hub id, in place of the model's own")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode larger pictures in tiles (default 1024; 0 never)")
     add("--precision", choices=PRECISIONS, default="auto", help="exact is fp32, default bf16; auto takes the faster")
@@ -62,6 +59,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--ray", type=int, nargs="?", const=0, metavar="N", help="on N actors of Ray Data (default: one a GPU)")
 
 
+def _scheduler(text: str) -> str:
+    try:
+        return scheduler_class(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
@@ -86,6 +90,8 @@ def check(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise ValueError(f"--guidance {args.guidance} must be a finite number from 0")
     check_seed(args.seed, args.num_images)
+    if args.lora_strength is not None and not math.isfinite(args.lora_strength):
+        raise ValueError(f"--lora-strength {args.lora_strength} must be finite")
     told = [option for option in (args.texts, args.prompt, args.prompts) if option]
     several = this_process()[1] > 1
     refusals = {
@@ -100,6 +106,7 @@ def check(args: argparse.Namespace) -> None:
         "--ray writes to a folder: give --out": args.ray is not None and not args.out,
         "--ray deals the work itself: run it without torchrun": args.ray is not None and several,
         "PROMPT, --prompt and --prompts are ways to say what to draw: give one": len(told) > 1,
+        "--lora-strength is for --lora": args.lora_strength is not None and args.lora is None,
         "--negative-prompt is for --guidance": args.negative_prompt is not None and args.guidance <= 1,
         "--guidance-interval is for --guidance": args.guidance_interval and args.guidance <= 1,
         "several processes share a folder: give --out": several and not args.out,

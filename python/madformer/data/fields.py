@@ -11,7 +11,15 @@ import numpy as np
 
 __all__ = ["DataSummary", "caption_of", "label_of", "summarize"]
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif")
+IMAGE_EXTENSIONS = (
+    "png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif", "jfif", "jpe", "apng", "jp2", "j2k",
+    "jpx", "pgm", "pbm", "pnm", "tga", "ico", "dib", "pcx", "qoi",
+)  # fmt: skip
+UNREAD_EXTENSIONS = (
+    "heic", "heif", "jxl", "svg", "psd", "eps", "exr", "hdr", "raw", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf",
+    "rw2",
+)  # fmt: skip
+"""Pictures, too, and none that are read: they would have to be converted."""
 CAPTION_FIELDS = ("caption", "text", "prompt")
 LABEL_FIELDS = ("label", "labels", "class", "cls")
 NO_LABEL = -1

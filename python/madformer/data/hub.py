@@ -15,6 +15,7 @@ from madformer.data.fields import (
     summarize,
 )
 from madformer.data.sources import MAX_FILE_BYTES, RawSample
+from madformer.objects import read_object
 
 __all__ = ["HuggingFaceSource", "is_saved"]
 
@@ -22,10 +23,11 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", *IMAGE_EXTENSIONS)
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote a folder."""
-    return (folder / "dataset_dict.json").is_file() or all(
-        (folder / name).is_file() for name in ("dataset_info.json", "state.json")
-    )
+    """Whether ``save_to_disk`` wrote a folder, or began to, or somebody has removed a part."""
+    if (folder / "dataset_dict.json").is_file():
+        return True
+    parts = [(folder / name).is_file() for name in ("dataset_info.json", "state.json")]
+    return all(parts) or (any(parts) and any(folder.glob("data-*.arrow")))
 
 
 class HuggingFaceSource:
@@ -152,28 +154,54 @@ def _load_rows(name: str) -> Any:
     """The ``datasets.Dataset`` of ``NAME[:SPLIT]``."""
     import datasets
 
-    path, colon, split = (name, "", "") if Path(name).is_dir() else name.partition(":")
-    one_split = (Path(path) / "dataset_info.json").is_file()
-    if colon and one_split:
-        raise ValueError(f"hf:{path} is saved as one split; leave out ':{split}'")
-    try:
-        if (Path(path) / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(path)
-            if not split and len(splits) == 1:
-                (split,) = splits
-            if (split or "train") not in splits:
-                raise ValueError(f"it has the splits {', '.join(splits)}: hf:{path}:SPLIT names one")
-            rows = splits[split or "train"]
-        elif one_split:
-            rows = datasets.load_from_disk(path)
-        else:
+    path, _, split = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    if is_saved(Path(path)):
+        rows = _load_saved(Path(path), split)
+    else:
+        try:
             rows = datasets.load_dataset(path, split=split or "train")
-    except Exception as error:
-        # An unknown name, split or absent network; the messages have several lines.
-        raise FileNotFoundError(f"no data set at hf:{name}: {_reason(error)}") from error
+        except Exception as error:
+            # An unknown name, split or absent network; the messages have several lines.
+            raise FileNotFoundError(f"no data set at hf:{name}: {_reason(error)}") from error
     if not len(rows):
         raise FileNotFoundError(f"hf:{name} is empty")
     return rows
+
+
+def _load_saved(folder: Path, split: str) -> Any:
+    """A split that ``save_to_disk`` wrote, ``train`` unless it is named or the only one; no other is looked at."""
+    import datasets
+
+    if (folder / "dataset_dict.json").is_file():
+        splits = _listed(folder, "dataset_dict.json", "splits")
+        split = split or (splits[0] if len(splits) == 1 else "train")
+        if split not in splits:
+            listed = f"it has the splits {', '.join(splits)}: hf:{folder}:SPLIT names one" if splits else "it is empty"
+            raise FileNotFoundError(f"no data set at hf:{folder}:{split}: {listed}")
+        folder = folder / split
+    elif split:
+        raise FileNotFoundError(f"hf:{folder} is saved as one split; leave out ':{split}'")
+    if not _listed(folder, "state.json", "_data_files"):
+        raise FileNotFoundError(f"hf:{folder} is empty")
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:
+        # of any type, from the libraries below
+        raise _not_whole(folder, _reason(error)) from error
+
+
+def _listed(folder: Path, file: str, key: str) -> list[Any]:
+    try:
+        found = read_object(folder / file).get(key)
+    except (OSError, ValueError) as error:
+        raise _not_whole(folder, _reason(error)) from error
+    if not isinstance(found, list):
+        raise _not_whole(folder, f"{file} lists no {key}")
+    return found
+
+
+def _not_whole(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} is not whole, as save_to_disk writes it ({reason}): save the data set again")
 
 
 def _reason(error: Exception) -> str:

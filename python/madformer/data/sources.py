@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from madformer.data.fields import (
     IMAGE_EXTENSIONS,
     LABEL_FIELDS,
     NO_LABEL,
+    UNREAD_EXTENSIONS,
     DataSummary,
     caption_of,
     first,
@@ -27,6 +30,7 @@ from madformer.data.text import MAX_BYTES, PackedStrings, decode_json, decode_te
 
 __all__ = ["FolderSource", "RawSample", "ShardSource", "Source"]
 
+logger = logging.getLogger(__name__)
 MAX_FILE_BYTES = 1 << 30
 """Of a picture's file that is read."""
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
@@ -155,19 +159,23 @@ class FolderSource:
         self.class_names: list[str] = []
         self._files = PackedStrings()
         labels, captioned = array("i"), bytearray()
+        left_out: Counter[str] = Counter()
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
         for name in ("", *folders):
             label = len(self.class_names) if name else NO_LABEL
             before = len(labels)
-            for path, has_text in _image_files(root, name):
+            for path, has_text in _image_files(root, name, left_out):
                 self._files.append(path)
                 labels.append(label)
                 captioned.append(has_text)
             if name and len(labels) > before:
                 self.class_names.append(printable(name))
+        others = ", ".join(f"{count} .{kind}" for kind, count in left_out.most_common())
         if not labels:
-            kinds = ", ".join(IMAGE_EXTENSIONS)
+            kinds = f"only {others}, which are not read" if others else ", ".join(IMAGE_EXTENSIONS)
             raise FileNotFoundError(f"{printable(root)} holds no .tar shards and no images ({kinds})")
+        if others:
+            logger.warning("%s: %s are left out; convert them to have them read", printable(root), others)
         self._labels, self._captioned = np.array(labels, np.int32), np.array(captioned, np.bool_)
         if len(self.class_names) > 1 and {name.lower() for name in self.class_names} <= _SPLITS:
             raise ValueError(
@@ -207,23 +215,23 @@ class FolderSource:
         )
 
 
-def _image_files(root: Path, folder: str) -> Iterator[tuple[str, bool]]:
+def _image_files(root: Path, folder: str, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
     """Paths of images under ``root / folder``, in the order of their parts, and whether a ``.txt`` lies beside each.
 
-    Of ``root`` itself, those that lie in it.
+    Of ``root`` itself, those that lie in it. Pictures of kinds that are not read are counted in ``left_out``.
     """
-    stack = [_entries(root, folder, descend=folder != "")]
+    stack = [_entries(root, folder, folder != "", left_out)]
     while stack:
         found = next(stack[-1], None)
         if found is None:
             stack.pop()
         elif found[1] is None:
-            stack.append(_entries(root, found[0], descend=True))
+            stack.append(_entries(root, found[0], True, left_out))
         else:
             yield found[0], found[1]
 
 
-def _entries(root: Path, folder: str, descend: bool) -> Iterator[tuple[str, bool | None]]:
+def _entries(root: Path, folder: str, descend: bool, left_out: Counter[str]) -> Iterator[tuple[str, bool | None]]:
     """Image files with whether they have a text, and folders with None."""
     with os.scandir(root / folder) as scan:
         entries = sorted((entry for entry in scan if not is_hidden(entry.name)), key=lambda entry: entry.name)
@@ -233,5 +241,7 @@ def _entries(root: Path, folder: str, descend: bool) -> Iterator[tuple[str, bool
         stem, dot, extension = entry.name.rpartition(".")
         if dot and stem and extension.lower() in IMAGE_EXTENSIONS and entry.is_file():
             yield path, f"{stem}.txt" in names
+        elif dot and stem and extension.lower() in UNREAD_EXTENSIONS:
+            left_out[extension.lower()] += 1
         elif descend and entry.is_dir(follow_symlinks=False):
             yield path, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,12 +71,19 @@ def decode_json(data: bytes, name: str = "") -> Any:
         raise ValueError(f"{printable(name)}: JSON nested too deeply") from error
 
 
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 def printable(name: str | Path) -> str:
-    """A name that can be printed and stored as UTF-8: of a file's, other bytes are written as ``\\xff``."""
+    """A name that can be printed in a line and stored as UTF-8.
+
+    Of a file's, other bytes are written as ``\\xff``, and characters that control a terminal likewise.
+    """
     try:
-        return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
-        return str(name).encode("utf-8", "replace").decode()
+        text = str(name).encode("utf-8", "replace").decode()
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class PackedStrings:

@@ -26,6 +26,18 @@ NOT_NEGATIVE = (
     "clean_loss_weight", "text_loss_weight", "min_snr_gamma", "explosion", "sample_every", "profile_steps",
     "num_threads", "shard_group",
 )  # fmt: skip
+MOST = {
+    "lora_rank": 2**16,
+    "image_size": 2**16,
+    "batch_size": 2**24,
+    "accumulation_steps": 2**24,
+    "sample_images": 65_536,
+    # of the noise schedule
+    "sample_steps": 1000,
+    # processes and threads
+    "num_workers": 1024,
+    "num_threads": 4096,
+}
 # A run that is resumed may have other values here. The rest says what it learns from, in which order, and how.
 MAY_CHANGE = (
     "steps", "accumulation_steps", "cache_latents", "num_workers", "max_bad_fraction", "explosion", "max_skipped_steps",
@@ -155,7 +167,7 @@ class TrainingConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self, infinite=("max_grad_norm",))
+        check_types(self, infinite=("max_grad_norm",), most=MOST)
         for names, low in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
             for name in names:
                 if not getattr(self, name) >= low:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -15,6 +15,7 @@ from madformer.data import open_dataset
 from madformer.data.fields import DataSummary
 from madformer.data.images import ImageDataset
 from madformer.data.latents import LatentDataset, holds_latents
+from madformer.data.text import printable
 from madformer.tokenizer import load_tokenizer
 from madformer.training.config import TrainingConfig
 
@@ -130,7 +131,7 @@ def _check_classes(model: MADFormerConfig, summary: DataSummary, data: str) -> N
     named = len(summary.class_names)
     if summary.num_classes > classes or (named and named != classes):
         found = summary.num_classes
-        names = f" ({', '.join(summary.class_names[:3])}{', ...' if named > 3 else ''})" if named else ""
+        names = _listed(summary.class_names, 3)
         raise ValueError(
             f"{data} has {found} classes{names}, and the model num_classes={classes}: --model.num-classes {found}"
         )
@@ -145,12 +146,15 @@ def describe(config: TrainingConfig, summary: DataSummary) -> str:
     """What a run learns, in a line."""
     parts = [f"{summary.num_samples} pictures"]
     if config.model.num_classes:
-        names = summary.class_names
-        listed = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
-        parts.append(f"{config.model.num_classes} classes{listed}")
+        parts.append(f"{config.model.num_classes} classes{_listed(summary.class_names, 5)}")
     if config.model.text is not None:
         parts.append("the class in decimal for a text" if config.caption == "label" else "captions")
-    return f"{config.data}: {', '.join(parts)}"
+    return f"{printable(config.data)}: {', '.join(parts)}"
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    """In parentheses, in one line; nothing for none."""
+    return f" ({', '.join(map(printable, names[:most]))}{', ...' if len(names) > most else ''})" if names else ""
 
 
 def too_small(images: ImageDataset, shape: tuple[int, int]) -> list[str]:

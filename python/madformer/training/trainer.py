@@ -96,7 +96,10 @@ class Trainer:
             check_sinks(config)
             if config.num_threads:
                 torch.set_num_threads(config.num_threads)
-            self.vae = load_vae(config.vae, self.device)
+            try:
+                self.vae = load_vae(config.vae, self.device)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}: --vae names an autoencoder, a folder or hub id") from error
             # of images to be cached, their geometry is checked before all of them are encoded
             check_data(data, self.vae, config.model, config.flip and not config.cache_latents)
             self.data = self._cached(data)
