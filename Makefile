@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench package-tree
+.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench package-tree
 
 install: $(STAMP)
 
@@ -50,6 +50,9 @@ format: install
 	$(BIN)/ruff check --fix $(FOLDERS)
 	$(BIN)/ruff format $(FOLDERS)
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# What continuous integration looks at beside the tests.
+checks: kernel-check lint cuda-check oldest-check
 
 # Every Triton kernel as it would be launched, compiled for sm_80, sm_90 and sm_100: no GPU, no spills, all fit.
 kernel-check: install

@@ -163,7 +163,8 @@ def test_rows_are_medians_whose_parts_add_up() -> None:
 
 
 @pytest.mark.parametrize("name", ["both", "text and classes", "ACDiT"])
-def test_a_row_is_measured_on_the_run_itself(name: str) -> None:
+def test_a_row_is_measured_on_the_run_itself(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(sampling, "PAIRS_SECONDS", float("inf"))
     plan = make_sampler(CASES[name]).plan(2, 2).warmup()
     launches = plan.first_block, plan.next_block, plan.loop
     row = sampling.measure(plan, ROOF, Work.of(plan.model), repeats=2)

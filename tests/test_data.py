@@ -457,7 +457,7 @@ class TestSources:
         with pytest.raises(ValueError, match=message):
             open_dataset(tmp_path, **options)
 
-    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
     def test_workers_give_every_sample_once(self, tmp_path: Path, context: str) -> None:
         write_shards(samples(pictures(11)), tmp_path, "x", max_per_shard=4)
         dataset = open_dataset(tmp_path, 8)

@@ -37,7 +37,7 @@ def make_config(folder: Path) -> TrainingConfig:
     small_vae().save_pretrained(folder / "vae")
     return TrainingConfig(
         model=tiny(), data=str(folder / "images"), vae=str(folder / "vae"), image_size=16, num_workers=0,
-        steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1, save_every=2,
+        steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1, save_every=4,
         keep_checkpoints=2, sample_every=0, device="cpu", tensorboard=False,
     )  # fmt: skip
 

@@ -31,3 +31,9 @@ def stopped(unbroken: Path, tmp_path: Path) -> Path:
     run = shutil.copytree(unbroken, tmp_path / "stopped")
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     return run
+
+
+@pytest.fixture
+def no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write ``model/`` alone: a checkpoint takes as long as so small a model's next five steps."""
+    monkeypatch.setattr(Trainer, "save", lambda trainer: trainer._renew(trainer.pipeline(), trainer.folder / "model"))

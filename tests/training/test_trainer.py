@@ -40,11 +40,12 @@ def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
-def test_resume_is_exact(config: TrainingConfig, tmp_path: Path, cache_latents: bool) -> None:
+def test_resume_is_exact(config: TrainingConfig, unbroken: Path, tmp_path: Path, cache_latents: bool) -> None:
     """Stopped by SIGTERM after three steps and resumed: bit for bit the losses and weights of the unbroken run."""
     config = dataclasses.replace(config, cache_latents=cache_latents)
-    whole = Trainer(config, tmp_path / "whole")
-    whole.run()
+    if cache_latents:
+        Trainer(config, unbroken := tmp_path / "whole").run()
+    whole = Trainer.from_folder(unbroken)
     trainer = Trainer(config, tmp_path / "broken")
     step = trainer._train_step
 
@@ -60,7 +61,7 @@ def test_resume_is_exact(config: TrainingConfig, tmp_path: Path, cache_latents: 
     resumed = Trainer.from_folder(tmp_path / "broken")
     assert resumed.step == 3
     resumed.run()
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "broken") == losses(unbroken)
     for ours, theirs in ((resumed.model, whole.model), (resumed.averages, whole.averages)):
         assert_equal(ours.state_dict(), theirs.state_dict())
 
@@ -98,6 +99,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(config: TrainingConfig, 
     assert_equal(Trainer(config, tmp_path, resume=True).model.state_dict(), before)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> None:
     """The released loop throws all micro-batches but the last away."""
     curves = []
@@ -129,6 +131,7 @@ def test_divergence_stops_and_names_the_last_good_checkpoint(config: TrainingCon
         trainer.run()
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_one_bad_batch_changes_nothing(config: TrainingConfig, tmp_path: Path) -> None:
     trainer = Trainer(config, tmp_path)
     step = trainer._train_step
@@ -177,6 +180,7 @@ def test_a_damaged_checkpoint_is_named(config: TrainingConfig, tmp_path: Path) -
         Trainer.from_folder(tmp_path)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_samples_traces_and_event_files(config: TrainingConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, sample_every=3, sample_images=3, sample_steps=2, profile_steps=1)
     Trainer(config, tmp_path).run()
@@ -282,7 +286,9 @@ def captioned(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) 
     return dataclasses.replace(config, data=str(folder), model=model, text_loss_weight=0.1, caption_dropout=0.3)
 
 
-@pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
+@pytest.mark.parametrize(
+    "cache_latents", [pytest.param(False, id="images"), pytest.param(True, id="cached latents", marks=pytest.mark.slow)]
+)
 def test_a_model_of_text_and_classes_trains_and_resumes(
     captioned: TrainingConfig, tmp_path: Path, cache_latents: bool
 ) -> None:
@@ -296,6 +302,7 @@ def test_a_model_of_text_and_classes_trains_and_resumes(
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_what_the_model_is_told_changes_the_losses(captioned: TrainingConfig, tmp_path: Path) -> None:
     """Nothing else differs between these runs: the losses would be the same if texts or labels were not read."""
     kept = {"text_loss_weight": 0.0, "caption_dropout": 0.0, "label_dropout": 0.0}
@@ -316,6 +323,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(captioned: TrainingC
         Trainer(config, tmp_path)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: Path) -> None:
     """Its first step is that of a model of the split that was drawn."""
     model = tiny().replace(elastic_diffusion_layers=(1, 2, 3))
@@ -332,6 +340,7 @@ def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: P
     assert len(firsts) > 1
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("block_order", ["spiral", "random"])
 def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp_path: Path, block_order: str) -> None:
     """24 x 16 pixels, in six blocks; latents encoded before give the losses of images encoded in passing."""
@@ -348,6 +357,7 @@ def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp
     assert pipeline(num_inference_steps=2).images[0].size == (16, 24)
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: TrainingConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(
         captioned, steps=1, sample_every=1, sample_images=4, sample_steps=2, sample_guidance=2.0
@@ -365,6 +375,7 @@ def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: Trai
     )
 
 
+@pytest.mark.usefixtures("no_checkpoints")
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
