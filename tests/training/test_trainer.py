@@ -327,21 +327,18 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(captioned: TrainingC
 def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: Path) -> None:
     """Its first step is that of a model of the split that was drawn."""
     model = tiny().replace(elastic_diffusion_layers=(1, 2, 3))
-    firsts = {}
-    for seed in range(4):
-        elastic = dataclasses.replace(config, model=model, seed=seed, steps=1)
-        Trainer(elastic, tmp_path / f"elastic {seed}").run()
-        split = draw_split(model, seed, 0)
-        assert split is not None
+    seeds = {draw_split(model, seed, 0): seed for seed in range(8)}
+    assert seeds.keys() == {1, 2, 3}
+    for split in (1, 3):
+        elastic = dataclasses.replace(config, model=model, seed=seeds[split], steps=1)
+        Trainer(elastic, tmp_path / f"elastic {split}").run()
         fixed = dataclasses.replace(elastic, model=tiny().replace(diffusion_layers=split))
-        Trainer(fixed, tmp_path / f"fixed {seed}").run()
-        firsts[split] = losses(tmp_path / f"elastic {seed}")
-        assert firsts[split] == losses(tmp_path / f"fixed {seed}")
-    assert len(firsts) > 1
+        Trainer(fixed, tmp_path / f"fixed {split}").run()
+        assert losses(tmp_path / f"elastic {split}") == losses(tmp_path / f"fixed {split}")
 
 
 @pytest.mark.usefixtures("no_checkpoints")
-@pytest.mark.parametrize("block_order", ["spiral", "random"])
+@pytest.mark.parametrize("block_order", ["spiral", pytest.param("random", marks=pytest.mark.slow)])
 def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp_path: Path, block_order: str) -> None:
     """24 x 16 pixels, in six blocks; latents encoded before give the losses of images encoded in passing."""
     model = tiny().replace(num_blocks=6, block_grid=(3, 2), block_order=block_order)

@@ -307,6 +307,7 @@ class Trainer:
                 named["unreadable_images"] = getattr(self.data, "num_bad", 0)
                 reporter.numbers(self.step, named, self.device)
         if in_a_row > self.config.max_skipped_steps:
+            self.checkpoints.abandon()  # One that is still being written may be the last good one.
             newest = self.checkpoints.paths()
             raise ValueError(
                 f"the gradients of the last {in_a_row} steps up to {self.step} are not finite, or explode: the run has "
