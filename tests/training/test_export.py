@@ -33,7 +33,7 @@ TEXT = TextConfig(vocab_size=257, length=6, pad_token_id=256, rope_theta=100.0)
 @pytest.fixture(scope="module")
 def trainer(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     model = config.model.replace(**RELEASED)
-    trainer = Trainer(dataclasses.replace(config, model=model, steps=4), tmp_path_factory.mktemp("run"))
+    trainer = Trainer(dataclasses.replace(config, model=model, steps=4, save_every=2), tmp_path_factory.mktemp("run"))
     trainer.run()
     return trainer
 

@@ -140,6 +140,7 @@ def test_a_folder_of_something_else_is_left_alone(config: TrainingConfig, unbrok
 def test_one_run_at_a_time(config: TrainingConfig, tmp_path: Path) -> None:
     """The first runs outside the main thread, as Ray runs one; it is resumable and exportable meanwhile."""
     entered, go_on, run = threading.Event(), threading.Event(), tmp_path / "run"
+    config = dataclasses.replace(config, save_every=2)
     first = Trainer(config, run)
     step = first._train_step
 
