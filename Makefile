@@ -97,9 +97,9 @@ matrix:
 # What a GPU machine without a network lacks, into build/gpu-bundle, with the oldest environment of `make matrix`, whose
 # Python and PyTorch are that machine's. MADFORMER_RELEASED=FOLDER adds the released implementation's source.
 GPU_BUNDLE_PYTHON ?= $(or $(MATRIX_VENVS),build/matrix)/venv-oldest/bin/python
-gpu-bundle:
+gpu-bundle: package-tree
 	@test -x $(GPU_BUNDLE_PYTHON) || { echo "gpu-bundle: no $(GPU_BUNDLE_PYTHON): make matrix makes it"; exit 1; }
-	$(GPU_BUNDLE_PYTHON) benchmarks/gpu_bundle.py make
+	$(GPU_BUNDLE_PYTHON) benchmarks/gpu_bundle.py make $(GPU_BUNDLE)
 
 # On a machine with a GPU: the extension into the links, out of build/gpu-bundle or compiled, then the stages of
 # docs/gpu-visit.md. It needs no install where $(PYTHON) and the bundle have what it imports and builds with.

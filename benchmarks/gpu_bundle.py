@@ -4,9 +4,9 @@
     python benchmarks/gpu_bundle.py use    # there; exit status 1: the extension has to be compiled
 
 It holds wheels, of which ``use`` unpacks those that are missing; the extension, which it takes where Python, PyTorch
-and sources are those it was compiled from; and the released implementation's source, if ``MADFORMER_RELEASED`` names a
-clone. xFormers and flash-attn are not in it: the former's wheels are of another PyTorch than any that is supported, the
-latter is compiled for an hour, and version 4 needs 90 MiB of libraries.
+and sources are those it was compiled from; a Triton cache; and the released implementation's source, if
+``MADFORMER_RELEASED`` names a clone. xFormers and flash-attn are not in it: the wheels of the one are of an older
+PyTorch than any that is supported, version 2 of the other is compiled for an hour, version 4 needs 90 MiB of libraries.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def kind(root: Path = ROOT) -> dict[str, str]:
 # On the machine with a network
 
 
-def make(bundle: Path = BUNDLE, released: Path | None = None) -> None:
-    """Fill the folder anew.
+def make(bundle: Path = BUNDLE, released: Path | None = None, seconds: float = 900) -> None:
+    """Fill the folder anew; Triton's cache for so many seconds.
 
     Raises:
         subprocess.CalledProcessError: of pip or the build. RuntimeError: there is more than can be carried.
@@ -71,6 +71,7 @@ def make(bundle: Path = BUNDLE, released: Path | None = None) -> None:
     (library,) = (bundle / "extension").rglob("_C.*so")
     library.rename(bundle / library.name)
     shutil.rmtree(bundle / "extension")
+    fill_cache(bundle / "triton", seconds)
     manifest: dict[str, Any] = {"extension": library.name, "kind": kind()}
     if released is not None:
         copy_sources(released, bundle / "released")
@@ -82,6 +83,13 @@ def make(bundle: Path = BUNDLE, released: Path | None = None) -> None:
         end="",
     )
     print(f"PyTorch {manifest['kind']['torch']}")
+
+
+def fill_cache(folder: Path, seconds: float) -> None:
+    """What our kernels are compiled to for the GPU: a machine with other versions finds none of it, and compiles."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "benchmarks/triton_cache.py", "--seconds", str(seconds)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def copy_sources(released: Path, into: Path) -> None:
@@ -158,13 +166,15 @@ def unpack_missing(wheel: Path, site: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=["make", "use"])
-    if parser.parse_args(arguments).what == "use":
+    parser.add_argument("--seconds", type=float, default=900, help="to fill Triton's cache in (900)")
+    options = parser.parse_args(arguments)
+    if options.what == "use":
         why = use()
         print(f"gpu-bundle: the extension is compiled here: {why}" if why else "gpu-bundle: its extension is used")
         return int(bool(why))
     released = os.environ.get("MADFORMER_RELEASED")
     try:
-        make(released=Path(released) if released else None)
+        make(released=Path(released) if released else None, seconds=options.seconds)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"gpu-bundle: {error}", file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ from kernel_record import ROOT, WHOLE, record_of, source_of
 from visit import Entry, Stage, Visit
 
 BENCHMARKS = ROOT / "benchmarks"
-RELEASED = BUNDLE / "released"
+RELEASED, CACHE = BUNDLE / "released", BUNDLE / "triton"
 TESTS = ("tests/csrc", "tests/kernels", "tests/engine", "tests/model")
 
 
@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [stage for stage in everything if not options.stages or stage.name in options.stages]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])  # of gpu_tests.py
     os.environ.pop("TRITON_INTERPRET", None)
+    if CACHE.is_dir():
+        os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     return int(visit(chosen, folder, options.budget) > 0)
 
 

@@ -233,6 +233,8 @@ def one_process() -> Iterator[None]:
     with (
         mock.patch.dict(os.environ, variables),
         mock.patch.multiple(torch.cuda, is_available=lambda: True, set_device=nothing, synchronize=nothing),
+        # optimisers ask it where PyTorch is built with CUDA
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         contextlib.redirect_stdout(sys.stderr),
     ):
         try:
