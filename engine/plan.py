@@ -489,6 +489,7 @@ class Plan:
                 if laid_out:
                     self._lay_out(places, noise, given, drawn)
             try:
+                self._drawing = True
                 finished: list[FinishedBlock] = []
                 stopped = False
                 for number, place in enumerate(places[: last + 1]):
@@ -528,7 +529,7 @@ class Plan:
             self.slots.order_RM.copy_(torch.tensor(places))
             self._order = places
         self.cache.reset()
-        self._prompt, self._drawn, self._steps_made, self._drawing = prompt, [], 0, True
+        self._prompt, self._drawn, self._steps_made = prompt, [], 0
 
     def _lay_out(
         self, places: Sequence[int], noise: Tensor | NoiseSource, given: Tensor | None, drawn: Collection[int]

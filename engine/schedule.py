@@ -124,12 +124,21 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> Schedule:
-        """The scheduler as it is now; raises what :func:`tabulate` raises."""
+        """The scheduler as it is now.
+
+        Raises:
+            ValueError: a number of steps that it does not have.
+        """
         scheduler, num_steps = copy.deepcopy(scheduler), check_num_steps(scheduler, num_steps)
         with torch.device("cpu"):  # whatever the process makes tensors on
             table = tabulate(scheduler, num_steps, device)
         if table is None:
-            scheduler.set_timesteps(num_steps, device=device)
+            try:
+                scheduler.set_timesteps(num_steps, device=device)
+            except (ValueError, IndexError) as error:
+                raise ValueError(
+                    f"{type(scheduler).__name__} cannot make num_inference_steps={num_steps}: {error}"
+                ) from error
         timesteps = (scheduler if table is None else table).timesteps.to(device)
         return cls(scheduler, num_steps, table, timesteps)
 

@@ -15,10 +15,11 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
 )
 from torch import Tensor
 
-from madformer.engine.schedule import PREDICTION_TYPES, ScheduleTable, tabulate
+from madformer.engine.schedule import PREDICTION_TYPES, Schedule, ScheduleTable, tabulate
 from madformer.kernels.denoise_step import denoise_step
 from testing import relative_error
 
@@ -219,6 +220,11 @@ def test_nonsensical_step_counts(scheduler: Any, num_steps: int) -> None:
     message = f"num_inference_steps={num_steps} must be between 1 and num_train_timesteps=1000"
     with pytest.raises(ValueError, match=message):
         tabulate(scheduler, num_steps)
+
+
+def test_steps_that_a_scheduler_cannot_make() -> None:
+    with pytest.raises(ValueError, match="PNDMScheduler cannot make num_inference_steps=2: "):
+        Schedule.of(PNDMScheduler(), 2, torch.device("cpu"))
 
 
 def test_offset_beyond_the_last_timestep() -> None:
