@@ -6,6 +6,7 @@ import argparse
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,15 @@ from compat_cases import (
     OUTPUT_TOLERANCE,
     SAMPLE_TOLERANCE,
     SCHEDULERS,
+    arguments,
     assert_golden_samples,
     assert_golden_training,
     golden_samples,
     make_compat,
 )
 from diffusers import DDIMScheduler
+from torch import nn
+from torch.nn.utils import parametrize
 
 from madformer.compat.madformer_ffhq import MADFormer
 from madformer.engine.sampler import Sampler
@@ -81,6 +85,24 @@ def test_names_and_shapes_are_the_released_ones() -> None:
     weights, model = BASELINE.weights(), make_compat(BASELINE)
     assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
     assert {name for name, _ in model.named_parameters()} == weights.keys()
+
+
+def test_a_copy_of_one_with_a_computed_weight() -> None:
+    """After a pass, whose graph hangs on the weight."""
+
+    class Doubled(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = make_compat()
+    parametrize.register_parametrization(model, "boi_block", Doubled())
+    before = model(*arguments())[0]
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate(*arguments())[0], before)
+    parametrizations: Any = duplicate.parametrizations
+    parametrizations.boi_block.original.data.mul_(3)
+    assert relative_error(duplicate(*arguments())[0], before) > 1e-3
+    assert torch.equal(model(*arguments())[0], before)
 
 
 def test_copies_and_casts_keep_the_native_model_in_step() -> None:

@@ -6,6 +6,7 @@ keeps the two alike, whatever is put in a part's place and on whichever side: an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -195,6 +196,13 @@ class Released(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._follow(check=False)
         return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # PyTorch's own for parametrized modules asks for no state
+        self._follow(check=False)
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._follow(check=False)
