@@ -105,17 +105,23 @@ def rows_of(case: Any) -> list[dict[str, Any]]:
 
     inputs = case.inputs(torch.device("cpu"))
 
-    def inference() -> Any:
-        with torch.no_grad():
-            return case.run(*inputs, backend="triton")
+    def run() -> Any:
+        return case.run(*inputs, backend="triton")
 
-    calls: dict[str, Callable[[], Any]] = {"forward": inference}
+    with torch.no_grad():
+        rows = [row(case, "forward", run)]
     if leaves := leaves_of(inputs):
-        calls["training forward"] = lambda: case.run(*inputs, backend="triton")
-        outputs = tensors_of(calls["training forward"]())
+        rows.append(row(case, "training forward", run))
+        outputs = tensors_of(run())
         grads = [torch.empty_like(x) for x in outputs]
-        calls["backward"] = lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
-    return [row(case, direction, call) for direction, call in calls.items()]
+        rows.append(
+            row(
+                case,
+                "backward",
+                lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True),
+            )
+        )
+    return rows
 
 
 def row(case: Any, direction: str, call: Callable[[], Any]) -> dict[str, Any]:
@@ -128,9 +134,9 @@ def row(case: Any, direction: str, call: Callable[[], Any]) -> dict[str, Any]:
             launch()
 
     def dispatched() -> None:
-        short_way, plans.is_plain = plans.is_plain, lambda _: False
+        plans._short_way = False
         call()
-        plans.is_plain = short_way
+        plans._short_way = True
 
     ours, own, through = microseconds(call, triton, dispatched)
     return {

@@ -23,7 +23,7 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, planned, recorded, taken_as
+from madformer.kernels.plans import eager, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "adaln"
 Norm = Literal["layer", "rms"]
@@ -301,15 +301,26 @@ def adaln(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
+    kind = plain_kind((x, shift, scale, weight, bias, residual, gate, norm, eps, backend))
+    chosen = _choose(kind, (x, shift, scale, weight, bias, residual, gate), norm, eps, backend)
+    if chosen == "reference":
+        return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
+    if shift.dim() == 2:
+        shift, scale, gate = shift.unsqueeze(1), scale.unsqueeze(1), None if gate is None else gate.unsqueeze(1)
+    y, total = _call(x, shift, scale, weight, bias, residual, gate, norm == "layer", eps, kind=kind)
+    return y if residual is None else (y, total)
+
+
+@once_a_kind
+def _choose(tensors: tuple[Any, ...], norm: str, eps: float, backend: str) -> str:
+    """The backend that runs these, where they can be run."""
+    x, shift, scale, weight, bias, residual, gate = tensors
     chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
     _check(x, shift, scale, norm, residual, gate)
     check_norm(x, {"weight": weight, "bias": bias}, residual, eps, compiled=chosen == "triton")
-    if chosen == "reference":
-        return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
-    check_floating("shift", shift)
-    rows = [m if m is None or m.dim() == 3 else m.unsqueeze(1) for m in (shift, scale, gate)]
-    y, total = _call(x, rows[0], rows[1], weight, bias, residual, rows[2], norm == "layer", eps)
-    return y if residual is None else (y, total)
+    if chosen != "reference":
+        check_floating("shift", shift)
+    return chosen
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor, norm: str, residual: Tensor | None, gate: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import DTYPES
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, planned, taken_as
+from madformer.kernels.plans import Launch, eager, planned, taken_as
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
@@ -139,6 +139,7 @@ library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_st
 # An op of its own, because on the CPU, interpreted, it stands beside the other.
 library.define("madformer::denoise_step_triton_", _SCHEMA)
 library.impl("madformer::denoise_step_triton_", ("cpu", "cuda"), _denoise_step_triton)
+_call_triton = eager(torch.ops.madformer.denoise_step_triton_, _denoise_step_triton)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "cpp", dispatch.COMPILED_DEVICES, auto=("cpu",))
 dispatch.register(OP, "triton", auto=("cuda",))
@@ -201,9 +202,9 @@ def denoise_step_op(backend: str, device: torch.device) -> Callable[..., None]:
 
     For loops whose arguments are always of one kind: on a CPU the checks cost more than the step of a small block.
     """
-    ops = torch.ops.madformer
     chosen = dispatch.resolve(OP, backend, device)
-    return {"triton": ops.denoise_step_triton_, "cpp": ops.denoise_step_}.get(chosen, denoise_step_ref)
+    ops: dict[str, Callable[..., None]] = {"triton": _call_triton, "cpp": torch.ops.madformer.denoise_step_}
+    return ops.get(chosen, denoise_step_ref)
 
 
 def _validate(

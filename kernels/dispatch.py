@@ -116,11 +116,16 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
         ValueError: the op has no implementation of that name.
         BackendUnavailableError: it has one, but not one that can run here on this device; the message says why.
     """
-    names = [name for name in BACKENDS if name in _REGISTRY[op]]
+    registered = _REGISTRY[op]
     if backend == AUTO:
-        suitable = (name for name in names if name not in _OURS or dtype in (None, *launch.DTYPES))
-        return next(name for name in suitable if _is_auto(op, name, device) and not _refusal(op, name, device))
-    if backend not in names:
+        ours_too = dtype is None or dtype in launch.DTYPES
+        for name in BACKENDS:
+            is_suitable = name in registered and (ours_too or name not in _OURS) and _is_auto(op, name, device)
+            if is_suitable and _refusal(op, name, device) is None:
+                return name
+        raise AssertionError(f"{op} has no reference")
+    if backend not in registered:
+        names = [name for name in BACKENDS if name in registered]
         raise ValueError(f"backend={backend!r} must be one of {', '.join((AUTO, *names))} for {op}")
     if (why := _refusal(op, backend, device)) is not None:
         raise BackendUnavailableError(f"backend={backend!r} cannot run {op} on {device.type}: {why}")

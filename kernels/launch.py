@@ -21,9 +21,15 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on any device; Triton reads the variable when it is imported."""
 
+TRITON_VERSION = (0, 0)
+"""Major and minor; zeros where Triton is not installed."""
+
 if HAS_TRITON:
+    import triton
     import triton.language as tl
     from triton import jit
+
+    TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))  # type: ignore[assignment]
 
     if INTERPRETED:
         from madformer.kernels import interpreter

@@ -9,14 +9,20 @@ plans (:func:`planned`), which keeps a plan for each kind of arguments; a plan l
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from madformer.kernels import launch
+from madformer.kernels import dispatch, launch
 
 MAX_PLANS = 256
 """Of one implementation; then it starts again. A plan is a few kilobytes."""
@@ -24,11 +30,19 @@ MAX_PLANS = 256
 Implementation = Callable[..., Any]
 
 
-def _kind(value: Any) -> Any:
-    """What a plan may depend on: of a tensor everything but its numbers and its address, of that its alignment."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15
-    return tuple(map(_kind, value)) if isinstance(value, list) else value
+Kind = tuple[Any, ...]
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def kind_of(arguments: Sequence[Any]) -> Kind:
+    """What a plan may depend on: of tensors everything but their numbers and addresses, of these the alignment."""
+    kind: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kind.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15))
+        else:
+            kind.append(kind_of(x) if isinstance(x, list) else x)
+    return tuple(kind)
 
 
 def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[..., Implementation]], Implementation]:
@@ -45,11 +59,10 @@ def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[...
     def decorate(make: Callable[..., Implementation]) -> Implementation:
         plans: dict[Any, Implementation] = {}
 
-        @functools.wraps(make)
-        def run(*arguments: Any) -> Any:
+        def run_kind(kind: Kind, arguments: Sequence[Any]) -> Any:
             if launch.is_compiling():
                 return make(*arguments)(*arguments)
-            key = watched(), launch.state(), tuple(map(_kind, arguments))
+            key = watched(), launch.state(), kind
             plan = plans.get(key)
             if plan is None:
                 if len(plans) >= MAX_PLANS:
@@ -57,7 +70,11 @@ def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[...
                 plan = plans[key] = make(*arguments)
             return plan(*arguments)
 
-        run.plans = plans  # type: ignore[attr-defined]
+        @functools.wraps(make)
+        def run(*arguments: Any) -> Any:
+            return run_kind(kind_of(arguments), arguments)
+
+        run.plans, run.run_kind = plans, run_kind  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -103,9 +120,9 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         if self._is_empty:
             return
-        arguments: list[Any] = [describe(x) for describe, x in zip(self.descriptors, tensors, strict=False)]
-        bits = 0
-        for x in tensors[len(arguments) :]:
+        count, bits = len(self.descriptors), 0
+        arguments = [self.descriptors[i](tensors[i]) for i in range(count)] if count else []
+        for x in tensors[count:] if count else tensors:
             if x is None:
                 arguments.append(None)
             else:
@@ -115,14 +132,10 @@ class Launch:
         if self._start is not None and not bits & 15:
             self._start(*arguments)
             return
-        count = len(self.descriptors)
         given = (*arguments[:count], *tensors[count:], *self.numbers)
         compiled = launch.launch(self.kernel, self.grid, self.device, *given, **self.settings)
         if not bits & 15 and not launch.is_compiling():
             self._start = launch.prepared(compiled, self.kernel, self.grid, self.device, self.numbers, self.settings)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(arguments: Sequence[Any]) -> bool:
@@ -131,45 +144,102 @@ def is_plain(arguments: Sequence[Any]) -> bool:
     Not where they are traced or transformed, where a mode, a subclass or the profiler wants to see the op, nor where
     an implementation is not for their device.
     """
+    return plain_kind(arguments) is not None
+
+
+_short_way = True
+
+
+@contextlib.contextmanager
+def through_dispatcher() -> Iterator[None]:
+    """Within it no op takes the short way, in any thread: for tests and benchmarks."""
+    global _short_way
+    before, _short_way = _short_way, False
+    try:
+        yield
+    finally:
+        _short_way = before
+
+
+def plain_kind(arguments: Sequence[Any]) -> Kind | None:
+    """The kind of arguments that are :func:`is_plain`, in one pass; None of others."""
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
+        not _short_way
+        or is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _profiler_enabled()
+        or _peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
-        return False
-    return _are_plain(arguments)
+        return None
+    return _kind_of_plain(arguments)
 
 
-def _are_plain(values: Sequence[Any]) -> bool:
-    for x in values:
+def _kind_of_plain(arguments: Sequence[Any]) -> Kind | None:
+    kind: list[Any] = []
+    for x in arguments:
         if isinstance(x, Tensor):
             if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.is_neg():
-                return False
-        elif isinstance(x, list) and not _are_plain(x):
-            return False
-    return True
+                return None
+            kind.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15))
+        elif isinstance(x, list):
+            nested = _kind_of_plain(x)
+            if nested is None:
+                return None
+            kind.append(nested)
+        else:
+            kind.append(x)
+    return tuple(kind)
+
+
+Checks = TypeVar("Checks")
+
+
+def once_a_kind(check: Callable[..., Checks]) -> Callable[..., Checks]:
+    """A check of arguments that is not made again for a :func:`plain_kind` that it has passed, its first argument.
+
+    Without a kind it is made. It may depend on what a kind tells of them, and return what depends on no more. So it is
+    not for backends whose packages may come and go.
+    """
+    passed: dict[Any, Checks] = {}
+
+    @functools.wraps(check)
+    def checked(kind: Kind | None, *arguments: Any) -> Checks:
+        if kind is None or launch.is_compiling():
+            return check(*arguments)
+        key = kind, launch.state(), launch.refusal, dispatch.resolve, tuple(dispatch._UNAVAILABLE)
+        if key not in passed:
+            if len(passed) >= MAX_PLANS:
+                passed.clear()
+            passed[key] = check(*arguments)
+        return passed[key]
+
+    return checked
 
 
 def _asks_gradient(values: Sequence[Any]) -> bool:
-    return any(x.requires_grad if isinstance(x, Tensor) else isinstance(x, list) and _asks_gradient(x) for x in values)
+    for x in values:  # noqa: SIM110  A generator costs as much as the rest.
+        if x.requires_grad if isinstance(x, Tensor) else isinstance(x, list) and _asks_gradient(x):
+            return True
+    return False
 
 
-def eager(op: Callable[..., Any], implementation: Callable[..., Any], recorded: Any = None) -> Callable[..., Any]:
+def eager(op: Callable[..., Any], implementation: Any, recorded: Any = None) -> Callable[..., Any]:
     """The op as a function that takes the short way where that is all that the op would do.
 
     The short way is ``implementation`` or, where a gradient is asked, ``recorded``, an autograd function of the same
-    arguments; without that the op.
+    arguments; without that the op. A ``kind`` may be given that has been made of what the arguments were made of.
     """
 
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_plain(arguments):
+    def call(*arguments: Any, kind: Kind | None = None) -> Any:
+        kind = plain_kind(arguments) if kind is None else kind
+        if kind is None:
             return op(*arguments)
-        if torch.is_grad_enabled() and _asks_gradient(arguments):
+        if is_grad_enabled() and _asks_gradient(arguments):
             return op(*arguments) if recorded is None else recorded(*arguments)
-        return implementation(*arguments)
+        return implementation.run_kind(kind, arguments)
 
     return call
 

@@ -23,7 +23,7 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, itself, planned, recorded, taken_as
+from madformer.kernels.plans import eager, itself, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "rms_norm"
 
@@ -201,9 +201,17 @@ def rms_norm(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
-    check_norm(x, {"weight": weight}, residual, eps, compiled=chosen == "triton")
+    kind = plain_kind((x, weight, residual, eps, backend))
+    chosen = _choose(kind, x, weight, residual, eps, backend)
     if chosen == "reference":
         return rms_norm_ref(x, weight, eps=eps, residual=residual)
-    y, total = _call(x, weight, residual, eps)
+    y, total = _call(x, weight, residual, eps, kind=kind)
     return y if residual is None else (y, total)
+
+
+@once_a_kind
+def _choose(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, backend: str) -> str:
+    """The backend that runs these, where they can be run."""
+    chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
+    check_norm(x, {"weight": weight}, residual, eps, compiled=chosen == "triton")
+    return chosen

@@ -17,7 +17,7 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_floating, check_same, rows_of
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, eager, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "swiglu"
 
@@ -151,10 +151,17 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    chosen = dispatch.resolve(OP, backend, gate.device, gate.dtype)
-    if chosen == "reference":
-        check_same("up", up, "gate", gate)
+    kind = plain_kind((gate, up, backend))
+    if _choose(kind, gate, up, backend) == "reference":
         return swiglu_ref(gate, up)
-    check_floating("gate", gate)
+    return _call(gate, up, kind=kind)
+
+
+@once_a_kind
+def _choose(gate: Tensor, up: Tensor, backend: str) -> str:
+    """The backend that runs these, where they can be run."""
+    chosen = dispatch.resolve(OP, backend, gate.device, gate.dtype)
+    if chosen != "reference":
+        check_floating("gate", gate)
     check_same("up", up, "gate", gate)
-    return _call(gate, up)
+    return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,24 @@ def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat1
     """A standard normal leaf; uninitialised on a CPU, where kernels are compiled but not run."""
     make = torch.empty if device.type == "cpu" else torch.randn
     return make(shape, device=device, dtype=dtype, requires_grad=grad)
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The case with ``dtype`` in place of bfloat16, for compiling: its numbers are uninitialised."""
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(converted, value))
+        if not (isinstance(value, Tensor) and value.dtype == torch.bfloat16):
+            return value
+        like = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
+        return like.requires_grad_(value.requires_grad)
+
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        return tuple(converted(value) for value in case.inputs(device))
+
+    name = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return replace(case, label=case.label.replace("bf16", name), inputs=inputs)
 
 
 def every_case() -> Iterator[Case]:

@@ -22,6 +22,7 @@ from madformer.kernels.block_causal_attention.peers import (
 )
 from madformer.kernels.block_causal_attention.reference import block_causal_attention_ref, block_causal_attention_sdpa
 from madformer.kernels.checks import DTYPES, check_device, check_floating
+from madformer.kernels.plans import once_a_kind, plain_kind
 
 __all__ = ["BlockLayout", "block_causal_attention"]
 
@@ -126,35 +127,46 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float | None, return_lse: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _check(q, k, v, layout)
+    is_ours = backend in (dispatch.AUTO, "triton")
+    kind = plain_kind((q, k, v, layout, scale, return_lse, backend)) if is_ours else None
+    chosen = _choose(kind, q, k, v, layout, scale, return_lse, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    lse: Tensor | None
+    if q.numel() == 0:
+        out, lse = q.clone(), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    elif chosen == "triton":
+        out, lse = block_causal_attention_triton(q, k, v, layout, scale, return_lse, kind=kind)
+    else:
+        out, lse = _run(chosen, q, k, v, layout, scale, return_lse)
+    return out if lse is None or not return_lse else (out, lse)
+
+
+@once_a_kind
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float | None, return_lse: bool, backend: str
+) -> str:
+    """The backend that runs these, where they can be run."""
+    _check(q, k, v, layout)
     chosen = dispatch.resolve(OP, backend, q.device)
     if backend == dispatch.AUTO and not _can(chosen, q, scale, return_lse):
         chosen = "reference" if return_lse else "sdpa"
     check_floating("q", q, _DTYPES[chosen])
     if return_lse and chosen not in _GIVE_LSE:
         raise ValueError(f"return_lse=True: backend={chosen!r} gives none, only {', '.join(_GIVE_LSE)} do")
-    lse: Tensor | None
-    if q.numel() == 0:
-        out, lse = q.clone(), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    else:
-        out, lse = _run(chosen, q, k, v, layout, scale, return_lse)
-    return out if lse is None or not return_lse else (out, lse)
+    return chosen
 
 
-def _can(backend: str, q: Tensor, scale: float, return_lse: bool) -> bool:
+def _can(backend: str, q: Tensor, scale: float | None, return_lse: bool) -> bool:
     """Whether ``auto`` may leave a call to a backend: ours in Triton has limits that no other has."""
     if q.dtype not in _DTYPES[backend] or (return_lse and backend not in _GIVE_LSE):
         return False
-    return backend != "triton" or (q.shape[-1] <= MAX_TRITON_HEAD_DIM and scale > 0)
+    return backend != "triton" or (q.shape[-1] <= MAX_TRITON_HEAD_DIM and (scale is None or scale > 0))
 
 
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     match backend:
-        case "triton":
-            return block_causal_attention_triton(q, k, v, layout, scale, return_lse)
         case "sdpa":
             return block_causal_attention_sdpa(q, k, v, layout, scale), None
         case "flex":

@@ -249,7 +249,7 @@ def _dkdv_kernel(
         store_tile(dv_ptr + offset, dv1, rows, live_rows, num_heads * DIM, DIM0, DIM)
 
 
-def _has_idle_keys(layout: BlockLayout) -> bool:
+def has_idle_keys(layout: BlockLayout) -> bool:
     """Whether there is a clean block that no query attends to."""
     if layout.clean_blocks == 0 or layout.clean_queries:
         return False
@@ -286,7 +286,7 @@ def backward(
         layout,
         settings.dkdv,
         settings,
-        MASKED=is_masked(layout, m, n) or _has_idle_keys(layout),
+        MASKED=is_masked(layout, m, n) or has_idle_keys(layout),
         BLOCK_M=m,
         BLOCK_N=n,
     )

@@ -35,12 +35,14 @@ class Tile:
     Attributes:
         rows: tokens of the tile that a program owns: queries of the forward and dQ kernels, keys of the dK/dV kernel.
         cols: tokens of the tiles that it loops over.
+        max_registers: of a thread, so that one more program fits an SM; None for what the compiler takes.
     """
 
     rows: int
     cols: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,7 @@ def launch_of(
         DIM1=dim1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
         **loads,
         **options,
     )

@@ -17,8 +17,8 @@ from madformer.kernels.block_causal_attention import backward as backward_kernel
 from madformer.kernels.block_causal_attention import forward as forward_kernel
 from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked, packed_empty
 from madformer.kernels.block_causal_attention.layout import BlockLayout
-from madformer.kernels.launch import target
-from madformer.kernels.plans import eager, planned, recorded, taken_as
+from madformer.kernels.launch import TRITON_VERSION, target
+from madformer.kernels.plans import Kind, eager, planned, recorded, taken_as
 
 MAX_HEAD_DIM = 128
 _FIELDS = [field.name for field in fields(BlockLayout)]
@@ -27,13 +27,14 @@ _FIELDS = [field.name for field in fields(BlockLayout)]
 def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capability: int) -> Settings:
     """Tiles by registers, shared memory and what ptxas says of them; no spills, no serialised matrix products.
 
-    Not timed yet. Candidates to sweep on an H200 with heads of 64, all without spills:
+    Not timed yet: what ``benchmarks/static_model.py`` bounds least, on an H200 with heads of 64, in TFLOP/s:
 
-    - forward: 128 x 64 with 8 warps (now; 106 registers), with 4 (188), 128 x 128 with 8 (154), 2 to 4 stages. 128 x
-      128 with 4 warps fits, but its products are serialised, as they are where 128 x 64 with 4 is held to 168 registers
-      so that three programs fit an SM.
-    - dQ: 128 x 64 with 8 warps (122), 64 x 64 with 4 (122), 128 x 128 with 8 and 2 stages (189).
-    - dK/dV: 128 x 64 with 8 warps (173), 128 x 32 with 4 (242). 128 x 128 spills.
+    - forward: 128 x 64 with 4 warps 803 (186 registers, 518 issue slots), with 8 739 (107, 622); 64 x 64 with 4 804,
+      but twice the traffic of K and V; 128 x 128 with 8 454: one program fits an SM. 128 x 128 with 4 warps fits, but
+      its products are serialised, as they are where 128 x 64 with 4 is held to 168 registers.
+    - dQ: 128 x 64 with 4 warps 925 (223), with 8 877 (122), 64 x 64 with 4 949 (122), at twice the traffic.
+    - dK/dV: 64 x 64 with 4 warps, three programs on an SM 949 (168), two 816 (173); 128 x 64 with 8 474. 128 x 128
+      spills.
     """
     if dtype == torch.float32:
         return Settings(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), tma=False)
@@ -46,10 +47,14 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
         dq, dkdv = Tile(64, 32 if masked else 64, 8, 2), Tile(64, 32, 8, 1 if masked else 2)
         return Settings(Tile(rows, 64, 8, 2), dq, dkdv, tma)
     if head_dim <= 64:
-        # Two programs of 8 warps on an SM: one takes exponentials, which cost as much as the products here, while
-        # the other multiplies.
-        forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 3 if rows == 128 else 2)
-        return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), Tile(64, 64, 4, 3), tma)
+        # Two programs on an SM: one takes exponentials, which cost as much as the products here, while the other
+        # multiplies. A warp group of its own for 64 rows each would issue a fifth more for the same tile.
+        forward = Tile(rows, 64, 4, 3 if rows == 128 else 2)
+        # Triton 3.6 spills 20 bytes where 3.7 spills none; with masks both do.
+        unmasked = not masked and not backward_kernels.has_idle_keys(layout)
+        fits_thrice = capability < 100 and unmasked and TRITON_VERSION >= (3, 7)
+        dkdv = Tile(64, 64, 4, 3, max_registers=168 if fits_thrice else None)
+        return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), dkdv, tma)
     # Blackwell's accumulators have a memory of their own, so that 4 warps hold the rest.
     forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 2)
     dq = Tile(64, 64, 4, 2) if masked or capability >= 100 else forward
@@ -143,7 +148,7 @@ _call_backward = eager(torch.ops.madformer.block_causal_attention_backward, _bac
 
 
 def block_causal_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool, *, kind: Kind | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Attention under ``layout``: the output, ``(B, H, Lq, D)`` over ``(B, Lq, H, D)`` memory, and, where asked for,
     the natural log-sum-exp of the scaled scores, ``(B, H, Lq)`` in float32, which no gradient flows into."""
@@ -151,5 +156,5 @@ def block_causal_attention_triton(
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for backend='triton', got {q.shape[-1]}")
     if scale <= 0:
         raise ValueError(f"scale must be above 0 for backend='triton', got {scale}")
-    out, lse = _call(q, k, v, _pack(layout), scale)
+    out, lse = _call(q, k, v, _pack(layout), scale, kind=kind)
     return out, lse * math.log(2) if return_lse else None

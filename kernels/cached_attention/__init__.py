@@ -10,6 +10,7 @@ Shape legend: B batch, H heads, L queries, N own keys, R rows of the cache, S th
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from madformer.kernels import dispatch
 from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS, cached_attention_triton
 from madformer.kernels.cached_attention.reference import cached_attention_ref
 from madformer.kernels.checks import check_device, check_floating, check_same, check_shape
+from madformer.kernels.plans import once_a_kind, plain_kind
 
 __all__ = ["cached_attention", "cached_attention_ref"]
 
@@ -68,26 +70,41 @@ def cached_attention(
         ValueError: an argument has the wrong shape, dtype, device, layout or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _validate(q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B)
-    if scale is None:
-        scale = q_BHLD.shape[-1] ** -0.5
-    if not 0 < scale < math.inf:
+    tensors = (q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B)
+    kind = plain_kind((*tensors, scale, num_splits, backend))
+    chosen = _choose(kind, tensors, scale, num_splits, backend)
+    if torch.is_grad_enabled():
+        _check_no_gradient(tensors)
+    scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return cached_attention_ref(*tensors[:6], rows_B=rows_B, scale=scale)
+    return cached_attention_triton(*tensors, scale, num_splits, kind=kind).transpose(1, 2)
+
+
+@once_a_kind
+def _choose(tensors: tuple[Any, ...], scale: float | None, num_splits: int | None, backend: str) -> str:
+    """The backend that runs these, where they can be run."""
+    _validate(*tensors)
+    q_BHLD = tensors[0]
+    if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} must be positive and finite")
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be in 1..{MAX_SPLITS}")
     chosen = dispatch.resolve(OP, backend, q_BHLD.device, q_BHLD.dtype)
     too_wide = q_BHLD.shape[-1] > MAX_HEAD_DIM
     if chosen == "reference" or (backend == dispatch.AUTO and too_wide):
-        return cached_attention_ref(
-            q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B=rows_B, scale=scale
-        )
+        return "reference"
     check_floating("q", q_BHLD)
     if too_wide:
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
-    out_BLHD = cached_attention_triton(
-        q_BHLD, k_cache_RHSD, v_cache_RHSD, lengths_B, k_BHND, v_BHND, rows_B, scale, num_splits
-    )
-    return out_BLHD.transpose(1, 2)
+    return chosen
+
+
+def _check_no_gradient(tensors: tuple[Tensor | None, ...]) -> None:
+    names = ("q", "k_cache", "v_cache", "lengths", "k", "v", "rows")
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
 
 
 def _validate(
@@ -115,8 +132,6 @@ def _validate(
         check_device(name, tensor, q.device)
         if tensor.stride(-1) != 1 and D > 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
     check_same("v_cache", v_cache, "k_cache", k_cache)
     if rows is not None and len(k_cache) == 0:
         raise ValueError(f"k_cache must have at least one row, got {tuple(k_cache.shape)}")

@@ -24,7 +24,7 @@ from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
 from madformer.kernels.launch import Target, target
-from madformer.kernels.plans import Launch, eager, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "group_norm_silu"
 MAX_GROUP_CHANNELS = 4096
@@ -297,17 +297,28 @@ def group_norm_silu(
         ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
+    kind = plain_kind((x_NCHW, temb_NC, weight, bias, num_groups, eps, silu, backend))
+    if _choose(kind, x_NCHW, num_groups, weight, bias, eps, temb_NC, backend) == "reference":
+        return group_norm_silu_ref(x_NCHW, num_groups, weight, bias, eps=eps, temb_NC=temb_NC, silu=silu)
+    y, _, _ = _call(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu, kind=kind)
+    return y
+
+
+@once_a_kind
+def _choose(
+    x_NCHW: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, temb_NC: Tensor | None, backend: str
+) -> str:
+    """The backend that runs these, where they can be run."""
     chosen = dispatch.resolve(OP, backend, x_NCHW.device, x_NCHW.dtype)
     _validate(x_NCHW, num_groups, weight, bias, eps, temb_NC)
     if chosen == "reference":
-        return group_norm_silu_ref(x_NCHW, num_groups, weight, bias, eps=eps, temb_NC=temb_NC, silu=silu)
+        return chosen
     for name, tensor in (("x_NCHW", x_NCHW), ("weight", weight), ("bias", bias), ("temb_NC", temb_NC)):
         if tensor is not None:
             check_floating(name, tensor)
     if x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
         raise ValueError(f"num_groups={num_groups} puts more than {MAX_GROUP_CHANNELS} channels into a group")
-    y, _, _ = _call(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu)
-    return y
+    return chosen
 
 
 def _validate(

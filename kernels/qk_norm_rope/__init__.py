@@ -15,6 +15,7 @@ follows take this order too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.launch import DTYPES
+from madformer.kernels.plans import once_a_kind, plain_kind
 from madformer.kernels.qk_norm_rope import ops
 from madformer.kernels.qk_norm_rope.reference import (
     Optionals,
@@ -75,32 +77,41 @@ def qk_norm_rope(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
+    lists: list[list[Any]] = [list(entries) for entries in (qkv, q_weight, k_weight, cos, sin)]
+    pairing = axes if isinstance(axes, int) else tuple(axes)
+    kind = plain_kind((*lists, num_heads, pairing, eps, backend))
+    chosen, pairings, head_dim = _choose(kind, lists, num_heads, pairing, eps, backend)
+    if chosen == "reference":
+        return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, axes=axes, eps=eps)
+    if chosen == "cpp":
+        lists[1:] = [_in_float32(entries) for entries in lists[1:]]
+    arguments = (*_op_arguments(lists, pairings, num_heads, head_dim), num_heads, head_dim, eps)
+    if chosen == "cpp":
+        return torch.ops.madformer.qk_norm_rope_cpp(*arguments)
+    return ops.qk_norm_rope_triton(*arguments, kind=kind)
+
+
+@once_a_kind
+def _choose(
+    lists: list[list[Any]], num_heads: int, axes: int | tuple[int, ...], eps: float, backend: str
+) -> tuple[str, list[int], int]:
+    """The backend that runs these, where they can be run, the pairing of each stream, and the head dimension."""
+    qkv, *others = lists
     if not qkv:
         raise ValueError("qkv must have at least one stream, got none")
     chosen = dispatch.resolve(OP, backend, qkv[0].device, qkv[0].dtype)
     pairings = axes_of(axes, len(qkv))
-    for name, entries in (
-        ("q_weight", q_weight),
-        ("k_weight", k_weight),
-        ("cos", cos),
-        ("sin", sin),
-        ("axes", pairings),
-    ):
+    named: list[list[Any]] = [*others, list(pairings)]
+    for name, entries in zip(("q_weight", "k_weight", "cos", "sin", "axes"), named, strict=True):
         if len(entries) != len(qkv):
             raise ValueError(f"{name} must have one entry a stream, {len(qkv)}, got {len(entries)}")
     _check_numbers(num_heads, eps)
-    head_dim = head_dim_of(qkv, num_heads, q_weight, k_weight, cos)
-    for i, x in enumerate(qkv):
-        of_stream = x, q_weight[i], k_weight[i], cos[i], sin[i], pairings[i]
-        _check_stream(f"[{i}]", *of_stream, qkv[0], num_heads, head_dim)
-    if chosen == "reference":
-        return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, axes=axes, eps=eps)
-    check_floating("qkv[0]", qkv[0])
-    if chosen == "cpp":
-        q_weight, k_weight, cos, sin = (_in_float32(entries) for entries in (q_weight, k_weight, cos, sin))
-    op = torch.ops.madformer.qk_norm_rope_cpp if chosen == "cpp" else ops.qk_norm_rope_triton
-    arguments = _op_arguments(qkv, q_weight, k_weight, cos, sin, pairings, num_heads, head_dim)
-    return op(*arguments, num_heads, head_dim, eps)
+    head_dim = head_dim_of(qkv, num_heads, *others[:3])
+    for i, (x, *of_stream) in enumerate(zip(*lists, pairings, strict=True)):
+        _check_stream(f"[{i}]", x, of_stream, qkv[0], num_heads, head_dim)
+    if chosen != "reference":
+        check_floating("qkv[0]", qkv[0])
+    return chosen, pairings, head_dim
 
 
 def qk_norm_rope_cached(
@@ -139,25 +150,37 @@ def qk_norm_rope_cached(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    chosen = dispatch.resolve(CACHED_OP, backend, qkv_BLC.device, qkv_BLC.dtype)
-    _check_numbers(num_heads, eps)
-    head_dim = head_dim_of([qkv_BLC], num_heads, [q_weight], [k_weight], [cos])
-    _check_stream("", qkv_BLC, q_weight, k_weight, cos, sin, axes, qkv_BLC, num_heads, head_dim)
-    _check_cache(qkv_BLC, k_cache_RHSD, v_cache_RHSD, positions_B, rows_B, num_heads, head_dim)
-    has_queries = _has_queries(qkv_BLC, num_heads, head_dim)
+    tensors = (qkv_BLC, q_weight, k_weight, cos, sin, k_cache_RHSD, v_cache_RHSD, positions_B, rows_B)
+    kind = plain_kind((*tensors, num_heads, axes, eps, backend))
+    chosen, head_dim, has_queries = _choose_cached(kind, tensors, num_heads, axes, eps, backend)
     parameters = q_weight if has_queries else None, k_weight, cos, sin
     caches = k_cache_RHSD, v_cache_RHSD, positions_B
     if chosen == "reference":
         return qk_norm_rope_cached_ref(
             qkv_BLC, *parameters, *caches, rows_B=rows_B, num_heads=num_heads, axes=axes, eps=eps
         )
-    check_floating("qkv", qkv_BLC)
     scalars = num_heads, head_dim, axes, eps
     if chosen == "cpp":
         q = torch.ops.madformer.qk_norm_rope_cached_cpp(qkv_BLC, *_in_float32(parameters), *caches, rows_B, *scalars)
     else:
-        q = ops.qk_norm_rope_cached_triton(qkv_BLC, *parameters, *caches, rows_B, *scalars)
+        q = ops.qk_norm_rope_cached_triton(qkv_BLC, *parameters, *caches, rows_B, *scalars, kind=kind)
     return q if has_queries else None
+
+
+@once_a_kind
+def _choose_cached(
+    tensors: tuple[Any, ...], num_heads: int, axes: int, eps: float, backend: str
+) -> tuple[str, int, bool]:
+    """The backend that runs these, where they can be run, the head dimension, and whether there are queries."""
+    qkv_BLC, q_weight, k_weight, cos, sin, *cache = tensors
+    chosen = dispatch.resolve(CACHED_OP, backend, qkv_BLC.device, qkv_BLC.dtype)
+    _check_numbers(num_heads, eps)
+    head_dim = head_dim_of([qkv_BLC], num_heads, [q_weight], [k_weight], [cos])
+    _check_stream("", qkv_BLC, [q_weight, k_weight, cos, sin, axes], qkv_BLC, num_heads, head_dim)
+    _check_cache(qkv_BLC, cache, num_heads, head_dim)
+    if chosen != "reference":
+        check_floating("qkv", qkv_BLC)
+    return chosen, head_dim, _has_queries(qkv_BLC, num_heads, head_dim)
 
 
 def _has_queries(qkv_BLC: Tensor, num_heads: int, head_dim: int) -> bool:
@@ -170,16 +193,10 @@ def _in_float32(parameters: Optionals) -> list[Tensor | None]:
 
 
 def _op_arguments(
-    qkv: Sequence[Tensor],
-    q_weight: Optionals,
-    k_weight: Optionals,
-    cos: Optionals,
-    sin: Optionals,
-    axes: Sequence[int],
-    num_heads: int,
-    head_dim: int,
+    lists: Sequence[Sequence[Any]], axes: Sequence[int], num_heads: int, head_dim: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[bool], list[int]]:
     """The lists that the ops take: without None, with a flag a stream for what is there."""
+    qkv, q_weight, k_weight, cos, sin = lists
     weights = [
         weight
         for x, of_q, of_k in zip(qkv, q_weight, k_weight, strict=True)
@@ -199,18 +216,10 @@ def _check_numbers(num_heads: int, eps: float) -> None:
 
 
 def _check_stream(
-    at: str,
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    axes: int,
-    first: Tensor,
-    num_heads: int,
-    head_dim: int,
+    at: str, qkv: Tensor, parameters: Sequence[Any], first: Tensor, num_heads: int, head_dim: int
 ) -> None:
     """One stream, whose arguments are called ``name + at``, against the head dimension and the first stream."""
+    q_weight, k_weight, cos, sin, axes = parameters
     widths = [parts * num_heads * head_dim for parts in (2, 3)]
     if qkv.ndim != 3 or qkv.shape[0] != first.shape[0] or qkv.shape[2] not in widths:
         expected = f"({first.shape[0]}, L, {widths[1]} or {widths[0]})"
@@ -238,27 +247,20 @@ def _check_stream(
             check_device(name + at, table, first.device)
 
 
-def _check_cache(
-    qkv_BLC: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions_B: Tensor,
-    rows_B: Tensor | None,
-    num_heads: int,
-    head_dim: int,
-) -> None:
+def _check_cache(qkv_BLC: Tensor, cache: Sequence[Any], num_heads: int, head_dim: int) -> None:
+    k_cache, v_cache, positions_B, rows_B = cache
     batch, num_tokens, _ = qkv_BLC.shape
     if k_cache.ndim != 4 or k_cache.shape[2] < num_tokens:
         raise ValueError(f"k_cache must be (R, H, S, D) with S of at least {num_tokens}, got {tuple(k_cache.shape)}")
     if rows_B is not None and len(k_cache) == 0:
         raise ValueError(f"k_cache must have at least one row, got {tuple(k_cache.shape)}")
     num_rows = batch if rows_B is None else len(k_cache)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_shape(name, cache, (num_rows, num_heads, k_cache.shape[2], head_dim))
-        check_floating(name, cache, (qkv_BLC.dtype,))
-        check_device(name, cache, qkv_BLC.device)
-        if cache.stride(-1) != 1 or cache.stride() != k_cache.stride():
-            raise ValueError(f"{name} must have contiguous channels and k_cache's strides, got {cache.stride()}")
+    for name, entry in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_shape(name, entry, (num_rows, num_heads, k_cache.shape[2], head_dim))
+        check_floating(name, entry, (qkv_BLC.dtype,))
+        check_device(name, entry, qkv_BLC.device)
+        if entry.stride(-1) != 1 or entry.stride() != k_cache.stride():
+            raise ValueError(f"{name} must have contiguous channels and k_cache's strides, got {entry.stride()}")
     for name, indices in (("positions", positions_B), ("rows", rows_B)):
         if indices is not None:
             check_shape(name, indices, (batch,))

@@ -38,7 +38,7 @@ def run(x, y, backend):
 
 case = Case("faulty", "", lambda device: (torch.empty(128, 4096).bfloat16(), torch.empty(4096, 256).bfloat16()), run)
 kernel_check.every_case = lambda: [case]
-sys.argv = ["kernel_check", "--sm", "80"]
+sys.argv = ["kernel_check", "--sm", "80", "--dtype", "bf16"]
 kernel_check.main()
 """
 
@@ -49,7 +49,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_are_compiled_as_they_are_launched() -> None:
-    result = run(str(SCRIPT), "--op", "swiglu", "--sm", "90", "--json")
+    result = run(str(SCRIPT), "--op", "swiglu", "--sm", "90", "--dtype", "bf16", "--json")
     assert result.returncode == 0, result.stderr
     compiled = json.loads(result.stdout)
     assert {entry["kernel"] for entry in compiled} == {"forward_kernel", "backward_kernel"}

@@ -223,8 +223,7 @@ def test_the_short_way_is_for_plain_tensors_alone() -> None:
 
 @pytest.mark.parametrize("short", [True, False])
 def test_both_ways_have_the_same_gradients(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not short:
-        monkeypatch.setattr(plans, "is_plain", lambda arguments: False)
+    monkeypatch.setattr(plans, "_short_way", short)
     calls = {
         "norm": lambda x: norm(x, None, eps=1e-6, backend="triton"),
         "qk": lambda x: sum(
@@ -245,7 +244,7 @@ def test_both_ways_have_the_same_gradients(short: bool, monkeypatch: pytest.Monk
 def test_a_second_derivative_is_refused_or_recorded_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """No way gives a gradient that looks like a constant."""
     for short in (True, False):
-        monkeypatch.setattr(plans, "is_plain", (lambda arguments: True) if short else (lambda arguments: False))
+        monkeypatch.setattr(plans, "_short_way", short)
         x = torch.randn(2, 16, device=DEVICE, requires_grad=True)
         (grad,) = torch.autograd.grad(gated(x, x, backend="triton").sum(), x, create_graph=True)
         with (
@@ -285,3 +284,26 @@ def test_what_is_compiled_is_started_where_the_address_is_aligned() -> None:
     assert kernel.started == [((7, 1, 1), (address, None, 3, 0.5, 8), 0) for address in addresses]
     plans.Launch(kernel, (4, 0), torch.device("cpu"))(memory)
     assert len(kernel.found) == 3
+
+
+def test_checks_are_made_for_every_kind() -> None:
+    """What passed for one kind of arguments says nothing of another; what failed fails again."""
+    x = torch.randn(2, 16, device=DEVICE)
+    for _ in range(2):
+        assert gated(x, x, backend="triton").shape == x.shape
+        with pytest.raises(ValueError, match="up must have gate's shape"):
+            gated(x, x[:, :8], backend="triton")
+        with pytest.raises(ValueError, match="up must have gate's dtype"):
+            gated(x, x.bfloat16(), backend="triton")
+        with pytest.raises(ValueError, match="eps must be positive"):
+            norm(x, None, eps=-1.0, backend="triton")
+        with pytest.raises(ValueError, match="backend='none'"):
+            gated(x, x, backend="none")
+
+
+def test_the_dispatcher_is_heard_where_it_is_asked_for() -> None:
+    x = torch.randn(2, 16)
+    assert plans.is_plain([x])
+    with plans.through_dispatcher():
+        assert not plans.is_plain([x])
+    assert plans.is_plain([x])
