@@ -24,6 +24,7 @@ from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks
 from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.prompting import PromptReader
 from madformer.sheets import image_grid
 from madformer.streaming import reports
 from madformer.tokenizer import ByteTokenizer
@@ -638,3 +639,10 @@ def test_a_picture_is_read_as_training_data_are(pipeline: MADFormerPipeline) -> 
     ):
         drawn = latents(pipeline, 1, 2, seed=0, image=given, blocks=[3])
         assert torch.equal(drawn, latents(pipeline, 1, 2, seed=0, image=Image.fromarray(meant), blocks=[3]))
+
+
+def test_a_name_that_two_classes_have() -> None:
+    reader = PromptReader(tiny().replace(num_classes=3, time_conditioning="unet+adaln"), None, ["crane", "ox", "crane"])
+    assert [reader.class_number(label) for label in ("ox", "2", 0)] == [1, 2, 0]
+    with pytest.raises(ValueError, match="class 'crane' is the name of 0, 2: give a number"):
+        reader.class_number("crane")

@@ -97,13 +97,16 @@ class PromptReader:
         """Of a class by its number or name; a name that is none may be a number.
 
         Raises:
-            ValueError: there is none; the message lists the names where they are few.
+            ValueError: there is none; the message lists the names where they are few. Or a name that several have, as
+                ImageNet's crane is a bird and a machine.
         """
         names, count = self.class_names, self.config.num_classes
         low = -1 if self.config.null_class else 0
         if isinstance(label, str):
-            if label in names:
-                return names.index(label)
+            if found := [number for number, name in enumerate(names) if name == label]:
+                if len(found) > 1:
+                    raise ValueError(f"class {label!r} is the name of {', '.join(map(str, found))}: give a number")
+                return found[0]
             try:
                 number = int(label)
             except ValueError:
