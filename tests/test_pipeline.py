@@ -130,6 +130,14 @@ def test_without_a_seed_they_are_pytorchs_own(pipeline: MADFormerPipeline, sched
     assert relative_error(next_one, drawn) > 0.1
 
 
+def test_from_pipe(pipeline: MADFormerPipeline) -> None:
+    """With all parts of the other, or some in their place."""
+    made = MADFormerPipeline.from_pipe(pipeline, scheduler=DDIMScheduler(clip_sample=False))
+    assert (made.transformer, made.vae) == (pipeline.transformer, pipeline.vae)
+    assert type(made.scheduler) is DDIMScheduler
+    assert MADFormerPipeline.from_pipe(pipeline).scheduler is pipeline.scheduler
+
+
 def test_output_types_agree(pipeline: MADFormerPipeline) -> None:
     raw = latents(pipeline, 2, 3, seed=1)
     with torch.no_grad():

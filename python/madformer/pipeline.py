@@ -38,7 +38,7 @@ from madformer.pipeline_memory import OffloadingPipeline
 from madformer.prompting import PromptReader
 from madformer.streaming import reports
 from madformer.tokenizer import Tokenizer, as_tokenizer, check_tokenizer
-from madformer.vae import check_finite, check_vae, decode, downscale, encode, finite, to_uint8
+from madformer.vae import USABLE, check_finite, check_vae, decode, downscale, encode, finite, to_uint8
 
 logger = logging.getLogger("madformer.pipeline")
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -105,6 +105,11 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(class_names=class_names)
         self._plans = PlanPool()
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        # by which `from_pipe` decides what it hands on
+        return {**super()._get_signature_types(), "vae": tuple(getattr(diffusers, name) for name in USABLE)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         config = getattr(self.__dict__.get("transformer"), "config", None)
