@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader
 
 from madformer.cli.main import main
@@ -88,6 +89,19 @@ def test_a_killed_worker(stopped: Path, capsys: pytest.CaptureFixture[str], monk
     assert max(path.name for path in (stopped / "checkpoints").iterdir()) == f"step-{trained[-1]:08d}"
     monkeypatch.undo()
     assert Trainer.from_folder(stopped).step == trained[-1]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_an_end_while_a_checkpoint_is_read(unbroken: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
+    """It is not taken for damage."""
+
+    def ending(*_: Any) -> Any:
+        raise end
+
+    monkeypatch.setattr(FileSystemReader, "read_data", ending)
+    with pytest.raises(type(end)) as raised:
+        load_checkpoint(unbroken)
+    assert raised.value is end
 
 
 def _index(numbers: Any) -> int:

@@ -76,6 +76,7 @@ def read_checkpoint(path: Path, state: dict[str, Any], **options: Any) -> None:
     try:
         dcp.load(state, checkpoint_id=path, **options)
     except (Exception, CheckpointException) as error:
+        _raise_interrupt(error)
         raise ValueError(
             f"{path} is damaged or of another model; the one before may serve: {_one_line(error)}"
         ) from error
@@ -170,6 +171,14 @@ class Checkpoints:
             # under its own name it is whole until the end
             os.replace(old, self._hidden(old))
             shutil.rmtree(self._hidden(old), ignore_errors=True)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise again what ended the program, or was to, in the midst of a checkpoint, where PyTorch catches everything."""
+    if isinstance(error, CheckpointException):
+        for cause, _ in error.failures.values():
+            if not isinstance(cause, Exception):
+                raise cause from None
 
 
 def _one_line(error: BaseException) -> str:
