@@ -55,8 +55,9 @@ format: install
 checks: kernel-check lint cuda-check oldest-check
 
 # Every Triton kernel as it would be launched, compiled for sm_80, sm_90 and sm_100: no GPU, no spills, all fit.
+# KERNEL_CHECK='--sm 90 --dtype bf16' make kernel-check  is the short form.
 kernel-check: install
-	$(BIN)/python benchmarks/kernel_check.py
+	$(BIN)/python benchmarks/kernel_check.py $(KERNEL_CHECK)
 
 # Every csrc/*.cu for sm_80, sm_90a and sm_100, linked into the extension: no GPU, no warnings, no spills. Where torch has
 # no CUDA the result is complete but for torch's own streams, and is not run.

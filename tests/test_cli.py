@@ -196,7 +196,10 @@ def test_classes(class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("text_model", ["--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number from 0"),
         ("text_model", ["--prompt", "a", "--guidance", 2, "--guidance-interval", "9,5"], "the lower timestep, then"),
         ("text_model", ["--prompt", "a", "--class", 1], "a class has no place: the model was made without classes"),
-        ("text_model", ["--prompt", "a", "--tokenizer", "no/such"], "no tokenizer at no/such"),
+        pytest.param(
+            *("text_model", ["--prompt", "a", "--tokenizer", "no/such"], "no tokenizer at no/such"),
+            marks=pytest.mark.slow,  # a hub that does not answer is asked again and again
+        ),
         ("class_model", ["--guidance", 2], "a class is missing: the model was made for classes"),
         ("class_model", ["--class", "Cars"], "no class 'Cars': there are 2, Flags, Food & Drink"),
         ("class_model", ["--class", 0, "--class", 2], "no class '2'"),

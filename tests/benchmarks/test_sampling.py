@@ -177,6 +177,7 @@ def check_record(record: dict[str, Any]) -> None:
         assert "loop_idle_fraction" not in record["metrics"]
 
 
+@pytest.mark.slow
 def test_record_without_released_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "record.json"
     assert sampling.main(["--device", "cpu", "--tiny", "--repeats", "1", "--out", str(out)]) == 0

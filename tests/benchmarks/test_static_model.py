@@ -95,6 +95,7 @@ def test_products_in_tensor_memory_are_read_from_tritons_listing() -> None:
     assert static_model.tensor_memory_flops(listing) == 2 * 2 * 128 * 64 * 32
 
 
+@pytest.mark.slow
 def test_a_kernel_that_got_worse_is_told(tmp_path: Path) -> None:
     """Against a record of itself nothing is told; with fewer instructions or more programs in it, each kernel is."""
     pytest.importorskip("triton", reason="Triton is not installed: kernels are NOT compiled here")

@@ -117,6 +117,7 @@ def test_time_ends_what_catches_every_exception(monkeypatch: pytest.MonkeyPatch)
     assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (handler, (0, 0))
 
 
+@pytest.mark.slow
 def test_contenders_that_fail_or_compute_something_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

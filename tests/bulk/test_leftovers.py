@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
             process.kill()
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_files_of_the_dead_go_and_of_the_living_stay(tmp_path: Path, sharded: bool) -> None:
     own = settings(shard_size=8, format="wds") if sharded else settings()
     with OutputFolder(tmp_path, own, 64).opened() as folder:

@@ -27,7 +27,7 @@ TEXT_MODEL = tiny().replace(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"parallel": "ddp", "accumulation_steps": 2},
+        pytest.param({"parallel": "ddp", "accumulation_steps": 2}, marks=pytest.mark.slow),
         {"parallel": "fsdp"},
         pytest.param({"parallel": "ddp", "clean_loss_weight": 0.1}, marks=pytest.mark.slow),
         pytest.param({"parallel": "ddp", "model": TEXT_MODEL, "text_loss_weight": 0.1}, marks=pytest.mark.slow),

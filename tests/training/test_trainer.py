@@ -39,7 +39,9 @@ def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
     assert any(not torch.equal(averaged[name], tensor) for name, tensor in raw.items())
 
 
-@pytest.mark.parametrize("cache_latents", [False, True], ids=["images", "cached latents"])
+@pytest.mark.parametrize(
+    "cache_latents", [pytest.param(False, id="images"), pytest.param(True, id="cached latents", marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(config: TrainingConfig, unbroken: Path, tmp_path: Path, cache_latents: bool) -> None:
     """Stopped by SIGTERM after three steps and resumed: bit for bit the losses and weights of the unbroken run."""
     config = dataclasses.replace(config, cache_latents=cache_latents)
