@@ -19,7 +19,7 @@ COMPILER = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What is preloaded as the driver: autograd's engine, which is C++, asks how many devices there are."""
     if COMPILER is None or not sys.platform.startswith("linux"):
-        pytest.skip("no C compiler for the library that is preloaded")
+        pytest.skip("the library that is preloaded as the driver needs Linux and a C compiler")
     library = tmp_path_factory.mktemp("stub") / "libcuda-stub.so"
     options = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([COMPILER, *options, "-o", library, FOLDER / "stub.c"], check=True)
