@@ -210,11 +210,12 @@ def once_a_kind(check: Callable[..., Checks]) -> Callable[..., Checks]:
         if kind is None or launch.is_compiling():
             return check(*arguments)
         key = kind, launch.state(), launch.refusal, dispatch.resolve, tuple(dispatch._UNAVAILABLE)
-        if key not in passed:
+        result: Any = passed.get(key, passed)  # Once: another thread may empty it in between.
+        if result is passed:
             if len(passed) >= MAX_PLANS:
                 passed.clear()
-            passed[key] = check(*arguments)
-        return passed[key]
+            result = passed[key] = check(*arguments)
+        return result
 
     return checked
 

@@ -178,6 +178,25 @@ def test_threads_make_and_use_plans_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(size_of.plans) <= 3 + len(threads)
 
 
+def test_a_check_survives_that_another_thread_empties_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every look at a kind."""
+    monkeypatch.setattr(plans, "MAX_PLANS", 1)
+    checked = plans.once_a_kind(lambda number: number)
+
+    class Kind:
+        looks = 0
+
+        def __hash__(self) -> int:
+            self.looks += 1
+            if self.looks > 1:
+                checked((self.looks,), 1)
+            return 0
+
+    kind = (Kind(),)
+    assert [checked(kind, 0) for _ in range(4)] == [0] * 4
+    assert kind[0].looks > 4
+
+
 class Listener(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
