@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from madformer.config import MADFormerConfig, TextConfig, tiny
 from madformer.engine.prompts import Prompt
-from madformer.model import MADFormer, MADFormerOutput
+from madformer.model import MADFormer
 from testing import perturb
 
 BATCH, STEPS = 2, 3
@@ -84,38 +81,3 @@ def draw_prompt(config: MADFormerConfig, batch: int = BATCH, seed: int = 5, *, g
 def one_of(prompt: Prompt, index: int) -> Prompt:
     """The prompt of one image."""
     return Prompt(*(None if ids is None else ids[index] for ids in (prompt.text, prompt.negative_text, prompt.label)))
-
-
-@torch.no_grad()
-def sample_uncached(
-    model: Callable[..., MADFormerOutput],
-    scheduler: Any,
-    steps: int,
-    noise: Tensor,
-    prompt: Prompt | None = None,
-    guidance: Callable[[int], float] | None = None,
-    **keywords: Any,
-) -> Tensor:
-    """Every step is a whole training pass over all blocks, updated by the scheduler's own ``step``.
-
-    ``keywords`` are for that. A finished block counts with its clean latents, and, where there is no clean stream, with
-    what its last step saw.
-    """
-    prompt = prompt or Prompt()
-    dropped = None if prompt.label is None else torch.full_like(prompt.label, -1)
-    clean, noisy = torch.zeros_like(noise), torch.zeros_like(noise)
-    scheduler.set_timesteps(steps)
-    timestep = torch.full(noise.shape[:2], scheduler.timesteps[-1].item())
-    for block in range(noise.shape[1]):
-        scheduler.set_timesteps(steps)
-        latents = noise[:, block] * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            noisy[:, block], timestep[:, block] = scheduler.scale_model_input(latents, t), t
-            prediction = model(clean, noisy, timestep, prompt.text, prompt.label).prediction[:, block]
-            if guidance is not None:
-                other = model(clean, noisy, timestep, prompt.negative_text, dropped)
-                unconditional = other.prediction[:, block]
-                prediction = unconditional + guidance(int(t)) * (prediction - unconditional)
-            latents = scheduler.step(prediction, t, latents, **keywords).prev_sample
-        clean[:, block] = latents
-    return clean

@@ -19,9 +19,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model, sample_uncached
+from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.prompts import Prompt
+from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import NonFiniteError, Progress, Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput
 from testing import relative_error
