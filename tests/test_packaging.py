@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import madformer
 
 ROOT = Path(__file__).parents[1]
 MAPPED = {"python/madformer": "madformer", "kernels": "madformer/kernels", "engine": "madformer/engine"}
@@ -61,8 +64,23 @@ def test_no_bare_package_is_installed(name: str) -> None:
     assert run.stdout == "None\n", run.stdout + run.stderr
 
 
-def test_version_is_one_and_the_same() -> None:
-    assert importlib.metadata.version("madformer") == "0.1.0"
+def test_version_stands_in_one_place_and_the_citation_has_it() -> None:
+    """Setuptools reads it from the package; that the wheel has it, the wheel's test says."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "madformer.__version__"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == madformer.__version__
+    assert citation["license"] == project["project"]["license"]
+
+
+def test_forms_ask_for_what_runs_there_and_the_workflow_runs_ci() -> None:
+    for form in ("fault", "idea"):
+        body = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())["body"]
+        (field,) = (field["attributes"] for field in body if field["id"] == "info")
+        assert field["label"] == "`madformer info --json`"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert [step["run"] for step in jobs["ci"]["steps"] if "run" in step][-1] == ".ci/run"
 
 
 def test_wheel_without_the_extension_holds_every_source_file_and_nothing_else(tmp_path: Path) -> None:
@@ -78,7 +96,7 @@ def test_wheel_without_the_extension_holds_every_source_file_and_nothing_else(tm
         [*command, "--wheel-dir", str(tmp_path)], cwd=copy, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("madformer-*-py3-none-any.whl")
+    (wheel,) = tmp_path.glob(f"madformer-{madformer.__version__}-py3-none-any.whl")
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
