@@ -34,16 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.benchmark.environment import environment
 from madformer.benchmark.sampling import any_prompt
-from madformer.benchmark.timing import seconds, synchronize
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.precision import PRECISIONS, apply
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.schedulers import default_scheduler
+from madformer.machine import default_dtype, environment, seconds, synchronize
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.seeds import generator_of
 from record import ROOT, CannotCompare, finish, results_folder
 from released import relative_error

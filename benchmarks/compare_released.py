@@ -42,8 +42,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from madformer.benchmark.bare import BareModel
 from madformer.benchmark.sampling import block_pairs
 from madformer.engine.sampler import Plan, Sampler
+from madformer.files.atomic import check_writable
 from madformer.model.blocks import to_maps
-from madformer.model.persistence import check_writable
 from madformer.training.losses import LossWeights, training_losses
 from record import CannotCompare, environment, finish, git_commit
 from released import (

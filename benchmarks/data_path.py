@@ -33,11 +33,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from madformer.benchmark.environment import environment
 from madformer.config import MADFormerConfig, preset
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
+from madformer.machine import environment
 from madformer.training.data import BatchStream
 from record import CannotCompare, finish, results_folder
 

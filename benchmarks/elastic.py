@@ -45,8 +45,8 @@ from madformer.benchmark.bare import Work
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
+from madformer.files.atomic import atomic_path
 from madformer.model import MADFormer
-from madformer.model.persistence import atomic_path
 from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import load_tokenizer
 from madformer.training.checkpoint import whole_checkpoints

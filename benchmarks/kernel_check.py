@@ -284,7 +284,7 @@ def _bound(bound: static_model.Bound) -> str:
 
 
 def save(results: Sequence[Compiled], path: Path) -> None:
-    from record import environment, write  # Not at the top: the check itself needs no model.
+    from record import environment, write_json  # Not at the top: the check itself needs no model.
 
     rows = [{"key": result.key, **asdict(result)} for result in results]
     if path.exists():
@@ -296,7 +296,7 @@ def save(results: Sequence[Compiled], path: Path) -> None:
     head = environment("kernel_check", torch.device("cpu"), ["triton"])
     machines = {str(capability): asdict(machine) for capability, machine in static_model.MACHINES.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write({**head, "machines": machines, "rows": rows}, path)
+    write_json(path, {**head, "machines": machines, "rows": rows})
 
 
 def main() -> None:

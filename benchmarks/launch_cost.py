@@ -176,8 +176,8 @@ def measure(ops: list[str] | None) -> dict[str, Any]:
     import torch
     import triton
 
-    from madformer.benchmark.environment import environment
     from madformer.kernels.launch import standing_in
+    from madformer.machine import environment
     from ops.case import every_case
 
     triton.runtime.driver.set_active(StubDriver())

@@ -9,9 +9,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved, synchronize
+from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.sampler import Plan, Sampler
+from madformer.machine import synchronize
 from madformer.model import MADFormer
 from released import CannotCompare, Shape, check, make_scheduler, relative_error, sample_ours
 

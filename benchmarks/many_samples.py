@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from madformer.benchmark.environment import environment
 from madformer.data.fields import DataSummary
 from madformer.data.images import ImageDataset, open_dataset
-from madformer.data.shards import write_index, write_shards
 from madformer.data.sources import RawSample
-from madformer.data.text import PackedStrings
+from madformer.files.shards import write_index, write_shards
+from madformer.files.text import PackedStrings
+from madformer.machine import environment
 from record import CannotCompare, finish, results_folder
 
 NAME = "class-{:04d}/picture-{:08d}.png"

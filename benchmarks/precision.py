@@ -28,10 +28,10 @@ from torch import Tensor
 
 from madformer.bulk import Prompts
 from madformer.engine.precision import PRECISIONS, apply, refusal
-from madformer.model.persistence import atomic_path, check_writable
+from madformer.files.atomic import atomic_path, check_writable
 from madformer.pipeline import MADFormerPipeline
 from madformer.vae import to_uint8
-from record import ROOT, environment, results_folder, write
+from record import ROOT, environment, results_folder, write_json
 from timing import Spread, seconds
 
 EXACT = "exact"
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NoFiguresError, ValueError, OSError) as error:
         print(f"precision: {error}", file=sys.stderr)
         return 1
-    write(record, out)
+    write_json(out, record)
     print_table(record)
     print(json.dumps(record["metrics"]))
     return 0

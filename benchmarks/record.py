@@ -13,10 +13,21 @@ from typing import Any
 import torch
 
 from kernel_record import WHOLE, source_of
-from madformer.benchmark.environment import device_name, environment, git_commit, write
+from madformer.files.atomic import write_json
+from madformer.machine import device_name, environment, git_commit
 from visit import PIPE, emit
 
-__all__ = ["RESULTS", "ROOT", "CannotCompare", "environment", "finish", "git_commit", "results_folder", "save", "write"]
+__all__ = [
+    "RESULTS",
+    "ROOT",
+    "CannotCompare",
+    "environment",
+    "finish",
+    "git_commit",
+    "results_folder",
+    "save",
+    "write_json",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,7 +71,7 @@ def save(record: dict[str, Any], path: Path) -> None:
         emit({"kind": "record", "name": record["benchmark"], "source": source_of(WHOLE), "record": record})
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(record, path)
+        write_json(path, record)
 
 
 def results_folder(device: torch.device) -> Path:

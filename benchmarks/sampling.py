@@ -45,11 +45,12 @@ import launches
 from madformer.benchmark import report
 from madformer.benchmark.bare import Work
 from madformer.benchmark.sampling import Roof, Row, sweep
-from madformer.benchmark.timing import Run, Spread, interleaved, seconds
+from madformer.benchmark.timing import Run, Spread, interleaved
 from madformer.config import ffhq1024, tiny
 from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.precision import apply
 from madformer.engine.sampler import Plan, Sampler
+from madformer.machine import seconds
 from madformer.model import MADFormer
 from record import CannotCompare, environment, finish, git_commit, results_folder, save
 from released import (

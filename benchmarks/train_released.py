@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import madformer
 from madformer.benchmark.timing import Spread
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from madformer.model.persistence import check_writable
+from madformer.files.atomic import check_writable
 from record import CannotCompare, environment, finish, git_commit
 from released import LATENT_CHANNELS, SEED, Shape, dense_mask, load_released, positive
 

@@ -44,7 +44,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from compare_released import HIDDEN_WEIGHT, Batch, gradients, native_step, released_step
-from madformer.benchmark.timing import Spread, matmul_rate, seconds
+from madformer.benchmark.timing import Spread
+from madformer.machine import matmul_rate, seconds
 from madformer.model.blocks import to_maps
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs, costs_of

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madformer.arguments import shown
+
+if TYPE_CHECKING:
+    from diffusers import DPMSolverMultistepScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -134,3 +137,18 @@ def check_scheduler(scheduler: Any, prediction_type: str | None = None) -> None:
             f"{name} has prediction_type={predicted!r} and the model {prediction_type!r}: make it with "
             f"from_config(pipeline.scheduler.config), or prediction_type={prediction_type!r}"
         )
+
+
+def default_scheduler(prediction_type: str, **noise: Any) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M) from the last training timestep on, over the schedule that training uses.
+
+    Not ``DDIMScheduler()``: that clamps the predicted latents to [-1, 1], and latents have a standard deviation of 1,
+    so colours fade.
+
+    Args:
+        noise: what diffusers' schedulers are told of it, see
+            :meth:`madformer.training.config.TrainingConfig.noise_options`; nothing for the linear schedule.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)

@@ -17,8 +17,9 @@ from madformer.config import TextConfig, tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
+from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
 from testing import small_vae
 

@@ -25,7 +25,8 @@ from madformer.cli.main import main
 from madformer.config import MADFormerConfig, tiny
 from madformer.engine import memory
 from madformer.engine.sampler import Progress, Sampler, bytes_per_image
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.engine.schedulers import default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from testing import relative_error, small_vae
 
 CPU = torch.device("cpu")

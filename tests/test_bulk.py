@@ -22,10 +22,11 @@ from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
 from madformer.config import TextConfig, UNetConfig, tiny
-from madformer.data.shards import ShardDataset
 from madformer.engine.sampler import NonFiniteError, Plan
+from madformer.engine.schedulers import default_scheduler
+from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
 from testing import DEVICE, perturb, relative_error, small_vae
 

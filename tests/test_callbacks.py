@@ -17,9 +17,10 @@ from diffusers.callbacks import (
 )
 
 from madformer.config import TextConfig, tiny
+from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import to_blocks
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_vae
 

@@ -19,9 +19,10 @@ from madformer.cli import sample_options
 from madformer.cli.main import main
 from madformer.config import TextConfig, tiny
 from madformer.engine.precision import PRECISIONS, apply
+from madformer.engine.schedulers import default_scheduler
 from madformer.kernels import launch
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
 from testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 

@@ -26,7 +26,7 @@ from madformer.data.emoji import (
     write_emoji_shards,
 )
 from madformer.data.images import UnreadableImageError, decode_image, open_dataset
-from madformer.data.shards import ShardDataset, write_shards
+from madformer.files.shards import ShardDataset, write_shards
 
 CLASSES = ("bird", "cat")
 EMOJI_TEST = """\
@@ -159,7 +159,7 @@ class TestShards:
         assert pickle.loads(pickle.dumps(dataset))[1] == sample
 
     def test_reads_more_shards_than_it_keeps_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("madformer.data.shards._MAX_OPEN_FILES", 2)
+        monkeypatch.setattr("madformer.files.shards._MAX_OPEN_FILES", 2)
         images = pictures(5)
         write_shards(samples(images), tmp_path, "x", max_per_shard=1)
         dataset = ShardDataset(tmp_path)

@@ -26,7 +26,7 @@ from madformer.config import tiny
 from madformer.data import open_dataset
 from madformer.data.encoding import EncodingReport, write_latents
 from madformer.data.latents import LatentDataset, LatentDescription, holds_latents
-from madformer.data.shards import ShardDataset, index_path
+from madformer.files.shards import ShardDataset, index_path
 from madformer.vae import encode, load_vae
 from testing import small_vae
 
@@ -224,7 +224,7 @@ def test_two_processes_write_what_one_writes(
     assert "images in" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"holds 2 of 5 shards: the same `madformer data latents` adds"):
         LatentDataset(tmp_path)
-    mine, others = tmp_path / ".latents-000002.tar.abc_1", tmp_path / ".latents-000003.tar.abc_2"
+    mine, others = tmp_path / ".latents-000002.tar.abcdef_1", tmp_path / ".latents-000003.tar.abcdef_2"
     mine.touch()
     others.touch()
     as_process(monkeypatch, 0, 2)
@@ -304,7 +304,7 @@ def test_a_shard_without_a_readable_image(vae_folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--no-flip"], "holds latents with flips=True, not False: take another folder"),
+        (["--no-flip"], "is of a run with flips=True, not False: take another folder"),
         (["--dtype", "float32"], "dtype='float16', not 'float32'"),
         (["--shard-size", 4], "shard_size=5, not 4"),
         (["--image-size", 32], "image_size=16, not 32"),

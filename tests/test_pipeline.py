@@ -21,9 +21,10 @@ from PIL import Image
 from madformer.config import MADFormerConfig, TextConfig, tiny
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
+from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.prompting import PromptReader
 from madformer.sheets import image_grid
 from madformer.streaming import reports

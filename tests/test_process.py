@@ -15,7 +15,7 @@ import pytest
 
 from madformer.cli import main as command_line
 from madformer.cli.main import main
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import atomic_path
 
 COMMANDS = [
     "sample --model m --grid g.png",

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from madformer.config import tiny
+from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.seeds import check_seed, generator_of, seed_all
 from madformer.training.config import TrainingConfig
 from madformer.training.data import EpochOrder

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.schedulers import default_scheduler
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS, denoise_step
 from madformer.model import MADFormer
-from madformer.pipeline import default_scheduler
 from madformer.vae import decode
 
 Benchmark = Callable[..., Any]

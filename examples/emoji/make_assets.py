@@ -12,8 +12,9 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from madformer.model.persistence import atomic_path
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.engine.schedulers import default_scheduler
+from madformer.files.atomic import atomic_path
+from madformer.pipeline import MADFormerPipeline
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from madformer.data import open_dataset
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import atomic_path
 from madformer.seeds import seed_all
 from madformer.vae import load_vae
 

@@ -17,6 +17,7 @@ from madformer.kernels import optional
 
 if TYPE_CHECKING:
     from madformer.compat.accelerate import accelerate, restore
+    from madformer.compat.released import from_released
     from madformer.model import MADFormer, MADFormerOutput
     from madformer.pipeline import MADFormerPipeline
 
@@ -28,6 +29,7 @@ __all__ = [
     "MADFormerPipeline",
     "UNetConfig",
     "accelerate",
+    "from_released",
     "preset",
     "restore",
 ]
@@ -40,6 +42,7 @@ _LAZY = {
     "ByteTokenizer": "madformer.tokenizer",
     "PretrainedTokenizer": "madformer.tokenizer",
     "accelerate": "madformer.compat.accelerate",
+    "from_released": "madformer.compat.released",
     "restore": "madformer.compat.accelerate",
 }
 

@@ -51,26 +51,6 @@ class MADFormerPipelineOutput(BaseOutput):
     images: Any
 
 
-def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 on a GPU and on processors that multiply bf16 matrices in hardware, else fp32."""
-    if torch.device(device).type == "cuda" or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
-def default_scheduler(prediction_type: str, **noise: Any) -> diffusers.DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) from the last training timestep on, over the schedule that training uses.
-
-    Not ``DDIMScheduler()``: that clamps the predicted latents to [-1, 1], and latents have a standard deviation of 1,
-    so colours fade.
-
-    Args:
-        noise: what diffusers' schedulers are told of it, see
-            :meth:`madformer.training.config.TrainingConfig.noise_options`; nothing for the linear schedule.
-    """
-    return diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)
-
-
 class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline, LoraLoaderMixin):
     """Samples images.
 

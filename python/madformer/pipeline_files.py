@@ -23,8 +23,9 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 
 from madformer.engine.schedulers import check_name
+from madformer.files.atomic import atomic_path, umask, write_json
+from madformer.files.hub import CONFIG_NAME, resolve_folder
 from madformer.model import MADFormer
-from madformer.model.persistence import CONFIG_NAME, atomic_path, resolve_folder, umask
 from madformer.model.pretrained import WEIGHTS_FILE
 from madformer.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from madformer.vae import load_vae
@@ -164,8 +165,7 @@ class PersistentPipeline(DiffusionPipeline):
             index["class_names"] = {str(number): name for number, name in enumerate(self.config.class_names)}
         with atomic_path(folder / OWN_CODE) as path:
             path.write_text(_CODE, encoding="utf-8")
-        with atomic_path(folder / MODEL_INDEX) as path:
-            path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / MODEL_INDEX, index)
         if push_to_hub:
             self._push(folder, kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -256,7 +256,7 @@ def _dtypes(dtype: Any, vae_dtype: torch.dtype | None) -> dict[str, torch.dtype]
 
 def _of_bare_model(cls: type[Any], folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """A pipeline around a model's own folder."""
-    from madformer.pipeline import default_scheduler
+    from madformer.engine.schedulers import default_scheduler
 
     transformer, scheduler = options.pop("transformer", None), options.pop("scheduler", None)
     names = options.pop("class_names", None)

@@ -5,7 +5,6 @@ Shape legend: B texts, P tokens of each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from madformer.config import TextConfig
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import write_json
 from madformer.objects import read_object
 
 BYTES = "bytes"
@@ -55,9 +54,7 @@ class ByteTokenizer:
         return cls()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with atomic_path(Path(folder) / CONFIG_NAME) as path:
-            path.write_text(json.dumps({"tokenizer_class": type(self).__name__}) + "\n")
+        write_json(Path(folder) / CONFIG_NAME, {"tokenizer_class": type(self).__name__})
 
 
 class PretrainedTokenizer:

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 from torch import Tensor, nn
 
-from madformer.model.persistence import CONFIG_NAME, resolve_folder
+from madformer.files.hub import CONFIG_NAME, resolve_folder
 
 MAX_UNTILED = 1024
 """Pixels a side: larger pictures are decoded in tiles of this size, unless :func:`set_tile` says otherwise."""

@@ -15,8 +15,9 @@ import precision as benchmark
 from madformer.bulk import Prompts
 from madformer.config import tiny
 from madformer.engine.precision import PRECISIONS
+from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from record import RESULTS
 from testing import perturb, small_vae
 

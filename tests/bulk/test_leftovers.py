@@ -13,11 +13,11 @@ import pytest
 from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
-from madformer.model.persistence import remove_leftovers_of
+from madformer.files.atomic import remove_leftovers_of
 
 WRITER = """
 import sys
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import atomic_path
 with atomic_path(sys.argv[1]) as path:
     path.write_bytes(b"begun")
     print(path, flush=True)

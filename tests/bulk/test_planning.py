@@ -12,7 +12,7 @@ import pytest
 from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
-from madformer.bulk.image_set import ImageSet
+from madformer.files.number_set import NumberSet
 
 
 def test_an_image_set_is_a_set() -> None:
@@ -22,7 +22,7 @@ def test_an_image_set_is_a_set() -> None:
         base + offset for base in (0, 1024, 2048, 10 * 1024, 10**12) for offset in range(-3, 4) if base + offset >= 0
     ]
     for _ in range(50):
-        ours, theirs = ImageSet(), set()
+        ours, theirs = NumberSet(), set()
         for _ in range(30):
             if random.random() < 0.5:
                 image = random.choice([*edges, random.randrange(5000)])

@@ -22,9 +22,10 @@ import madformer
 from madformer.cli.main import main
 from madformer.cli.recorded import command
 from madformer.config import TextConfig, UNetConfig, tiny
-from madformer.data.shards import ShardDataset
+from madformer.engine.schedulers import default_scheduler
+from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
-from madformer.pipeline import MADFormerPipeline, default_scheduler
+from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_vae
 
@@ -272,7 +273,7 @@ def test_what_is_no_picture_of_ours(drawn: Path, tmp_path: Path, capsys: pytest.
 
 
 def make_tar(folder: Path, data: bytes) -> Path:
-    from madformer.data.shards import write_shard
+    from madformer.files.shards import write_shard
 
     write_shard([{"__key__": "00000000", "png": data}], folder / "images-000000.tar")
     return folder / "images-000000.tar"

@@ -21,6 +21,7 @@ from compat_cases import TEXT_BASELINE as BASELINE
 from compat_cases import TEXT_CASES as CASES
 from diffusers import DDIMScheduler
 
+from madformer import from_released
 from madformer.compat.madformer_ffhq import read_model_config
 from madformer.compat.madformer_imagenet import MADFormer
 from madformer.engine.prompts import Prompt
@@ -68,16 +69,16 @@ def test_from_released(case: GoldenCase, tmp_path: Path) -> None:
     content = {"ema": case.weights(), "args": argparse.Namespace(**sizes, **case.flags)}
     torch.save(content, tmp_path / "ckpts.pt")
     text, *latents = arguments(case)
-    native = NativeMADFormer.from_released(tmp_path / "ckpts.pt", model_config=case.model_config)
+    native = from_released(tmp_path / "ckpts.pt", model_config=case.model_config)
     model = MADFormer.from_released(tmp_path / "ckpts.pt", model_config=case.model_config)
     assert native.config == model.config == make_compat(case).config
     with torch.no_grad():
         predictions = to_maps(native(*latents, text).prediction), model(text, *latents)[0]
     for prediction in predictions:
         assert relative_error(prediction, case.tensors()["prediction"]) < OUTPUT_TOLERANCE
-    for family in (NativeMADFormer, MADFormer):
+    for read in (from_released, MADFormer.from_released):
         with pytest.raises(ValueError, match="a model with text needs model_config"):
-            family.from_released(tmp_path / "ckpts.pt")
+            read(tmp_path / "ckpts.pt")
 
 
 def test_texts_rotated_by_another_base_are_refused(tmp_path: Path) -> None:
@@ -86,9 +87,9 @@ def test_texts_rotated_by_another_base_are_refused(tmp_path: Path) -> None:
     torch.save({"ema": BASELINE.weights(), "args": argparse.Namespace(**sizes)}, tmp_path / "ckpts.pt")
     other = {**read_model_config(BASELINE.model_config), "rope_theta": 123.0}
     refusal = r"inv_freq has other frequencies than those of the model configuration's rope_theta=123$"
-    for family in (NativeMADFormer, MADFormer):
+    for read in (from_released, MADFormer.from_released):
         with pytest.raises(ValueError, match=refusal):
-            family.from_released(tmp_path / "ckpts.pt", model_config=other)
+            read(tmp_path / "ckpts.pt", model_config=other)
     model = make_compat(BASELINE).bfloat16()
     model.load_state_dict(copy.deepcopy(model.state_dict()))
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from madformer.data import open_dataset
 from madformer.data.images import ImageDataset, UnreadableImageError
-from madformer.data.shards import ShardDataset, list_shards, write_shards
 from madformer.data.sources import RawSample
-from madformer.data.text import decode_text, read_text
+from madformer.files.shards import ShardDataset, list_shards, write_shards
+from madformer.files.text import decode_text, read_text
 
 
 def picture(grey: int = 0) -> bytes:

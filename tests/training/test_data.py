@@ -24,7 +24,7 @@ from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.images import ImageDataset
 from madformer.data.latents import LatentDataset, LatentDescription
-from madformer.data.shards import write_shards
+from madformer.files.shards import write_shards
 from madformer.model.blocks import from_blocks
 from madformer.training.data import (
     WINDOW,

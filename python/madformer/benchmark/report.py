@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from madformer.benchmark.sampling import PARTS, Roof, Row, Sweep
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import atomic_path
 
 HEADINGS = {"ar": "AR", "transformer": "Transf.", "unet": "U-Net", "vae": "VAE", "host": "host"}
 LABELS = HEADINGS | {"ar": "AR passes", "transformer": "Transformer"}

@@ -39,12 +39,13 @@ import torch
 from torch import Tensor
 
 from madformer.benchmark.bare import BareModel, Work
-from madformer.benchmark.timing import Run, Spread, Stopwatch, copy_rate, matmul_rate, seconds
+from madformer.benchmark.timing import Run, Spread, Stopwatch
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
+from madformer.machine import copy_rate, matmul_rate, seconds
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
 

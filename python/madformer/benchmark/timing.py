@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from madformer.machine import seconds, synchronize
+
 Run = Callable[[], Any]
 
 
@@ -30,50 +32,12 @@ class Spread:
         return cls(median, first, third, tuple(samples))
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Run, device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
 def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, Spread]:
     """Every run once to warm up, then ``repeats`` rounds of all: what slows the machine slows them alike."""
     for run in runs.values():
         run()
     rounds = [[seconds(run, device) for run in runs.values()] for _ in range(repeats)]
     return {name: Spread.of(column) for name, column in zip(runs, zip(*rounds, strict=True), strict=True)}
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product here, median of 5."""
-    # on a processor that has no bf16 six products of 2048 take two minutes
-    size, calls = (8192, 8) if device.type == "cuda" else (1024, 1)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _per_call(lambda: torch.mm(a, b), calls, device)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy here, median of 5."""
-    numbers, calls = (1 << 30, 8) if device.type == "cuda" else (1 << 26, 1)
-    source = torch.ones(numbers, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _per_call(lambda: target.copy_(source), calls, device)
-
-
-def _per_call(run: Run, calls: int, device: torch.device) -> float:
-    def several() -> None:
-        for _ in range(calls):
-            run()
-
-    several()
-    return statistics.median(seconds(several, device) for _ in range(5)) / calls
 
 
 @dataclass

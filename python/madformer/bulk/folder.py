@@ -22,11 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from madformer.bulk.damage import is_whole
-from madformer.bulk.image_set import ImageSet
 from madformer.bulk.settings import Settings
-from madformer.data.shards import KEY, write_shard
-from madformer.model.persistence import atomic_path, check_writable, locked, remove_leftover
+from madformer.files.atomic import atomic_path, locked, remove_leftover, write_json
+from madformer.files.damage import is_whole
+from madformer.files.number_set import NumberSet
+from madformer.files.resumable import LOCK, dealt, first_difference, goes_on, span, taken
+from madformer.files.shards import KEY, write_shard
 from madformer.seeds import check_seed
 
 logger = logging.getLogger("madformer.bulk")
@@ -59,7 +60,7 @@ class OutputFolder:
         self.sharded = settings.format == "wds"
         self.images = self.path / UNPACKED if self.sharded else self.path
         self.extension = "safetensors" if settings.latents else "png"
-        self._found = ImageSet()
+        self._found = NumberSet()
 
     @contextmanager
     def opened(self, rank: int = 0, world_size: int = 1, *, overwrite: bool = False) -> Iterator[OutputFolder]:
@@ -74,26 +75,25 @@ class OutputFolder:
                 is changed.
             OSError: it cannot be written, or a process of this rank is at work in it.
         """
-        check_writable(self.path)
-        with locked(self.path / f".lock-{rank}", wait=False):
-            with locked(self.path / ".lock"):
-                if overwrite:
-                    self._clear()
-                complete = self._settle_manifest()
-                self._tidy()
-                self._found = self.present()
-                if complete and not self.had_all:
-                    self._write_manifest(complete=False)
+        with taken(self.path, rank, lambda: self._settle(overwrite)):
             yield self
+
+    def _settle(self, overwrite: bool) -> None:
+        if overwrite:
+            self._clear()
+        complete = self._settle_manifest()
+        self._tidy()
+        self._found = self.present()
+        if complete and not self.had_all:
+            self._write_manifest(complete=False)
 
     def span(self, batch: int) -> range:
         """The images of a batch."""
-        first = batch * self.settings.batch_size
-        return range(first, min(first + self.settings.batch_size, self.num_images))
+        return span(batch, self.settings.batch_size, self.num_images)
 
     def batches(self, rank: int = 0, world_size: int = 1) -> range:
         """The batches that a process is dealt."""
-        return range(rank, -(-self.num_images // self.settings.batch_size), world_size)
+        return dealt(-(-self.num_images // self.settings.batch_size), rank, world_size)
 
     def count(self, batches: range) -> int:
         """The images of all these batches."""
@@ -116,7 +116,7 @@ class OutputFolder:
         """Whether nothing was missing when the folder was opened."""
         return len(self._found) == self.num_images
 
-    def present(self) -> ImageSet:
+    def present(self) -> NumberSet:
         """The images that are there now."""
         # files first: another process may pack them in between
         found = self._unpacked()
@@ -141,13 +141,13 @@ class OutputFolder:
     def pack(self) -> None:
         """Pack the shards whose images are all there, if there are any."""
         if self._complete_shards():
-            with locked(self.path / ".lock"):
+            with locked(self.path / LOCK):
                 # again: another process may have seen the same and been faster
                 self._pack(self._complete_shards())
 
     def finish(self) -> bool:
         """Note in the manifest that all images are there, if they are; whether this call was the one to do it."""
-        with locked(self.path / ".lock"):
+        with locked(self.path / LOCK):
             if self._read_manifest()["complete"]:
                 return False
             if len(self.present()) < self.num_images:
@@ -192,12 +192,11 @@ class OutputFolder:
         return [int(match[1]) for match in _matches(_SHARD, self.path)] if self.sharded else []
 
     def _shard_span(self, shard: int) -> range:
-        first = shard * self._shard_size
-        return range(first, min(first + self._shard_size, self.num_images))
+        return span(shard, self._shard_size, self.num_images)
 
-    def _unpacked(self) -> ImageSet:
+    def _unpacked(self) -> NumberSet:
         """The images that are files of their own."""
-        found, seed, end = ImageSet(), self.settings.seed, f".{self.extension}"
+        found, seed, end = NumberSet(), self.settings.seed, f".{self.extension}"
         for name in _names(self.images):
             stem, dot, extension = name.partition(".")
             # of the two, `isdecimal` takes other scripts' digits, and `file` writes no leading zeros beyond the eighth
@@ -222,19 +221,16 @@ class OutputFolder:
         Returns:
             Whether it says that all images are there.
         """
-        found = self._first_file()
-        if not (self.path / MANIFEST).exists():
-            if found:
-                raise ValueError(f"{self.path} holds {found} but no {MANIFEST}: take another folder, or overwrite")
-            self._write_manifest(complete=False)
-            return False
-        manifest = self._read_manifest()
-        if found and "recorded" not in manifest["settings"]:
-            self._go_on_as_before()
-        if difference := self.settings.difference(manifest["settings"]):
-            # a run that ended before its first image binds nobody
-            if found:
-                raise ValueError(f"{self.path} is of a run with {difference}: take another folder, or overwrite")
+        found, manifest = self._first_file(), {}
+        if (self.path / MANIFEST).exists():
+            manifest = self._read_manifest()
+            if found and "recorded" not in manifest["settings"]:
+                self._go_on_as_before()
+
+        def difference() -> str | None:
+            return first_difference(manifest["settings"], self.settings.to_dict())
+
+        if not goes_on(self.path, MANIFEST, found, difference, "take another folder, or overwrite"):
             self._write_manifest(complete=False)
             return False
         before = manifest["num_images"]
@@ -315,8 +311,7 @@ class OutputFolder:
             "complete": complete,
             "settings": self.settings.to_dict(),
         }
-        with atomic_path(self.path / MANIFEST) as path:
-            path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_json(self.path / MANIFEST, values)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

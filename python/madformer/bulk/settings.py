@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import madformer
 from madformer.arguments import whole_number
 from madformer.bulk.prompts import Prompts
-from madformer.model.persistence import fingerprint
+from madformer.files.weights import fingerprint
 from madformer.seeds import check_seed
 from madformer.vae import downscale, tile_of
 
@@ -150,14 +150,6 @@ class Settings:
             del values["recorded"]
         return {**values, "prompts": self.prompts.to_dict()}
 
-    def difference(self, stored: Mapping[str, Any]) -> str | None:
-        """The first field in which ``stored`` is not these settings, as ``name=its value, not ours``; or None."""
-        own, other = flat(self.to_dict()), flat(stored)
-        for name in [*own, *(name for name in other if name not in own)]:
-            if name not in own or name not in other or own[name] != other[name]:
-                return f"{name}={other.get(name, 'absent')!r}, not {own.get(name, 'absent')!r}"
-        return None
-
 
 def _recorded(pipeline: MADFormerPipeline, prompts: Prompts, latents: bool) -> dict[str, Any]:
     config, names = pipeline.transformer.config, pipeline.config.class_names
@@ -180,13 +172,3 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
         for name, value in sorted(values.items())
     }
     return {"class": type(scheduler).__name__, **finite}
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Without nesting: a value by the names and places that lead to it, with points between them."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, (list, tuple)):
-            value = {str(index): entry for index, entry in enumerate(value)}
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madformer.choices import device_of, precision_of
+from madformer.machine import device_of, precision_of
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -66,9 +66,9 @@ def _numbers(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     from madformer.benchmark import report
-    from madformer.benchmark.environment import write
     from madformer.benchmark.sampling import Roof, sweep
     from madformer.engine.sampler import Sampler
+    from madformer.files.atomic import write_json
 
     device = device_of(args.device)
     precision = precision_of(args.precision, device)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         report.plot(result.rows, _title(record), args.plot)
     if args.out:
-        write(record, args.out)
+        write_json(args.out, record)
     print(json.dumps(record if args.json else record["metrics"]))
 
 
@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value} must be at least {low}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
-    from madformer.model.persistence import check_writable
+    from madformer.files.atomic import check_writable
 
     for path in filter(None, (args.plot, args.out)):
         check_writable(path.parent)
@@ -133,8 +133,9 @@ def _load(args: argparse.Namespace, precision: str, device: str) -> MADFormerPip
 
     from madformer.config import preset
     from madformer.engine.precision import PRECISIONS, apply
+    from madformer.engine.schedulers import default_scheduler
     from madformer.model import MADFormer
-    from madformer.pipeline import MADFormerPipeline, default_scheduler
+    from madformer.pipeline import MADFormerPipeline
 
     if args.model is not None:
         dtype = PRECISIONS[precision].dtype
@@ -153,7 +154,7 @@ def _head(args: argparse.Namespace, pipeline: MADFormerPipeline, precision: str,
     from dataclasses import asdict
 
     from madformer.benchmark.bare import Work
-    from madformer.benchmark.environment import environment
+    from madformer.machine import environment
 
     model = pipeline.transformer
     return {

@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    from madformer.model import MADFormer
-    from madformer.model.persistence import check_writable
+    from madformer.compat.released import from_released
+    from madformer.files.atomic import check_writable
     from madformer.pipeline import MADFormerPipeline
     from madformer.tokenizer import load_tokenizer
     from madformer.vae import load_vae
 
     check_writable(args.out)
-    model = MADFormer.from_released(args.checkpoint, model_config=args.model_config, weights=args.weights)
+    model = from_released(args.checkpoint, model_config=args.model_config, weights=args.weights)
     if args.tokenizer and model.config.text is None:
         raise ValueError(f"--tokenizer {args.tokenizer} has no place: {args.checkpoint} is of a model without text")
     vae = load_vae(args.vae) if args.vae else None

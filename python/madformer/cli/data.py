@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from madformer.choices import device_of, numbers
+from madformer.choices import numbers
+from madformer.machine import device_of, this_process
 
 DEBIAN_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
@@ -78,7 +78,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 def run_emoji(args: argparse.Namespace) -> None:
     from madformer.data.emoji import write_emoji_shards
-    from madformer.data.text import printable
+    from madformer.files.text import printable
 
     made = write_emoji_shards(args.out, size=args.size, font=args.font, emoji_test=args.emoji_test, limit=args.limit)
     for name, count in zip(made["class_names"], made["class_counts"], strict=True):
@@ -92,8 +92,7 @@ def run_latents(args: argparse.Namespace) -> None:
     from madformer.data.latents import LatentDataset, LatentDescription
     from madformer.vae import load_vae
 
-    # as torchrun says; the processes share nothing but the folder
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = this_process()  # which share nothing but the folder
     images = open_dataset(args.data, args.image_size)
     vae = load_vae(args.vae, device_of(args.device))
     description = LatentDescription.of(

@@ -67,7 +67,7 @@ def _machine() -> dict[str, Any]:
 
     import madformer
     from madformer.kernels import dispatch
-    from madformer.pipeline import default_dtype
+    from madformer.machine import default_dtype
 
     versions = {"madformer": madformer.__version__, "python": platform.python_version()}
     for package in PACKAGES:
@@ -91,8 +91,8 @@ def _model(name: str) -> dict[str, Any]:
     import torch
 
     from madformer.config import MADFormerConfig
+    from madformer.files.hub import CONFIG_NAME, resolve_folder
     from madformer.model import MADFormer
-    from madformer.model.persistence import CONFIG_NAME, resolve_folder
 
     folder = resolve_folder(name)
     path = next((p for p in (folder / "transformer" / CONFIG_NAME, folder / CONFIG_NAME) if p.is_file()), None)

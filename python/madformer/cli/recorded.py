@@ -31,8 +31,8 @@ def describe(path: Path) -> dict[str, Any]:
     """
     from madformer.bulk.folder import MANIFEST, read_manifest
     from madformer.bulk.records import read_record
-    from madformer.bulk.settings import flat
-    from madformer.data.shards import ShardDataset
+    from madformer.files.resumable import flat
+    from madformer.files.shards import ShardDataset
 
     if path.is_dir():
         manifest = read_manifest(path / MANIFEST)

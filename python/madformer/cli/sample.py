@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madformer.choices import device_of, precision_of
 from madformer.cli.process import exit_status
-from madformer.cli.sample_options import SHARD_SIZE, add_options, check, texts_of, this_process
+from madformer.cli.sample_options import SHARD_SIZE, add_options, check, texts_of
+from madformer.machine import device_of, precision_of, this_process
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -155,7 +155,7 @@ def _load(args: argparse.Namespace, device: str) -> tuple[MADFormerPipeline, dic
     import torch
 
     from madformer.engine.precision import PRECISIONS
-    from madformer.model.persistence import resolve_folder
+    from madformer.files.hub import resolve_folder
     from madformer.pipeline import MADFormerPipeline
     from madformer.vae import load_vae, set_tile
 
@@ -255,7 +255,7 @@ def _read_picture(file: Path) -> Image.Image:
 
 def _save_grid(pictures: Iterable[Image.Image], settings: Settings, args: argparse.Namespace) -> None:
     from madformer.bulk.records import png_text
-    from madformer.model.persistence import atomic_path, remove_leftovers_of
+    from madformer.files.atomic import atomic_path, remove_leftovers_of
     from madformer.sheets import grid_shape, image_grid
 
     rows, columns = grid_shape(args.num_images, _rows(settings, args))

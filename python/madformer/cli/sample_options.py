@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 from madformer.engine.schedulers import SHORT_NAMES, scheduler_class
+from madformer.machine import this_process
 from madformer.seeds import check_seed
 
 PRECISIONS = ("auto", "exact", "default", "fp8")
@@ -116,7 +116,7 @@ def check(args: argparse.Namespace) -> None:
     for message, refused in refusals.items():
         if refused:
             raise ValueError(message)
-    from madformer.model.persistence import check_writable
+    from madformer.files.atomic import check_writable
 
     for folder in filter(None, (args.out, args.grid and args.grid.parent)):
         check_writable(folder)
@@ -130,7 +130,7 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     Raises:
         OSError: the file cannot be read. ValueError: it holds none, or what is given is no text.
     """
-    from madformer.data.text import decode_text, read_text
+    from madformer.files.text import decode_text, read_text
 
     texts = args.texts or args.prompt or []
     if args.prompts:
@@ -146,8 +146,3 @@ def texts_of(args: argparse.Namespace) -> list[str]:
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{text!r} is not in the encoding of this terminal, UTF-8 as a rule")
     return texts
-
-
-def this_process() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says; they share nothing but the folder."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import functools
 import logging
-import os
 import sys
 import typing
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from madformer.choices import numbers
 from madformer.config import MADFormerConfig
+from madformer.machine import this_process
 
 if TYPE_CHECKING:
     from madformer.training.config import TrainingConfig
@@ -107,7 +107,7 @@ def _base(args: argparse.Namespace) -> TrainingConfig:
     released = read_released_config(
         args.released_config,
         model_config=args.released_model_config,
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        world_size=this_process()[1],
     )
     for key, reason in released.ignored.items():
         print(f"{args.released_config}: {key} is ignored: {reason}", file=sys.stderr)
@@ -118,7 +118,7 @@ def _describe(config: TrainingConfig) -> None:
     """What a run would take, and nothing of it allocated."""
     from madformer.training.costs import costs_of
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = this_process()[1]
     costs = costs_of(config)
     print(f"parameters           {costs.parameters / 1e6:,.1f} M")
     print(f"operations           {costs.flops / 1e12:,.3g} TFLOP an image, forward and backward")

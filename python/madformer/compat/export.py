@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.madformer_ffhq import CONTEXTS
 from madformer.compat.released_config import VAE_DOWNSCALE
 from madformer.config import MADFormerConfig
+from madformer.files.atomic import atomic_path, write_json
 from madformer.model import MADFormer as NativeMADFormer
-from madformer.model.persistence import atomic_path
 
 
 def to_released(native: NativeMADFormer) -> madformer_ffhq.MADFormer:
@@ -109,8 +108,7 @@ def save_released(path: str | Path, averaged: NativeMADFormer, raw: NativeMADFor
         "vae_latent_size": config.latent_channels,
         "pre_downsample_block_size": config.latents_per_block,
     }
-    with atomic_path(config_path) as temporary:
-        temporary.write_text(json.dumps(model_config, indent=2) + "\n")
+    write_json(config_path, model_config)
     with atomic_path(path) as temporary:
         torch.save({**states, "opt": {}, "lrs": {}, "args": argparse.Namespace(**arguments)}, temporary)
     return config_path

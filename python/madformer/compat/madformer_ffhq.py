@@ -23,11 +23,11 @@ from madformer.compat.parts import Names, Released, reorder
 from madformer.config import Context, MADFormerConfig, UNetConfig
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
+from madformer.files.weights import load_weights
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import Tower, TransformerLayer
 from madformer.model.madformer import MADFormerOutput
-from madformer.model.persistence import load_weights
 
 # (clear_clean, clear_cond)
 CONTEXTS: dict[tuple[bool, bool], Context] = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +21,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from madformer.data.shards import KEY, write_shards
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import write_json
+from madformer.files.shards import KEY, write_shards
 
 __all__ = ["DEFAULT_FONT", "Emoji", "EmojiRenderer", "caption_of", "read_emoji_list", "write_emoji_shards"]
 
@@ -209,8 +208,7 @@ def write_emoji_shards(
         "made_by": "madformer data emoji",
         "rendering": f"glyph on white, centred in {_CELL[0] + 2 * _MARGIN} px, LANCZOS to {size} px",
     }
-    with atomic_path(Path(folder) / "dataset.json") as path:
-        path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "dataset.json", description)
     return description
 
 

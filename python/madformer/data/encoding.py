@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from madformer.data.images import ImageDataset
 from madformer.data.latents import DESCRIPTION, FLIPPED, PLAIN, LatentDescription
-from madformer.data.shards import KEY, index_path, write_index, write_shard
 from madformer.data.workers import fetch_batches
-from madformer.model.persistence import check_writable, locked
+from madformer.files.atomic import remove_leftovers
+from madformer.files.resumable import dealt, goes_on, taken
+from madformer.files.shards import KEY, index_path, write_index, write_shard
 from madformer.vae import encode
 
 __all__ = ["EncodingReport", "write_latents"]
@@ -103,33 +104,25 @@ def _opened(folder: Path, description: LatentDescription, rank: int, world_size:
 
     What a killed process had begun is cleared away or finished, but for shards that others may be writing.
     """
-    check_writable(folder)
-    with locked(folder / f".lock-{rank}", wait=False):
-        dealt = {
-            shard: folder / description.shard_name(shard) for shard in range(rank, description.num_shards, world_size)
-        }
-        with locked(folder / ".lock"):
-            _settle_description(folder, description)
-            own = {DESCRIPTION} | {file.name for path in dealt.values() for file in (path, index_path(path))}
-            for begun in folder.glob(".latents*"):
-                # named by `atomic_path`
-                if begun.name[1:].rpartition(".")[0] in own:
-                    begun.unlink()
-        for path in dealt.values():
+    shards = {
+        shard: folder / description.shard_name(shard) for shard in dealt(description.num_shards, rank, world_size)
+    }
+
+    def settle() -> None:
+        def difference() -> str | None:
+            return description.difference(LatentDescription.read(folder))
+
+        found = min((path.name for path in folder.glob("*.tar")), default=None)
+        if not goes_on(folder, DESCRIPTION, found, difference, "take another folder"):
+            description.write(folder)
+        files = (file.name for path in shards.values() for file in (path, index_path(path)))
+        remove_leftovers(folder, DESCRIPTION, *files)
+
+    with taken(folder, rank, settle):
+        for path in shards.values():
             if path.exists() and not index_path(path).exists():
                 write_index(path)
-        yield [shard for shard, path in dealt.items() if not path.exists()]
-
-
-def _settle_description(folder: Path, description: LatentDescription) -> None:
-    """Write the description of a new folder, check that of an old one."""
-    if (folder / DESCRIPTION).exists():
-        if difference := description.difference(LatentDescription.read(folder)):
-            raise ValueError(f"{folder} holds latents with {difference}: take another folder")
-        return
-    if foreign := sorted(folder.glob("*.tar")):
-        raise ValueError(f"{folder} holds {foreign[0].name} but no {DESCRIPTION}: take another folder")
-    description.write(folder)
+        yield [shard for shard, path in shards.items() if not path.exists()]
 
 
 class _Encoder:

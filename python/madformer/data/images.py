@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from madformer.data.fields import NO_LABEL, DataSummary
 from madformer.data.hub import HuggingFaceSource, is_saved
 from madformer.data.pixels import UnreadableImageError, decode, to_rgb
-from madformer.data.shards import is_hidden, list_shards
 from madformer.data.sources import FolderSource, ShardSource, Source
-from madformer.data.text import printable
+from madformer.files.shards import is_hidden, list_shards
+from madformer.files.text import printable
 
 __all__ = [
     "NO_LABEL",

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +32,11 @@ from torch.utils.data import Dataset
 from madformer.config import MADFormerConfig
 from madformer.data.fields import DataSummary, caption_of, label_of, summarize
 from madformer.data.images import ImageDataset, ImageSize, shape_of
-from madformer.data.shards import ShardDataset
-from madformer.data.text import MAX_BYTES, decode_json, printable
-from madformer.model.persistence import atomic_path, fingerprint
+from madformer.files.atomic import write_json
+from madformer.files.resumable import first_difference, span
+from madformer.files.shards import ShardDataset
+from madformer.files.text import MAX_BYTES, decode_json, printable
+from madformer.files.weights import fingerprint
 from madformer.objects import check_types, from_object, parse_object
 from madformer.vae import downscale
 
@@ -58,7 +59,7 @@ class LatentDescription:
         latent_shape: channels, rows, columns.
         dtype: that the moments are rounded to.
         flips: whether mirrored images were encoded, too.
-        vae: its name. vae_fingerprint: what :func:`madformer.model.persistence.fingerprint` says of it as stored.
+        vae: its name. vae_fingerprint: what :func:`madformer.files.weights.fingerprint` says of it as stored.
         shard_size: images of a shard, unreadable ones included.
     """
 
@@ -123,22 +124,19 @@ class LatentDescription:
 
     def span(self, shard: int) -> range:
         """The source's samples that a shard is made of."""
-        first = shard * self.shard_size
-        return range(first, min(first + self.shard_size, self.num_images))
+        return span(shard, self.shard_size, self.num_images)
 
     def difference(self, stored: LatentDescription) -> str | None:
         """The first field in which ``stored`` is of other latents, as ``name=its value, not ours``; or None."""
-        for field in dataclasses.fields(self):
-            ours, theirs = getattr(self, field.name), getattr(stored, field.name)
-            # the same weights may have two names; classes follow from the source, and may be a thousand
-            if field.name not in ("vae", "class_names") and ours != theirs:
-                return f"{field.name}={theirs!r}, not {ours!r}"
-        return None
+        # the same weights may have two names; classes follow from the source, and may be a thousand
+        theirs, ours = (
+            {name: value for name, value in dataclasses.asdict(own).items() if name not in ("vae", "class_names")}
+            for own in (stored, self)
+        )
+        return first_difference(theirs, ours)
 
     def write(self, folder: Path) -> None:
-        values = {"version": VERSION, **dataclasses.asdict(self)}
-        with atomic_path(folder / DESCRIPTION) as path:
-            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / DESCRIPTION, {"version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> LatentDescription:

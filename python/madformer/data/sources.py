@@ -25,8 +25,8 @@ from madformer.data.fields import (
     label_of,
     summarize,
 )
-from madformer.data.shards import ShardDataset, is_hidden
-from madformer.data.text import MAX_BYTES, PackedStrings, decode_json, decode_text, printable, read_text
+from madformer.files.shards import ShardDataset, is_hidden
+from madformer.files.text import MAX_BYTES, PackedStrings, decode_json, decode_text, printable, read_text
 
 __all__ = ["FolderSource", "RawSample", "ShardSource", "Source"]
 

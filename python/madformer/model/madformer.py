@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -118,26 +117,6 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
                     nn.Parameter(torch.empty(channels, 1, 1)) for channels in skip_channels(config)
                 )
         self.reset_parameters()
-
-    @classmethod
-    def from_released(
-        cls,
-        checkpoint: str | Path,
-        *,
-        model_config: str | Path | Mapping[str, Any] | None = None,
-        weights: Literal["ema", "model"] = "ema",
-    ) -> MADFormer:
-        """A released training checkpoint, FFHQ's or ImageNet's, as a native model with the quirk fields set.
-
-        See :meth:`madformer.compat.madformer_ffhq.MADFormer.from_released`; with text ``model_config`` must be given.
-        """
-        # the one place where the model looks at compat: a constructor is expected on the class
-        from madformer.compat import madformer_ffhq, madformer_imagenet
-        from madformer.compat.checkpoint import ReleasedCheckpoint
-
-        released = ReleasedCheckpoint.load(checkpoint, weights)
-        family = madformer_imagenet if released.has_text else madformer_ffhq
-        return family.MADFormer.from_checkpoint(released, model_config).to_native()
 
     def set_backend(self, backend: str = "auto", attention: str | None = None) -> Self:
         """Choose the implementation of the kernels.

@@ -27,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from madformer.config import FOREIGN, REGISTERED, MADFormerConfig
-from madformer.model.persistence import CONFIG_NAME, atomic_path, load_weights, misfit, umask
+from madformer.files.atomic import atomic_path, umask
+from madformer.files.hub import CONFIG_NAME
+from madformer.files.weights import load_weights, misfit
 
 STAGING = ".saving."
 WEIGHTS_NAME = "diffusion_pytorch_model"

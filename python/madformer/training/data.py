@@ -27,8 +27,8 @@ from tqdm import tqdm
 from madformer.config import MADFormerConfig
 from madformer.data.images import NO_LABEL, ImageDataset
 from madformer.data.latents import LatentDataset, check_geometry
-from madformer.data.shards import ShardDataset
 from madformer.data.workers import fetch_batches
+from madformer.files.shards import ShardDataset
 from madformer.model.blocks import in_order, to_blocks
 from madformer.seeds import check_seed
 from madformer.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from madformer.data import open_dataset
 from madformer.data.fields import DataSummary
 from madformer.data.images import ImageDataset
 from madformer.data.latents import LatentDataset, holds_latents
-from madformer.data.text import printable
+from madformer.files.text import printable
 from madformer.tokenizer import load_tokenizer
 from madformer.training.config import TrainingConfig
 

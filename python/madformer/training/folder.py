@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from madformer.model.persistence import atomic_path, check_unlocked, locked, remove_leftovers
+from madformer.files.atomic import atomic_path, check_unlocked, locked, remove_leftovers
+from madformer.files.resumable import LOCK, first_difference
 from madformer.objects import read_object
 from madformer.pipeline_files import MODEL_INDEX, names_of_classes
 from madformer.training.checkpoint import step_of, whole_checkpoints
 from madformer.training.config import MAY_CHANGE, RUN_CONFIG, TrainingConfig
 
 ENVIRONMENT = "environment.json"
-LOCK = ".lock"
 # what `atomic_path` writes into a run's folder, wherever in it
 WRITTEN = (RUN_CONFIG, ENVIRONMENT, "metrics.jsonl", "*.json", "*.safetensors", "step-*.png")
 
@@ -138,24 +138,12 @@ class RunFolder:
 
 def difference_of(stored: TrainingConfig, given: TrainingConfig) -> str | None:
     """The first field that must not change and does, as ``name=its value, not ours``; or None."""
-    for field in dataclasses.fields(TrainingConfig):
-        if field.name in (*MAY_CHANGE, "model"):
-            continue
-        theirs, ours = getattr(stored, field.name), getattr(given, field.name)
-        if theirs != ours:
-            return f"{field.name}={theirs!r}, not {ours!r}"
-    theirs, ours = stored.model.to_dict(), given.model.to_dict()
-    return _first_difference(theirs, ours, "model.")
+    return first_difference(*(_lasting(config) for config in (stored, given)))
 
 
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> str | None:
-    for name in ours:
-        if theirs[name] == ours[name]:
-            continue
-        if isinstance(theirs[name], dict) and isinstance(ours[name], dict):
-            return _first_difference(theirs[name], ours[name], f"{prefix}{name}.")
-        return f"{prefix}{name}={theirs[name]!r}, not {ours[name]!r}"
-    return None
+def _lasting(config: TrainingConfig) -> dict[str, Any]:
+    names = [own.name for own in dataclasses.fields(config) if own.name not in (*MAY_CHANGE, "model")]
+    return {**{name: getattr(config, name) for name in names}, "model": config.model.to_dict()}
 
 
 def check_can_be_made(folder: Path) -> None:

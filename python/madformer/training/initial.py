@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from madformer.files.hub import CONFIG_NAME
 from madformer.model import MADFormer
 from madformer.model.lora import add_lora
-from madformer.model.persistence import CONFIG_NAME
 from madformer.training.config import TrainingConfig
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from madformer.choices import device_of
+from madformer.machine import device_of, this_process
 from madformer.model import MADFormer
 from madformer.seeds import seed_all
 from madformer.training.config import TrainingConfig
@@ -85,7 +85,7 @@ def join(config: TrainingConfig) -> World:
     Raises:
         ValueError: the configuration asks for what the processes are not, or for a device that is not there.
     """
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, size = this_process()
     mode = config.parallel if config.parallel != "auto" else ("ddp" if size > 1 else "none")
     if size > 1 and mode == "none":
         raise ValueError(f"parallel='none' is for one process, and torchrun started {size}")

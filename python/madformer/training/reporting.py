@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from madformer.model.persistence import atomic_path
+from madformer.files.atomic import atomic_path
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs
 

@@ -19,10 +19,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from madformer.benchmark.environment import environment
-from madformer.benchmark.timing import matmul_rate
 from madformer.data.images import ImageDataset
-from madformer.pipeline import MADFormerPipeline, default_dtype, default_scheduler
+from madformer.engine.schedulers import default_scheduler
+from madformer.machine import default_dtype, environment, matmul_rate
+from madformer.pipeline import MADFormerPipeline
 from madformer.pipeline_files import MODEL_INDEX
 from madformer.sheets import image_grid
 from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer

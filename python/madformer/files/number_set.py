@@ -1,4 +1,4 @@
-"""Which images are there: a set of whole numbers, most of them neighbours, in a bit each."""
+"""A set of whole numbers, most of them neighbours, in a bit each."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 _WIDTH = 1024
 
 
-class ImageSet:
+class NumberSet:
     """Numbers from 0 on. Ten million that lie together take 1.4 MB."""
 
     def __init__(self) -> None:
         self._bits: dict[int, int] = {}
 
-    def add(self, image: int) -> None:
-        place, bit = divmod(image, _WIDTH)
+    def add(self, number: int) -> None:
+        place, bit = divmod(number, _WIDTH)
         self._bits[place] = self._bits.get(place, 0) | 1 << bit
 
-    def update(self, images: range) -> None:
+    def update(self, numbers: range) -> None:
         """Add numbers that follow each other."""
-        for place, mask in _masks(images):
+        for place, mask in _masks(numbers):
             self._bits[place] = self._bits.get(place, 0) | mask
 
-    def issuperset(self, images: range) -> bool:
+    def issuperset(self, numbers: range) -> bool:
         """Whether numbers that follow each other are all there; stops at the first that is not."""
-        return all(self._bits.get(place, 0) & mask == mask for place, mask in _masks(images))
+        return all(self._bits.get(place, 0) & mask == mask for place, mask in _masks(numbers))
 
     @property
     def end(self) -> int:
@@ -36,8 +36,8 @@ class ImageSet:
     def __len__(self) -> int:
         return sum(bits.bit_count() for bits in self._bits.values())
 
-    def __contains__(self, image: int) -> bool:
-        return self.issuperset(range(image, image + 1))
+    def __contains__(self, number: int) -> bool:
+        return self.issuperset(range(number, number + 1))
 
     def __iter__(self) -> Iterator[int]:
         """In order."""
@@ -49,11 +49,11 @@ class ImageSet:
                 bits ^= lowest
 
 
-def _masks(images: range) -> Iterator[tuple[int, int]]:
+def _masks(numbers: range) -> Iterator[tuple[int, int]]:
     """The integers that hold them, each with their bits in it."""
-    first = images.start
-    while first < images.stop:
+    first = numbers.start
+    while first < numbers.stop:
         place, bit = divmod(first, _WIDTH)
-        count = min(images.stop - first, _WIDTH - bit)
+        count = min(numbers.stop - first, _WIDTH - bit)
         yield place, ((1 << count) - 1) << bit
         first += count

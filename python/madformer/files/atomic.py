@@ -1,26 +1,19 @@
-"""Files that appear whole or not at all, and state that is loaded with a complaint of one line."""
+"""Files that appear whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
-
-CONFIG_NAME = "config.json"
 
 
 def check_writable(folder: str | Path) -> None:
@@ -172,53 +165,7 @@ def umask() -> int:
     return mask
 
 
-def resolve_folder(name: str | Path, revision: str | None = None, **options: Any) -> Path:
-    """The local folder of that name, or the snapshot of the hub repository of that name.
-
-    Raises:
-        FileNotFoundError: neither exists; one line that says so.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise NotADirectoryError(f"{name} is a file; a model is a folder that holds {CONFIG_NAME}")
-    try:
-        return Path(snapshot_download(str(name), revision=revision, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"no folder {name}, and no such repository on the hub could be read") from error
-
-
-def fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of SHA-256 over configuration and all weights, wherever they were loaded from.
-
-    It reads every byte: about a second for a gigabyte.
-    """
-    public = {name: value for name, value in config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def load_weights(model: nn.Module, state: dict[str, torch.Tensor], *, origin: str | Path, assign: bool = False) -> None:
-    """``load_state_dict`` whose complaint is one line.
-
-    Raises:
-        ValueError: missing, unexpected or misshapen tensors; names the first ones.
-    """
-    if why := misfit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}):
-        raise ValueError(f"{origin} does not fit the configuration: {why}")
-    model.load_state_dict(state, assign=assign)
-
-
-def misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why tensors of these names and shapes are not a model's state, naming the first ones; None where they are."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
-    misshapen = sorted(name for name in own.keys() & shapes.keys() if own[name] != shapes[name])
-    complaints = []
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-        if names:
-            complaints.append(f"{len(names)} tensors {what} ({', '.join(names[:2])}{', ...' if names[2:] else ''})")
-    return "; ".join(complaints) or None
+def write_json(path: str | Path, values: Any) -> None:
+    """Write it whole or not at all, as :func:`atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch.utils.data import Dataset
 
-from madformer.data.text import PackedStrings, printable
-from madformer.model.persistence import atomic_path, remove_leftovers
+from madformer.files.atomic import atomic_path, remove_leftovers
+from madformer.files.text import PackedStrings, printable
 
 __all__ = [
     "KEY",

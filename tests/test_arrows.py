@@ -1,0 +1,127 @@
+"""Who may know whom: the rooms of the one package that ``python/madformer``, ``kernels`` and ``engine`` make."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"madformer": "python/madformer", "madformer.kernels": "kernels", "madformer.engine": "engine"}
+
+FOUNDATION = "arguments objects files machine seeds"
+# a room, and those that it may import from; `madformer` is the package's own `__init__`
+RULES = {
+    "kernels": "",
+    "arguments": "",
+    "objects": "",
+    "files": "",
+    "machine": "",
+    "seeds": "arguments",
+    "config": "objects",
+    "tokenizer": f"{FOUNDATION} config",
+    "vae": f"{FOUNDATION} config",
+    "model": f"{FOUNDATION} config kernels",
+    "engine": f"{FOUNDATION} config kernels model",
+    "compat": f"{FOUNDATION} config kernels model engine",
+    "data": f"{FOUNDATION} config tokenizer vae",
+    "prompting": f"{FOUNDATION} config tokenizer engine",
+    "sheets": "",
+    "streaming": "",
+    "pipeline": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets streaming",
+    "training": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets pipeline",
+    "bulk": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets pipeline madformer",
+    "benchmark": f"{FOUNDATION} config kernels model engine vae pipeline",
+    "madformer": "kernels config model engine pipeline compat tokenizer",
+    "choices": "",
+}
+# the command line is the outermost room: it may know all of them, and nobody knows it
+OUTERMOST = "cli"
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    """``pipeline_files`` and its like belong to the room that they are named by."""
+    first = module.split(".")[1] if "." in module else module
+    return "pipeline" if first.startswith("pipeline_") else first
+
+
+def imports(module: str, *, for_types: bool = True) -> Iterator[tuple[str, int]]:
+    """What a module imports from the package, wherever in it, with the lines.
+
+    Args:
+        for_types: also what it imports for annotations alone.
+    """
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    if not for_types:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{MODULES[module]}:{node.lineno} is relative"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "madformer" and name != "madformer._C":
+                while name not in MODULES:
+                    name = name.rpartition(".")[0]
+                yield name, node.lineno
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room(module) for module in MODULES} == {*RULES, OUTERMOST}
+    assert all(OUTERMOST not in rule.split() for rule in RULES.values())
+
+
+def test_rooms_know_only_those_below_them() -> None:
+    wrong = [
+        f"{MODULES[module].relative_to(ROOT)}:{line} imports {imported}"
+        for module in MODULES
+        if room(module) != OUTERMOST
+        for imported, line in imports(module)
+        if room(imported) not in (room(module), *RULES[room(module)].split())
+    ]
+    assert not wrong
+
+
+def test_the_rules_have_no_circle() -> None:
+    graphlib.TopologicalSorter({name: rule.split() for name, rule in RULES.items()}).prepare()
+
+
+def test_modules_have_no_circle() -> None:
+    graph = {module: {name for name, _ in imports(module, for_types=False) if name != module} for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", ["madformer.files.atomic", "madformer.machine", "madformer.cli.main"])
+def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
+    """Also not through what it imports at the top, but for a function's own imports."""
+    seen, waiting = set(), [module]
+    while waiting:
+        if (name := waiting.pop()) in seen:
+            continue
+        seen.add(name)
+        tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        names |= {f"{node.module}" for node in top if isinstance(node, ast.ImportFrom)}
+        assert not {part.split(".")[0] for part in names} & {"torch", "diffusers", "triton"}, name
+        waiting += [part for part in names if part in MODULES]
