@@ -6,6 +6,12 @@ ever needed on the host, so a pass can be captured once as a CUDA graph and repl
 Under guidance every sample passes the Transformer twice, in one batch: conditional rows first, then their unconditional
 twins. What both have in common, the U-Net's downward half, runs once.
 
+What is cached: keys and values of the text and of finished blocks in every layer, and the condition of the block at
+hand. They are written once an image, in :meth:`Passes.first_block` and :meth:`Passes.next_block`. A step writes the
+keys and values of its own block behind them, where the next step overwrites them. There is no mask: what lies in the
+cache is what may be seen. What is made of weights (:meth:`Passes.follow`, :mod:`.packing`) is compared anew when a run
+begins and after whatever a run calls.
+
 Shape legend: B samples of a pass, N rows of the cache that they have (B, or 2 B under guidance), L latents of a block,
 C channels, S tokens of a block.
 """

@@ -3,6 +3,11 @@
 Read it before the rest of this folder: :class:`~madformer.engine.sampler.Sampler` draws the same pictures, to
 rounding, and differs in what it computes once and keeps. Here nothing is kept but the finished latents.
 
+What comes from elsewhere: the noise of image ``i`` from a generator of its own, seeded with ``seed + i``
+(``seeds.py``), whatever the batch; the update from a diffusers scheduler's own ``step``, any of
+``engine/schedulers.py``, some of which ``engine/schedule.py`` writes as six numbers a step for the fused kernel.
+Guidance is a second, unconditional pass.
+
 Shape legend: B images, M blocks in the order in which they are made, L latents of a block, C channels, P tokens of a
 text.
 """

@@ -183,7 +183,8 @@ class MADFormerConfig(Mapping[str, Any]):
     shared_towers: bool = False
     prediction_type: PredictionType = "epsilon"
 
-    # quirks of the released code
+    # quirks of the released code, which compat/ sets: the paper's way is the default, and each field is read where the
+    # number is computed (CONTRIBUTING.md, "Add a quirk")
     rope_pairing: Literal["axial", "released"] = "axial"
     clean_timestep: Literal["zero", "noisy"] = "zero"
     hidden_loss_input: Literal["condition", "condition+noisy"] = "condition"

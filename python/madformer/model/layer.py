@@ -1,5 +1,8 @@
 """One Transformer layer: a tower of weights per stream, joined by attention.
 
+What is worth a kernel is an op of ``madformer.kernels``, one file each with its reference; the layer calls its public
+function and knows no implementation. A new one is called here (CONTRIBUTING.md, "Add an op").
+
 Shape legend: B batch, L tokens, C channels, H heads, D head dim.
 """
 

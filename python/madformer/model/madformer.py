@@ -1,5 +1,8 @@
 """MADFormer (arXiv 2506.07999): autoregressive layers give a condition, diffusion layers denoise on it.
 
+The mask of training is no tensor: :class:`~madformer.kernels.block_causal_attention.BlockLayout`, made for each layer
+in :meth:`MADFormer.layer_pass`, says which ranges of keys a block sees. In sampling the cache is the mask.
+
 Shape legend: B batch, M blocks, L latents of a block, C channels, S tokens of a stream, T tokens of the text,
 V vocabulary, N = B * M, E time embedding.
 """
