@@ -1,15 +1,15 @@
-# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench | docs.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.madformer-installed
-FOLDERS := python kernels engine benchmarks examples tests setup.py
+FOLDERS := python kernels engine benchmarks docs examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench package-tree
+.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench docs package-tree
 
 install: $(STAMP)
 
@@ -52,7 +52,7 @@ format: install
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # What continuous integration looks at beside the tests.
-checks: kernel-check lint cuda-check oldest-check
+checks: kernel-check lint cuda-check oldest-check docs
 
 # Every Triton kernel as it would be launched, compiled for sm_80, sm_90 and sm_100: no GPU, no spills, all fit.
 # KERNEL_CHECK='--sm 90 --dtype bf16' make kernel-check  is the short form.
@@ -111,6 +111,20 @@ gpu-check: package-tree
 	$(GPU_PYTHON) benchmarks/gpu_bundle.py use || MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} \
 		$(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
+# The documentation as a site in build/docs, in an environment of its own: the API pages are read from the sources, which
+# are not imported. A link or a name that leads nowhere is an error.
+DOCS_VENV := build/docs-venv
+$(DOCS_VENV)/.installed: pyproject.toml
+	@test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(DOCS_VENV)/requirements.txt
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed package-tree
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo 'docs: build/docs/index.html'
 
 # The folders laid out by links as they are installed: for mypy, which does not follow an editable install with mapped
 # folders (setuptools' strict mode, which it does follow, misses new files), and for a run without an install. What is no

@@ -1,1 +1,63 @@
-"""The runtime of sampling: scheduler tables, caches and loops."""
+"""The runtime of sampling: scheduler tables, caches and loops.
+
+What a program needs of it is imported from here; :mod:`.reference` tells the algorithm without any of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from madformer.lazy import exporter
+
+if TYPE_CHECKING:
+    from madformer.engine.batching import InFlightBatcher, QueueFullError
+    from madformer.engine.memory import OutOfMemoryError
+    from madformer.engine.plan import Change, FinishedBlock, InUseError, NoiseSource, NonFiniteError, Plan, Progress
+    from madformer.engine.prompts import Prompt
+    from madformer.engine.reference import sample_uncached
+    from madformer.engine.sampler import Sampler, bytes_per_image
+    from madformer.engine.schedule import ScheduleTable, tabulate
+    from madformer.engine.slots import Guidance
+
+__all__ = [
+    "Change",
+    "FinishedBlock",
+    "Guidance",
+    "InFlightBatcher",
+    "InUseError",
+    "NoiseSource",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "Plan",
+    "Progress",
+    "Prompt",
+    "QueueFullError",
+    "Sampler",
+    "ScheduleTable",
+    "bytes_per_image",
+    "sample_uncached",
+    "tabulate",
+]
+
+__getattr__ = exporter(
+    __name__,
+    {
+        "Change": "madformer.engine.plan",
+        "FinishedBlock": "madformer.engine.plan",
+        "Guidance": "madformer.engine.slots",
+        "InFlightBatcher": "madformer.engine.batching",
+        "InUseError": "madformer.engine.plan",
+        "NoiseSource": "madformer.engine.plan",
+        "NonFiniteError": "madformer.engine.plan",
+        "OutOfMemoryError": "madformer.engine.memory",
+        "Plan": "madformer.engine.plan",
+        "Progress": "madformer.engine.plan",
+        "Prompt": "madformer.engine.prompts",
+        "QueueFullError": "madformer.engine.batching",
+        "Sampler": "madformer.engine.sampler",
+        "ScheduleTable": "madformer.engine.schedule",
+        "bytes_per_image": "madformer.engine.sampler",
+        "sample_uncached": "madformer.engine.reference",
+        "tabulate": "madformer.engine.schedule",
+    },
+)

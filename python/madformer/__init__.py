@@ -1,32 +1,38 @@
 """MADFormer: images made block by block, autoregression across blocks and diffusion within.
 
+```python
 from madformer import MADFormerPipeline
 
 pipeline = MADFormerPipeline.from_pretrained("assets/emoji64")
 images = pipeline("red apple", num_images_per_prompt=4, guidance_scale=3, seed=0).images
+```
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from madformer.config import MADFormerConfig, UNetConfig, preset
 from madformer.kernels import optional
+from madformer.lazy import exporter
 
 if TYPE_CHECKING:
     from madformer.compat.accelerate import accelerate, restore
     from madformer.compat.released import from_released
     from madformer.model import MADFormer, MADFormerOutput
     from madformer.pipeline import MADFormerPipeline
+    from madformer.tokenizer import ByteTokenizer, PretrainedTokenizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "ByteTokenizer",
     "MADFormer",
     "MADFormerConfig",
     "MADFormerOutput",
     "MADFormerPipeline",
+    "PretrainedTokenizer",
     "UNetConfig",
     "accelerate",
     "from_released",
@@ -34,26 +40,21 @@ __all__ = [
     "restore",
 ]
 
-# torch and diffusers take seconds to import: `madformer --help` need not wait for them
-_LAZY = {
-    "MADFormer": "madformer.model",
-    "MADFormerOutput": "madformer.model",
-    "MADFormerPipeline": "madformer.pipeline",
-    "ByteTokenizer": "madformer.tokenizer",
-    "PretrainedTokenizer": "madformer.tokenizer",
-    "accelerate": "madformer.compat.accelerate",
-    "from_released": "madformer.compat.released",
-    "restore": "madformer.compat.accelerate",
-}
+__getattr__ = exporter(
+    __name__,
+    {
+        "MADFormer": "madformer.model",
+        "MADFormerOutput": "madformer.model",
+        "MADFormerPipeline": "madformer.pipeline",
+        "ByteTokenizer": "madformer.tokenizer",
+        "PretrainedTokenizer": "madformer.tokenizer",
+        "accelerate": "madformer.compat.accelerate",
+        "from_released": "madformer.compat.released",
+        "restore": "madformer.compat.accelerate",
+    },
+)
 
 optional.shield_diffusers()  # before anything imports diffusers; takes time where xFormers is installed alone
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 # DiffusionPipeline.from_pretrained finds the pipeline by then; who has not imported diffusers need not wait for it
 if "diffusers" in sys.modules:

@@ -27,6 +27,7 @@ from madformer.files.shards import KEY, write_shards
 __all__ = ["DEFAULT_FONT", "Emoji", "EmojiRenderer", "caption_of", "read_emoji_list", "write_emoji_shards"]
 
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+"""Where Debian's package ``fonts-noto-color-emoji`` has it."""
 _STRIKE = 109  # the font has one bitmap strike, and FreeType opens no other size
 _CELL = (136, 128)  # width and height of its bitmaps in pixels
 _MARGIN = 4  # white pixels around the widest glyph before downsampling

@@ -23,6 +23,7 @@ UNREAD_EXTENSIONS = (
 CAPTION_FIELDS = ("caption", "text", "prompt")
 LABEL_FIELDS = ("label", "labels", "class", "cls")
 NO_LABEL = -1
+"""The label of a sample without one."""
 MAX_LABEL = 2**31 - 1
 
 

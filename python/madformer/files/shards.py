@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 KEY = "__key__"
+"""Where a sample to be written has its key, beside its members by extension."""
 # first bytes, endings, and what unpacks it
 _COMPRESSED = {
     "gzip": (b"\x1f\x8b", (".gz", ".tgz"), "gunzip"),

@@ -1,1 +1,31 @@
 """Training: objective, data order, optimisation, and the run itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from madformer.lazy import exporter
+
+if TYPE_CHECKING:
+    from madformer.training.config import TrainingConfig
+    from madformer.training.losses import Losses, LossWeights, training_losses
+    from madformer.training.trainer import Trainer
+
+__all__ = [
+    "LossWeights",
+    "Losses",
+    "Trainer",
+    "TrainingConfig",
+    "training_losses",
+]
+
+__getattr__ = exporter(
+    __name__,
+    {
+        "LossWeights": "madformer.training.losses",
+        "Losses": "madformer.training.losses",
+        "Trainer": "madformer.training.trainer",
+        "TrainingConfig": "madformer.training.config",
+        "training_losses": "madformer.training.losses",
+    },
+)
