@@ -23,7 +23,7 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "adaln"
 Norm = Literal["layer", "rms"]
@@ -71,6 +71,11 @@ def _taken(
     return [None if x is None else view(x) for x, view in pairs], [taken_as(view, x) for x, view in pairs]
 
 
+def _empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``y`` and the sum, which has no elements where there is no residual."""
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+
+
 @planned(settings_in_use)
 def _forward(
     x: Tensor,
@@ -89,7 +94,7 @@ def _forward(
     modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
     launch = norm_forward(x_BLC, residual=residual_BLC, **modulation, centred=centred, eps=eps)
     take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
-    full = x.shape
+    new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
 
     def run(
         x: Tensor,
@@ -101,13 +106,11 @@ def _forward(
         gate: Tensor | None,
         *_: Any,
     ) -> tuple[Tensor, Tensor]:
-        y = x.new_empty(full)
-        total = None if residual is None else residual.new_empty(full)
+        y, total = new_y(), new_total()
         affine = take_weight(weight), take_bias(bias)
-        launch(
-            take_x(x), take_residual(residual), take_gate(gate), *affine, take_shift(shift), take_scale(scale), total, y
-        )
-        return y, x.new_empty(0) if total is None else total
+        rows = *affine, take_shift(shift), take_scale(scale)
+        launch(take_x(x), take_residual(residual), take_gate(gate), *rows, None if residual is None else total, y)
+        return y, total
 
     return run
 
@@ -119,7 +122,7 @@ def _empty_gradients(
     gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    wanted: list[bool],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Those of the arguments in their order, without elements where not ``wanted``."""
     likes = (grad_y, scale, scale, weight, bias, total, gate)
@@ -144,9 +147,10 @@ def _backward(
     bias: Tensor | None,
     centred: bool,
     eps: float,
-    wanted: list[bool],
+    wanted: Sequence[bool],
 ) -> Callable[..., Any]:
     names = list(itertools.compress(_GRADIENTS, wanted))
+    new_gradients = [fresh(each) for each in _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)]
     views = (*([with_contiguous_columns] * 4), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of)
     examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
     *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
@@ -172,9 +176,9 @@ def _backward(
         bias: Tensor | None,
         centred: bool,
         eps: float,
-        wanted: list[bool],
+        wanted: Sequence[bool],
     ) -> tuple[Tensor, ...]:
-        gradients = _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
+        gradients = tuple([new() for new in new_gradients])
         given = grad_y, grad_total, total, x, gate, weight, bias, scale
         out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
         fill(*(take(tensor) for take, tensor in zip(takers, given, strict=True)), out)
@@ -210,7 +214,7 @@ def _(
     centred: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    return _empty_outputs(x, residual)
 
 
 @library.register_fake("madformer::adaln_backward")
@@ -225,7 +229,7 @@ def _(
     bias: Tensor | None,
     centred: bool,
     eps: float,
-    wanted: list[bool],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     return _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
 
@@ -241,12 +245,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
     total, x, scale, gate, weight, bias = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:7])
+    _, *others = wanted = ctx.needs_input_grad[:7]
     needs_x, needs_residual = wanted[0], wanted[5]
     if grad_y is None:
         grad_y = torch.zeros_like(total, dtype=ctx.dtype)
     shared = needs_x and needs_residual and gate is None and ctx.dtype == total.dtype
-    wanted[0] = needs_x and not shared
+    wanted = (needs_x and not shared, *others)
     grad_total = grad_total if ctx.has_residual else None
     arguments = (grad_y, grad_total, total, x, scale, gate, weight, bias, ctx.centred, ctx.eps, wanted)
     gradients = _call_backward(*arguments)

@@ -5,7 +5,8 @@ Shape legend: B samples, each at its own step of its own schedule; ... any furth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -13,7 +14,7 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import DTYPES
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, eager, planned, taken_as
+from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, taken_as
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
@@ -192,9 +193,25 @@ def denoise_step(
         ValueError: an argument has the wrong shape, dtype, device or value, or the backend is unknown.
         RuntimeError: the backend that was asked for cannot run here.
     """
+    tensors = sample, model_output, previous, coefficients, unconditional, guidance_scale
+    kind = plain_kind((*tensors, clip, backend))
+    op = _choose(kind, tensors, clip, backend)
+    if torch.is_grad_enabled():
+        _refuse_gradients(tensors)
+    arguments = sample, model_output, previous, coefficients, clip, unconditional, guidance_scale
+    if op is _call_triton:
+        op(*arguments, kind=kind)
+    else:
+        op(*arguments)
+
+
+@once_a_kind
+def _choose(tensors: tuple[Any, ...], clip: float | None, backend: str) -> Callable[..., None]:
+    """The implementation that runs these, where they can be run."""
+    sample = tensors[0]
     op = denoise_step_op(backend, sample.device)
-    _validate(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
-    op(sample, model_output, previous, coefficients, clip, unconditional, guidance_scale)
+    _validate(*tensors, clip=clip)
+    return op
 
 
 def denoise_step_op(backend: str, device: torch.device) -> Callable[..., None]:
@@ -207,14 +224,23 @@ def denoise_step_op(backend: str, device: torch.device) -> Callable[..., None]:
     return ops.get(chosen, denoise_step_ref)
 
 
+def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:
+    """Raises ``ValueError`` where one of these requires a gradient, which no kind of arguments tells."""
+    names = "sample", "model_output", "previous", "coefficients", "unconditional", "guidance_scale"
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: denoise_step has no backward")
+
+
 def _validate(
     sample: Tensor,
     model_output: Tensor,
     previous: Tensor,
     coefficients: Tensor,
-    clip: float | None,
     unconditional: Tensor | None,
     guidance_scale: Tensor | None,
+    *,
+    clip: float | None,
 ) -> None:
     if sample.dim() < 1:
         raise ValueError("sample must have a batch dimension, got a scalar")
@@ -236,8 +262,6 @@ def _validate(
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
         if tensor.device != sample.device:
             raise ValueError(f"{name} must be on {sample.device} as sample is, got {tensor.device}")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: denoise_step has no backward")
     for name, written in (("sample", sample), ("previous", previous)):
         strides = written.stride()
         if any(stride == 0 and size > 1 for stride, size in zip(strides, written.shape, strict=True)):

@@ -21,6 +21,7 @@ from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from madformer.kernels import dispatch, launch
 
@@ -30,11 +31,17 @@ MAX_PLANS = 256
 Implementation = Callable[..., Any]
 
 
-Kind = tuple[Any, ...]
-_PLAIN = (Tensor, torch.nn.Parameter)
+class Kind:
+    """One kind of arguments, equal to itself alone: what is kept for it is found without a look at them."""
+
+    __slots__ = ()
 
 
-def kind_of(arguments: Sequence[Any]) -> Kind:
+MAX_KINDS = 4096
+_kinds: dict[tuple[Any, ...], Kind] = {}
+
+
+def kind_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What a plan may depend on: of tensors everything but their numbers and addresses, of these the alignment."""
     kind: list[Any] = []
     for x in arguments:
@@ -59,7 +66,7 @@ def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[...
     def decorate(make: Callable[..., Implementation]) -> Implementation:
         plans: dict[Any, Implementation] = {}
 
-        def run_kind(kind: Kind, arguments: Sequence[Any]) -> Any:
+        def run_kind(kind: Kind | tuple[Any, ...], arguments: Sequence[Any]) -> Any:
             if launch.is_compiling():
                 return make(*arguments)(*arguments)
             key = watched(), launch.state(), kind
@@ -82,6 +89,15 @@ def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[...
 
 def itself(x: Any) -> Any:
     return x
+
+
+def fresh(example: Tensor) -> Callable[[], Tensor]:
+    """What makes tensors with the shape, strides, dtype and device of an example, and without values.
+
+    It takes half the time of ``torch.empty``, which first has to work these out.
+    """
+    shape, strides = tuple(example.shape), example.stride()
+    return functools.partial(torch.empty_strided, shape, strides, dtype=example.dtype, device=example.device)
 
 
 def taken_as(view: Callable[[Tensor], Tensor], example: Tensor | None) -> Callable[[Any], Any]:
@@ -174,16 +190,27 @@ def plain_kind(arguments: Sequence[Any]) -> Kind | None:
         or forward_ad._current_level >= 0
     ):
         return None
-    return _kind_of_plain(arguments)
+    described = _kind_of_plain(arguments)
+    if described is None:
+        return None
+    kind = _kinds.get(described)
+    if kind is None:
+        if len(_kinds) >= MAX_KINDS:
+            _kinds.clear()
+        kind = _kinds.setdefault(described, Kind())  # Once: another thread may have met it.
+    return kind
 
 
-def _kind_of_plain(arguments: Sequence[Any]) -> Kind | None:
+def _kind_of_plain(arguments: Sequence[Any]) -> tuple[Any, ...] | None:
     kind: list[Any] = []
     for x in arguments:
-        if isinstance(x, Tensor):
-            if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.is_neg():
+        of = type(x)
+        if of is Tensor or of is Parameter:
+            if not (x.is_cuda or x.is_cpu) or x.is_neg():
                 return None
             kind.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15))
+        elif isinstance(x, Tensor):
+            return None
         elif isinstance(x, list):
             nested = _kind_of_plain(x)
             if nested is None:
@@ -231,7 +258,8 @@ def eager(op: Callable[..., Any], implementation: Any, recorded: Any = None) -> 
     """The op as a function that takes the short way where that is all that the op would do.
 
     The short way is ``implementation`` or, where a gradient is asked, ``recorded``, an autograd function of the same
-    arguments; without that the op. A ``kind`` may be given that has been made of what the arguments were made of.
+    arguments and their kind; without that the op. A ``kind`` may be given that has been made of what the arguments were
+    made of.
     """
 
     def call(*arguments: Any, kind: Kind | None = None) -> Any:
@@ -239,26 +267,28 @@ def eager(op: Callable[..., Any], implementation: Any, recorded: Any = None) -> 
         if kind is None:
             return op(*arguments)
         if is_grad_enabled() and _asks_gradient(arguments):
-            return op(*arguments) if recorded is None else recorded(*arguments)
+            return op(*arguments) if recorded is None else recorded(*arguments, kind)
         return implementation.run_kind(kind, arguments)
 
     return call
 
 
 def recorded(
-    implementation: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    implementation: Any, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """``implementation`` as an autograd function, of what ``library.register_autograd`` takes; no lists of tensors."""
+    """``implementation`` as an autograd function of arguments and their kind, without lists of tensors, made of what
+    ``library.register_autograd`` takes."""
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:  # A setup_context of its own costs twice as much.
-            output = implementation(*arguments)
+        def forward(ctx: Any, *given: Any) -> Any:  # A setup_context of its own costs twice as much.
+            *arguments, kind = given
+            output = implementation.run_kind(kind, arguments)
             setup_context(ctx, arguments, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
+            return *backward(ctx, *gradients), None
 
     return Function.apply

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -23,7 +23,7 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, itself, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import eager, fresh, itself, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "rms_norm"
 
@@ -67,25 +67,31 @@ def _taken(x: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor | None
     return view(x), taken_as(view, x)
 
 
+def _empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``y`` and the sum, which has no elements where there is no residual."""
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+
+
 @planned(settings_in_use)
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> Callable[..., Any]:
-    shape, full = _sample_shape(x, residual), x.shape
+    shape = _sample_shape(x, residual)
     (x_BLC, take_x), (residual_BLC, take_residual) = (_taken(tensor, shape) for tensor in (x, residual))
     assert x_BLC is not None
     launch = norm_forward(x_BLC, residual=residual_BLC, centred=False, eps=eps)
     take_weight = taken_as(Tensor.contiguous, weight)
+    new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
 
     def run(x: Tensor, weight: Tensor | None, residual: Tensor | None, _: float) -> tuple[Tensor, Tensor]:
-        y = x.new_empty(full)
-        total = None if residual is None else residual.new_empty(full)
-        launch(take_x(x), take_residual(residual), None, take_weight(weight), None, None, None, total, y)
-        return y, x.new_empty(0) if total is None else total
+        y, total = new_y(), new_total()
+        written = None if residual is None else total
+        launch(take_x(x), take_residual(residual), None, take_weight(weight), None, None, None, written, y)
+        return y, total
 
     return run
 
 
 def _empty_gradients(
-    grad_y: Tensor, total: Tensor, weight: Tensor | None, wanted: list[bool]
+    grad_y: Tensor, total: Tensor, weight: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of ``x``, ``weight`` and ``residual``, without elements where not ``wanted``."""
     dx, dweight, dresidual = wanted
@@ -98,9 +104,10 @@ def _empty_gradients(
 
 @planned(settings_in_use)
 def _backward(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: list[bool]
+    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: Sequence[bool]
 ) -> Callable[..., Any]:
     names = [name for name, is_wanted in zip(("x", "weight", "total"), wanted, strict=True) if is_wanted]
+    new_gradients = [fresh(each) for each in _empty_gradients(grad_y, total, weight, wanted)]
     shape = _sample_shape(grad_y, grad_total, total)
     examples, takers = zip(*(_taken(tensor, shape) for tensor in (grad_y, grad_total, total)), strict=True)
     fill = norm_backward(*examples, centred=False, eps=eps, wanted=names)
@@ -108,9 +115,9 @@ def _backward(
     take_weight = taken_as(Tensor.contiguous, weight)
 
     def run(
-        grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, _: float, wanted: list[bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = _empty_gradients(grad_y, total, weight, wanted)
+        grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, *_: Any
+    ) -> tuple[Tensor, ...]:
+        gradients = tuple([new() for new in new_gradients])
         out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
         given = take_grad(grad_y), take_grad_total(grad_total), take_total(total)
         fill(*given, None, None, take_weight(weight), None, None, out)
@@ -131,12 +138,12 @@ library.impl("madformer::rms_norm_backward", ("cpu", "cuda"), _backward)
 
 @library.register_fake("madformer::rms_norm")
 def _(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    return _empty_outputs(x, residual)
 
 
 @library.register_fake("madformer::rms_norm_backward")
 def _(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: list[bool]
+    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(grad_y, total, weight, wanted)
 
@@ -150,11 +157,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_residual, _ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_residual, _ = ctx.needs_input_grad[:4]
     if grad_y is None:
         grad_y = torch.zeros_like(total, dtype=ctx.dtype)
     shared = needs_x and needs_residual and ctx.dtype == total.dtype
-    wanted = [needs_x and not shared, needs_weight, needs_residual]
+    wanted = needs_x and not shared, needs_weight, needs_residual
     dx, dweight, dresidual = _call_backward(
         grad_y, grad_total if ctx.has_residual else None, total, weight, ctx.eps, wanted
     )

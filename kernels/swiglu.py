@@ -17,7 +17,7 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_floating, check_same, rows_of
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "swiglu"
 
@@ -81,11 +81,11 @@ def _launch_of(kernel: object, *tensors: Tensor) -> Launch:
 
 @planned(lambda: choose_settings)
 def _forward(gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    launch, shape = _launch_of(_forward_kernel, gate, up), gate.shape
+    launch, new_out = _launch_of(_forward_kernel, gate, up), fresh(gate.new_empty(gate.shape))
     rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (gate, up))
 
     def run(gate: Tensor, up: Tensor) -> Tensor:
-        out = gate.new_empty(shape)
+        out = new_out()
         launch(rows_of_gate(gate), rows_of_up(up), out)
         return out
 
@@ -94,11 +94,11 @@ def _forward(gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @planned(lambda: choose_settings)
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    launch, shape = _launch_of(_backward_kernel, grad, gate, up), gate.shape
+    launch, new_gradient = _launch_of(_backward_kernel, grad, gate, up), fresh(gate.new_empty(gate.shape))
     rows_of_grad, rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (grad, gate, up))
 
     def run(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        dgate, dup = gate.new_empty(shape), up.new_empty(shape)
+        dgate, dup = new_gradient(), new_gradient()
         launch(rows_of_grad(grad), rows_of_gate(gate), rows_of_up(up), dgate, dup)
         return dgate, dup
 

@@ -28,6 +28,7 @@ from madformer.kernels.block_causal_attention.forward import (
     launch_of,
     load_tile,
     num_queries,
+    packed_empty,
     query_tile,
     query_tiles,
     store_tile,
@@ -37,6 +38,7 @@ from madformer.kernels.block_causal_attention.forward import (
 )
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import jit, tl
+from madformer.kernels.plans import fresh
 
 
 @jit
@@ -290,13 +292,10 @@ def backward(
         BLOCK_M=m,
         BLOCK_N=n,
     )
-    (batch, heads, queries, dim), keys, of_rows = q.shape, k.shape[2], lse.shape
+    new_dq, new_dk, new_delta = fresh(packed_empty(q)), fresh(packed_empty(k)), fresh(torch.empty_like(lse))
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dq = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
-        dk = q.new_empty(batch, keys, heads, dim).transpose(1, 2)
-        dv = q.new_empty(batch, keys, heads, dim).transpose(1, 2)
-        delta = lse.new_empty(of_rows)
+        dq, dk, dv, delta = new_dq(), new_dk(), new_dk(), new_delta()
         make_dq(q, k, v, out, grad, lse, delta, dq)
         make_dk_dv(k, v, q, grad, lse, delta, dk, dv)
         return dq, dk, dv

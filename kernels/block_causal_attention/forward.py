@@ -21,7 +21,7 @@ from torch import Tensor
 
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import Descriptor, jit, tl
-from madformer.kernels.plans import Launch
+from madformer.kernels.plans import Launch, fresh
 
 LOG2_E = math.log2(math.e)
 # What K and V of the heads that run at the same time may take: most of an A100's 40 MB of L2 cache, or an H100's 50.
@@ -382,11 +382,10 @@ def forward(
         BLOCK_M=m,
         BLOCK_N=n,
     )
-    (batch, heads, length, dim), device = q.shape, q.device
+    new_out, new_lse = fresh(packed_empty(q)), fresh(torch.empty(q.shape[:3], device=q.device))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-        lse = torch.empty(batch, heads, length, device=device)
+        out, lse = new_out(), new_lse()
         launch(q, k, v, out, lse)
         return out, lse
 

@@ -6,7 +6,7 @@ A layout crosses the operator's schema as a list of integers, in the order of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -67,7 +67,9 @@ def _settings(q: Tensor, layout: BlockLayout) -> Settings:
 
 
 @planned(lambda: (choose_settings, forward_kernel.L2_BYTES))
-def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: Sequence[int], scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
     blocks = _unpack(layout)
     take_q, take_k, take_v = (taken_as(_contiguous_rows, x) for x in (q, k, v))
     run = forward_kernel.forward(take_q(q), take_k(k), take_v(v), blocks, scale, _settings(q, blocks))
@@ -76,7 +78,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -
 
 @planned(lambda: (choose_settings, forward_kernel.L2_BYTES))
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Sequence[int], scale: float
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     blocks = _unpack(layout)
     takers: list[Callable[[Any], Any]] = [taken_as(_contiguous_rows, x) for x in (grad, q, k, v, out)]
@@ -89,12 +91,12 @@ def _backward(
     return lambda *arguments: run(*taken(*arguments[:6]))
 
 
-def _pack(layout: BlockLayout) -> list[int]:
+def _pack(layout: BlockLayout) -> tuple[int, ...]:
     # Not dataclasses.astuple, which copies deeply: as long as the launch itself.
-    return [int(getattr(layout, name)) for name in _FIELDS]
+    return tuple([int(getattr(layout, name)) for name in _FIELDS])
 
 
-def _unpack(fields: list[int]) -> BlockLayout:
+def _unpack(fields: Sequence[int]) -> BlockLayout:
     size, noise, clean, cross, text, *queries = fields
     return BlockLayout(size, noise, clean, bool(cross), text, *map(bool, queries))
 
@@ -117,13 +119,13 @@ library.impl("madformer::block_causal_attention_backward", ("cpu", "cuda"), _bac
 
 
 @library.register_fake("madformer::block_causal_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, layout: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     return packed_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @library.register_fake("madformer::block_causal_attention_backward")
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[int], scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return packed_empty(q), packed_empty(k), packed_empty(v)
 

@@ -15,7 +15,7 @@ from torch import Tensor, library
 
 from madformer.kernels.cached_attention.kernels import combine_kernel, split_kernel
 from madformer.kernels.launch import Target, target
-from madformer.kernels.plans import Launch, eager, planned
+from madformer.kernels.plans import Launch, eager, fresh, planned
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -124,6 +124,9 @@ def _forward(
         num_stages=settings.num_stages,
     )
     combine = _combination(splits, B * L * H, D, device)
+    new_out = fresh(q_BHLD.new_empty(B, L, H, D))
+    partial_shape = (splits if splits > 1 else 0, B, L, H, D)
+    new_partial, new_lse = (fresh(torch.empty(shape, device=device)) for shape in (partial_shape, partial_shape[:-1]))
 
     def run(
         q: Tensor,
@@ -135,14 +138,13 @@ def _forward(
         rows: Tensor | None,
         *_: Any,
     ) -> Tensor:
-        out_BLHD = q.new_empty(B, L, H, D)
+        out_BLHD = new_out()
         own_k, own_v = (k_cache, v_cache) if k is None else (k, v)
         given = q, k_cache, v_cache, own_k, own_v, lengths, lengths if rows is None else rows
         if splits == 1:
             launch(*given, out_BLHD, out_BLHD)
             return out_BLHD
-        partial = torch.empty(splits, B, L, H, D, device=device)
-        lse = torch.empty(splits, B, L, H, device=device)
+        partial, lse = new_partial(), new_lse()
         launch(*given, partial, lse)
         combine(partial, lse, out_BLHD)
         return out_BLHD

@@ -24,7 +24,7 @@ from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
 from madformer.kernels.launch import Target, target
-from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
 
 OP = "group_norm_silu"
 MAX_GROUP_CHANNELS = 4096
@@ -143,10 +143,12 @@ def _forward(
     take_x, take_temb = taken_as(_rows, x), taken_as(_unit_stride, temb)
     take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
 
+    new_y, new_moment = fresh(_channels_last(x)), fresh(torch.empty(maps, num_groups, device=device))
+    new_partial = fresh(torch.empty(slabs, 2, splits, device=device)) if splits > 1 else None
+
     def run(x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y = _channels_last(x)
-        mean, rstd = (torch.empty(maps, num_groups, device=device) for _ in range(2))
-        partial = torch.empty(slabs, 2, splits, device=device) if splits > 1 else mean
+        y, mean, rstd = new_y(), new_moment(), new_moment()
+        partial = mean if new_partial is None else new_partial()
         affine = take_weight(weight), take_bias(bias)
         # Without an embedding the kernel does not look at it.
         tensors = take_x(x), affine[0] if temb is None else take_temb(temb), *affine, y, mean, rstd, partial
@@ -155,6 +157,13 @@ def _forward(
         return y, mean, rstd
 
     return run
+
+
+def _empty_gradients(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
+    return _channels_last(x), dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 @planned(lambda: choose_settings)
@@ -191,6 +200,8 @@ def _backward(
     )  # fmt: skip
     take_grad, take_x, take_temb = taken_as(_rows, grad), taken_as(_rows, x), taken_as(_unit_stride, temb)
     take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
+    sums = torch.empty(maps, splits, num_sums, channels, device=device)
+    new_tensors = [fresh(each) for each in (*_empty_gradients(x, temb, weight, bias), sums)]
 
     def run(
         grad: Tensor,
@@ -202,13 +213,11 @@ def _backward(
         rstd: Tensor,
         *_: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, sums = _channels_last(x), torch.empty(maps, splits, num_sums, channels, device=device)
-        dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb, memory_format=torch.contiguous_format)
+        dx, dtemb, dweight, dbias, sums = [new() for new in new_tensors]
         affine = take_weight(weight), take_bias(bias)
         given = take_grad(grad), take_x(x), affine[0] if temb is None else take_temb(temb)
         for launch in launches:
             launch(*given, *affine, mean, rstd, dx, dtemb, sums)
-        dweight, dbias = weight.new_empty(channels), bias.new_empty(channels)
         finish(sums, dweight, dbias)
         return dx, dtemb, dweight, dbias
 
@@ -241,8 +250,7 @@ def _(
 def _(
     grad: Tensor, x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
-    return _channels_last(x), dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return _empty_gradients(x, temb, weight, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.launch import target
 from madformer.kernels.norm_common.kernels import norm_backward_kernel, norm_forward_kernel, norm_reduce_kernel
-from madformer.kernels.plans import Launch
+from madformer.kernels.plans import Launch, fresh
 
 MAX_COLS = 8192
 """Widest row: its chunks stay in the registers of one program."""
@@ -220,6 +220,7 @@ def norm_backward(
         num_warps=settings.num_warps,
     )
     reduce = _reduction(rows, cols, scale, names, device) if any(needed) else None
+    new_partial = fresh(torch.empty(rows, cols, device=device))
 
     def run(
         grad_y: Tensor,
@@ -232,7 +233,7 @@ def norm_backward(
         scale: Tensor | None,
         out: Mapping[str, Tensor],
     ) -> None:
-        partials = [torch.empty(rows, cols, device=device) if is_needed else None for is_needed in needed]
+        partials = [new_partial() if is_needed else None for is_needed in needed]
         dtotal, dx = out.get("total"), out.get("x")
         main(grad_y, grad_total, total, x, gate, weight, scale, dtotal, dx, *partials)
         if reduce is not None:
@@ -255,6 +256,7 @@ def _reduction(
     affine = [name for name in ("weight", "bias") if name in wanted]
     tile = min(1024, 1 << (num_partials - 1).bit_length())
     width = max(16, min(128, 4096 // tile))
+    new_rows = fresh(torch.empty(groups, cols, device=device))
     launch = Launch(
         norm_reduce_kernel,
         (groups, -(-cols // width)),
@@ -273,7 +275,7 @@ def _reduction(
         scale: Tensor | None,
         out: Mapping[str, Tensor],
     ) -> None:
-        by_group = out if scale is None else {name: torch.empty(groups, cols, device=device) for name in affine}
+        by_group = out if scale is None else {name: new_rows() for name in affine}
         shift_scale_gate = [out.get(name) for name in ("shift", "scale", "gate")]
         launch(*partials, weight, bias, scale, *shift_scale_gate, by_group.get("weight"), by_group.get("bias"))
         if scale is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from madformer.kernels.plans import eager, planned, taken_as
+from madformer.kernels.plans import Kind, eager, fresh, planned, taken_as
 from madformer.kernels.qk_norm_rope import launchers
 from madformer.kernels.qk_norm_rope.launchers import Stream
 
@@ -101,7 +101,8 @@ def _forward(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     arguments = qkv, weights, tables, normalised, axes, num_heads, head_dim, eps
     streams = _streams(*arguments)
-    outputs, (num_queries, num_tokens), batch = _empty_outputs(*arguments), _output_lengths(streams), len(qkv[0])
+    outputs = _empty_outputs(*arguments)
+    new_q, new_k = fresh(outputs[0]), fresh(outputs[1])
     steps = [
         (
             launchers.forward(place.stream, *outputs, first_query=place.first_query, first_key=place.first_key),
@@ -111,10 +112,7 @@ def _forward(
     ]
 
     def run(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        new = qkv[0].new_empty
-        q = new(batch, num_queries, num_heads, head_dim).transpose(1, 2)
-        k = new(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
-        v = new(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+        q, k, v = new_q(), new_k(), new_k()
         entries = (None, *qkv, *weights, *tables)
         for launch, taken in steps:
             launch(*[take(entries[at]) for at, take in taken], None, None, q, k, v)
@@ -132,8 +130,8 @@ def _backward(
     num_programs = max(launchers.num_backward_programs(stream) for stream in streams)
     gradients = [launchers.inner_contiguous(x) for x in (dq, dk, dv)]
     takers = [taken_as(launchers.inner_contiguous, x) for x in (dq, dk, dv)]
-    shapes = [x.shape for x in qkv]
-    num_weights, head_dim, device = len(weights), dk.shape[3], dk.device
+    shape = (len(weights) if needs_weights else 0, num_programs, dk.shape[3])
+    new_partial, new_dqkv = fresh(torch.empty(shape, device=dk.device)), [fresh(x.new_empty(x.shape)) for x in qkv]
     steps = []
     for place in _placed(streams):
         firsts = place._asdict()
@@ -150,9 +148,9 @@ def _backward(
         *__: Any,
     ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
         entries = (None, *qkv, *weights, *tables)
-        partial_NPD = torch.empty(num_weights if needs_weights else 0, num_programs, head_dim, device=device)
+        partial_NPD = new_partial()
         given = [take(x) for take, x in zip(takers, (dq, dk, dv), strict=True)]
-        dqkv = [x.new_empty(shape) for x, shape in zip(qkv, shapes, strict=True)]
+        dqkv = [new() for new in new_dqkv]
         for dx, (launch, taken, has_weights) in zip(dqkv, steps, strict=True):
             launch(*given, *[take(entries[at]) for at, take in taken], dx, partial_NPD if has_weights else None)
         return dqkv, partial_NPD.sum(1)
@@ -186,7 +184,7 @@ def _cached(
     launch = launchers.forward(stream, q, k_cache, v_cache, has_rows=rows is not None)
     take_qkv, take_q_weight, take_k_weight, take_cos, take_sin = launchers.takers(stream)
     take_positions, take_rows = (taken_as(Tensor.contiguous, index) for index in (positions, rows))
-    batch, num_queries, num_heads, head_dim = len(qkv), q.shape[2], stream.num_heads, stream.head_dim
+    new_q = fresh(q)
 
     def run(
         qkv: Tensor,
@@ -200,7 +198,7 @@ def _cached(
         rows: Tensor | None,
         *_: Any,
     ) -> Tensor:
-        q = qkv.new_empty(batch, num_queries, num_heads, head_dim).transpose(1, 2)
+        q = new_q()
         of_k = take_k_weight(k_weight)
         # A kernel takes the weight of the queries to be there where that of the keys is.
         of_q = of_k if q_weight is None else take_q_weight(q_weight)
@@ -242,8 +240,10 @@ def _gradients(
     dweights: list[Tensor | None] = [None] * num_weights
     if any(needed):
         rows = dweight_ND.to(weights[0].dtype)  # One cast for all, where they have one dtype.
+        dtype = rows.dtype
         dweights = [
-            row.to(weight.dtype) if need else None for row, weight, need in zip(rows, weights, needed, strict=True)
+            (row if weight.dtype == dtype else row.to(weight.dtype)) if need else None
+            for row, weight, need in zip(rows.unbind(), weights, needed, strict=True)
         ]
     return dqkv, dweights
 
@@ -257,23 +257,25 @@ class _Recorded(torch.autograd.Function):
     """The op for autograd, which does not look into lists: their tensors come one by one."""
 
     @staticmethod
-    def forward(ctx: Any, counts: tuple[int, int, int], scalars: tuple[Any, ...], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, kind: Kind, counts: tuple[int, int, int], scalars: tuple[Any, ...], *tensors: Tensor) -> Any:
         ctx.counts, ctx.scalars = counts, scalars
         ctx.save_for_backward(*tensors)
-        given, (num_streams, num_weights, _) = list(tensors), counts
+        num_streams, num_weights, _ = counts
         tables = num_streams + num_weights
-        return _forward(given[:num_streams], given[num_streams:tables], given[tables:], *scalars)
+        given = tensors[:num_streams], tensors[num_streams:tables], tensors[tables:], *scalars
+        return _forward.run_kind(kind, given)  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         num_streams, num_weights, num_tables = ctx.counts
-        needed = ctx.needs_input_grad[2 + num_streams : 2 + num_streams + num_weights]
+        needed = ctx.needs_input_grad[3 + num_streams : 3 + num_streams + num_weights]
         dqkv, dweights = _gradients(_call_backward, ctx, needed, grads)
-        return None, None, *dqkv, *dweights, *([None] * num_tables)
+        return None, None, None, *dqkv, *dweights, *([None] * num_tables)
 
 
-def _record(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *scalars: Any) -> Any:
-    return _Recorded.apply((len(qkv), len(weights), len(tables)), scalars, *qkv, *weights, *tables)
+def _record(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *others: Any) -> Any:
+    *scalars, kind = others
+    return _Recorded.apply(kind, (len(qkv), len(weights), len(tables)), scalars, *qkv, *weights, *tables)
 
 
 _STREAMS = (

@@ -305,6 +305,44 @@ def test_what_is_compiled_is_started_where_the_address_is_aligned() -> None:
     assert len(kernel.found) == 3
 
 
+def test_hooks_of_triton_see_every_launch_they_are_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled kernel is started past them only while there are none."""
+    triton = pytest.importorskip("triton")
+    if launch.TRITON_VERSION not in launch._KNOWN_LAUNCHERS:
+        pytest.skip("launched as Triton does")
+    started: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        function, packed_metadata = "function", "packed"
+
+        def run(self, *arguments: Any) -> None:
+            started.append(arguments)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            return lambda *arguments, stream: started.append(("by Triton", grid, stream, arguments))
+
+    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    start, hook = launch._started(Compiled(), (3, 2, 1)), lambda *_: None
+    straight = (3, 2, 1, 9, "function", "packed", None, None, None, "x", 5)
+    start(9, "x", 5)
+    for chain in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
+        chain.add(hook)
+        start(9, "x", 5)
+        chain.remove(hook)
+    start(9, "x", 5)
+    described = ("by Triton", (3, 2, 1), 9, ("x", 5))
+    assert started == [straight, described, described, straight]
+
+
+def test_fresh_tensors_are_like_their_example() -> None:
+    for example in (torch.zeros(2, 3, 4, dtype=torch.bfloat16).transpose(1, 2), torch.zeros(0), torch.zeros(0, 3)):
+        new = plans.fresh(example)
+        first, second = new(), new()
+        assert (first.shape, first.stride(), first.dtype) == (example.shape, example.stride(), example.dtype)
+        assert first.isnan().all()
+        assert example.numel() == 0 or first.data_ptr() != second.data_ptr()
+
+
 def test_checks_are_made_for_every_kind() -> None:
     """What passed for one kind of arguments says nothing of another; what failed fails again."""
     x = torch.randn(2, 16, device=DEVICE)
