@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench | docs.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks docs examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench docs package-tree
+.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
 
 install: $(STAMP)
 
@@ -111,6 +111,20 @@ gpu-check: package-tree
 	$(GPU_PYTHON) benchmarks/gpu_bundle.py use || MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} \
 		$(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
+# A source distribution, and of it, which proves it whole, the wheel for this Python. The ops use torch's stable ABI, so that
+# one wheel serves every PyTorch from 2.11 on; its module is pybind11's, which has no stable ABI of Python's: one wheel for
+# each Python, by make dist PYTHON=python3.12 VENV=.venv-3.12. Built with nvcc it has the GPU's code, too.
+dist: install
+	rm -rf dist madformer.egg-info
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} $(BIN)/pip wheel --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --wheel-dir dist dist/madformer-*.tar.gz
+	@ls -l dist
+
+# The same in a scratch folder, then the wheel in a clean environment: madformer info, and a picture in two steps.
+dist-check: install
+	$(BIN)/pytest tests/test_packaging.py -m slow
 
 # The documentation as a site in build/docs, in an environment of its own: the API pages are read from the sources, which
 # are not imported. A link or a name that leads nowhere is an error.

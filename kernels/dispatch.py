@@ -23,6 +23,9 @@ BACKENDS = ("triton", "cpp", "sdpa", "flex", "flash_attn", "xformers", "referenc
 
 _OURS = ("triton", "cpp")
 
+UNSUPPORTED = {"mps": "Apple's GPUs are not supported, and no test has run on one; move the model to 'cpu'"}
+"""Device types that no implementation is for, the reference included, and why."""
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name that cannot run here; the message says why, in one line."""
@@ -117,6 +120,8 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
         BackendUnavailableError: it has one, but not one that can run here on this device; the message says why.
     """
     registered = _REGISTRY[op]
+    if device.type in UNSUPPORTED:
+        raise BackendUnavailableError(f"{op} cannot run on {device.type}: {UNSUPPORTED[device.type]}")
     if backend == AUTO:
         ours_too = dtype is None or dtype in launch.DTYPES
         for name in BACKENDS:

@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"madformer": "python/madformer", "madformer.kernels": "kernels", "madformer.engine": "engine"}
 
-FOUNDATION = "arguments objects files machine seeds"
+FOUNDATION = "arguments objects files lazy machine seeds"
 # a room, and those that it may import from; `madformer` is the package's own `__init__`
 RULES = {
     "kernels": "",
     "arguments": "",
     "objects": "",
     "files": "",
+    "lazy": "",
     "machine": "",
     "seeds": "arguments",
     "config": "objects",
@@ -35,7 +36,7 @@ RULES = {
     "training": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets pipeline",
     "bulk": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets pipeline madformer",
     "benchmark": f"{FOUNDATION} config kernels model engine vae pipeline",
-    "madformer": "kernels config model engine pipeline compat tokenizer",
+    "madformer": "kernels config model engine pipeline compat tokenizer lazy",
     "choices": "",
 }
 # the command line is the outermost room: it may know all of them, and nobody knows it

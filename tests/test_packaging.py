@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import madformer
 
@@ -104,3 +106,44 @@ def test_wheel_without_the_extension_holds_every_source_file_and_nothing_else(tm
         for path in (ROOT / folder).rglob("*.py")
     }
     assert installed == {*sources, "madformer/py.typed"}
+
+
+@pytest.mark.slow
+def test_wheel_of_the_source_distribution_samples_in_a_clean_environment(tmp_path: Path) -> None:
+    """Beside this environment's packages, of which an editable install is none: their folder alone is on the path."""
+    source, dist, venv = tmp_path / "source", tmp_path / "dist", tmp_path / "venv"
+    for folder in (*MAPPED, "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, source)
+
+    def run(*command: str | Path, cwd: Path = tmp_path) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        arguments = list(map(str, command))
+        done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(dist)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    (archive,) = dist.iterdir()
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", dist, archive)
+    (wheel,) = dist.glob("*.whl")
+
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+    run(*pip, "--python", venv / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+
+    record = json.loads(run(venv / "bin" / "madformer", "info", "--json"))
+    assert record["versions"]["madformer"] == madformer.__version__
+    assert str(venv) in run(venv / "bin" / "python", "-c", "import madformer; print(madformer.__file__)")
+    cpp = next(status for status in record["backends"] if status["backend"] == "cpp")
+    assert cpp["available"] == any("/_C." in name for name in zipfile.ZipFile(wheel).namelist()), cpp
+    model, picture = ROOT / "assets" / "emoji64", tmp_path / "apple.png"
+    options = ("--steps", "2", "--num-images", "1", "--grid", picture)
+    run(venv / "bin" / "madformer", "sample", "--model", model, "red apple", *options)
+    with Image.open(picture) as image:
+        assert len(set(image.convert("RGB").getdata())) > 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,3 +145,32 @@ def test_what_cannot_be_parsed_is_one_line(arguments: str, capsys: pytest.Captur
     (line,) = captured.err.splitlines()
     assert line.startswith("madformer")
     assert ": error: " in line
+
+
+WITHOUT_FCNTL = """
+import sys
+sys.modules["fcntl"] = None  # as on Windows: importing it raises ModuleNotFoundError
+from madformer.cli.main import main
+from madformer.files.atomic import atomic_path
+try:
+    with atomic_path("made/file"):
+        raise AssertionError("a file is written that nothing locks")
+except OSError as error:
+    print(error)
+sys.exit(main(["data", "emoji", "--out", "made"]))
+"""
+
+
+def test_a_system_without_unix_locks_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_FCNTL], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    (line,), (shown,) = run.stdout.splitlines(), run.stderr.splitlines()
+    assert re.fullmatch("files are written under locks of Linux and macOS, .* no fcntl; on Windows use WSL", line)
+    assert shown == f"madformer: error: {line}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_apples_gpu_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", "m", "--device", "mps"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("madformer bench: error: --device mps: Apple's GPUs are not supported; --device cpu")

@@ -31,6 +31,8 @@ def device_of(name: str, *, elsewhere: bool = False) -> str:
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device.partition(":")[0] == "mps":
+        raise ValueError(f"--device {device}: Apple's GPUs are not supported; --device cpu runs on their machines")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

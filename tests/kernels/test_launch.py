@@ -90,6 +90,12 @@ def test_a_backend_asked_for_by_name_is_never_replaced(monkeypatch: pytest.Monke
     assert swiglu(x, x).shape == (2, 8)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_apples_gpu_is_refused_in_one_line(backend: str) -> None:
+    with pytest.raises(dispatch.BackendUnavailableError, match=r"swiglu cannot run on mps: Apple's GPUs .* 'cpu'$"):
+        dispatch.resolve("swiglu", backend, torch.device("mps"))
+
+
 def test_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "target", lambda device: launch.Target(75, num_sms=40))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from madformer.cli import bench, convert, data, export, info, sample, train
 from madformer.cli.process import Parser, exit_status, output_is_closed, settle_streams, terminable
+from madformer.files.atomic import file_locks
 
 COMMANDS = (sample, train, data, export, convert, info, bench)
 
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     From any thread; signals end it in the process's first one.
     """
+    try:
+        file_locks()
+    except OSError as error:
+        print(f"madformer: error: {error}", file=sys.stderr)
+        return 1
     settle_streams()
     args = build_parser().parse_args(arguments)
     try:

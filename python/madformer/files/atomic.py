@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +32,21 @@ def check_writable(folder: str | Path) -> None:
         raise OSError(f"cannot write to {folder}: {error.strerror}") from error
 
 
+def file_locks() -> Any:
+    """The module ``fcntl``.
+
+    Raises:
+        OSError: this is no Unix.
+    """
+    try:
+        return importlib.import_module("fcntl")
+    except ImportError as error:
+        raise OSError(
+            f"files are written under locks of Linux and macOS, and {platform.system() or 'this system'} has no fcntl; "
+            "on Windows use WSL"
+        ) from error
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends without an error.
@@ -40,6 +57,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be made or written; the message names it.
     """
     path = Path(path)
+    file_locks()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = _locked_temporary(path)
@@ -85,8 +103,7 @@ def remove_leftovers_of(path: Path) -> None:
 
 def remove_leftover(path: Path) -> None:
     """Remove a temporary file of :func:`atomic_path`, if its process is no more."""
-    import fcntl
-
+    fcntl = file_locks()
     with contextlib.suppress(OSError), path.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -99,8 +116,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         OSError: another process holds it and ``wait`` is off, or the file system has no locks.
     """
-    import fcntl  # Unix has it; nothing else here needs Unix
-
+    fcntl = file_locks()
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(handle)
     try:
@@ -144,8 +160,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _locked_temporary(path: Path) -> tuple[int, Path]:
-    import fcntl
-
+    fcntl = file_locks()
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         _held.add(handle)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from madformer.config import FOREIGN, REGISTERED, MADFormerConfig
-from madformer.files.atomic import atomic_path, umask
+from madformer.files.atomic import atomic_path, file_locks, umask
 from madformer.files.hub import CONFIG_NAME
 from madformer.files.weights import load_weights, misfit
 
@@ -366,8 +366,7 @@ def staging(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Whether no other process holds the folder; this one does in the block, if so."""
-    import fcntl  # Unix has it; nothing else here needs Unix
-
+    fcntl = file_locks()
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
