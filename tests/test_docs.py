@@ -91,3 +91,19 @@ def test_every_op_has_an_entry() -> None:
     ops = {op for status in dispatch.report() for op in status.ops}
     assert len(ops) > 8
     assert ops - {name for module, name in documented() if module.startswith("madformer.kernels.")} == set()
+
+
+def test_the_answers_name_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    spans = re.findall(r"`([^`\n]+)`", text)
+    files = [span for span in spans if re.match("(python|engine|kernels|tests|benchmarks|csrc)/", span)]
+    assert len(files) > 20
+    assert not [path for path in files if not (ROOT / path).exists()]
+
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in MODULES.values())
+    defined = set(re.findall(r"^\s*(?:def|class) (\w+)", sources, re.MULTILINE))
+    fields = set(re.findall(r"^ +(?:self\.)?(\w+)(?:: [^=]+)?(?: = |$)", sources, re.MULTILINE))
+    theirs = {"SchedulerMixin", "set_timesteps", "scale_model_input", "init_noise_sigma", "__len__"}
+    names = [span for span in spans if re.fullmatch(r"\w+(\.\w+)*(\(.*\))?", span) and re.search("[A-Z_]", span)]
+    assert len(names) > 20
+    assert not {name.partition("(")[0].rpartition(".")[2] for name in names} - defined - fields - theirs
