@@ -1,7 +1,7 @@
 """What mkdocs does beside its own: pages that live elsewhere in the repository, and Sphinx's roles in docstrings.
 
 The Markdown files are written for a reader of the repository, with links from where they lie. Here they are pages of
-one site: a link from one page to another stays one, a link to a source file becomes its path, in print.
+one site: a link from one page to another stays one, a link to a source file becomes what it says, with its path.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{image}[{text}]({relative}{anchor})"
         if not (ROOT / inside).exists():
             raise ValueError(f"{path}: {target} leads nowhere")
-        return text if inside in text else f"{text} (`{inside}`)"
+        return text if text.startswith("`") else f"{text} (`{inside}`)"
 
     return _LINK.sub(link, markdown)
 
