@@ -22,7 +22,8 @@ RULES = {
     "lazy": "",
     "machine": "",
     "seeds": "arguments",
-    "config": "objects",
+    "config": "objects config_parts",
+    "config_parts": "objects",
     "tokenizer": f"{FOUNDATION} config",
     "vae": f"{FOUNDATION} config",
     "model": f"{FOUNDATION} config kernels",
@@ -37,7 +38,6 @@ RULES = {
     "bulk": f"{FOUNDATION} config kernels model engine tokenizer vae data prompting sheets pipeline madformer",
     "benchmark": f"{FOUNDATION} config kernels model engine vae pipeline",
     "madformer": "kernels config model engine pipeline compat tokenizer lazy",
-    "choices": "",
 }
 # the command line is the outermost room: it may know all of them, and nobody knows it
 OUTERMOST = "cli"

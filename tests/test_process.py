@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -32,21 +31,8 @@ COMMANDS = [
 
 def running(monkeypatch: pytest.MonkeyPatch, body: Callable[[], None]) -> None:
     """Let every command do this in place of its own work."""
-    build_parser = command_line.build_parser
-
-    def patched() -> argparse.ArgumentParser:
-        parser = build_parser()
-        parse_args = parser.parse_args
-
-        def parse(arguments: list[str]) -> argparse.Namespace:
-            args = parse_args(arguments)
-            args.run = lambda _: body()
-            return args
-
-        monkeypatch.setattr(parser, "parse_args", parse)
-        return parser
-
-    monkeypatch.setattr(command_line, "build_parser", patched)
+    for kind, _ in command_line.COMMANDS.values():
+        monkeypatch.setattr(kind, "run", lambda request: body())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

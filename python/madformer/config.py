@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from madformer.config_parts import TextConfig, UNetConfig, require
 from madformer.objects import check_types, from_object, parse_object, read_object
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
@@ -27,19 +28,9 @@ REGISTERED = "_registered"
 FOREIGN = ("auto_map", "quantization_config")
 """Values that diffusers puts there without saying so."""
 
-
 MAX_TOKENS = 2**24
 """Of an image. Their places alone fill gigabytes."""
 
-MAX_LEVELS = 10
-# far beyond any model: what is more is a slip, and fails at a place that does not say so
-_MOST_OF_UNET = {
-    "block_out_channels": 2**16,
-    "layers_per_block": 256,
-    "num_heads": 2**16,
-    "norm_groups": 2**16,
-    "time_embed_dim": 2**16,
-}
 _MOST = {
     "hidden_size": 2**17,
     "num_layers": 1024,
@@ -55,82 +46,6 @@ _MOST = {
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """The convolutional encoder and decoder around the Transformer, built of diffusers' blocks.
-
-    Each level but the last halves the resolution, so a block of ``L`` latents becomes
-    ``L / 4 ** (levels - 1)`` tokens.
-    """
-
-    block_out_channels: tuple[int, ...] = (512, 1024)
-    layers_per_block: tuple[int, ...] = (2, 2)
-    attention: tuple[bool, ...] = (False, True)
-    num_heads: int = 8
-    norm_groups: int = 8
-    time_embed_dim: int = 128
-
-    def __post_init__(self) -> None:
-        check_types(self, "unet.", most=_MOST_OF_UNET)
-        levels = len(self.block_out_channels)
-        _require(
-            1 <= levels <= MAX_LEVELS,
-            f"unet.block_out_channels={self.block_out_channels} must name from one level to {MAX_LEVELS}",
-        )
-        for name in ("layers_per_block", "attention"):
-            _require(
-                len(getattr(self, name)) == levels,
-                f"unet.{name}={getattr(self, name)} must have one entry for each of the {levels} levels of "
-                f"unet.block_out_channels={self.block_out_channels}",
-            )
-        _require(min(self.layers_per_block) >= 1, f"unet.layers_per_block={self.layers_per_block} must be positive")
-        for name in ("num_heads", "norm_groups", "time_embed_dim"):
-            _require(getattr(self, name) >= 1, f"unet.{name}={getattr(self, name)} must be positive")
-        for channels, attention in zip(self.block_out_channels, self.attention, strict=True):
-            _require(
-                channels >= 1 and channels % self.norm_groups == 0,
-                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
-                f"unet.norm_groups={self.norm_groups}",
-            )
-            _require(
-                not attention or channels % self.num_heads == 0,
-                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
-                f"unet.num_heads={self.num_heads} where unet.attention is on",
-            )
-
-    @property
-    def downscale(self) -> int:
-        """Latents along one side of a token."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Text before the image: a causal stream with a tower of its own, which every image token attends to.
-
-    Attributes:
-        vocab_size: of the tokenizer.
-        length: tokens of every text. Shorter ones are padded; padding is attended to as any other token is.
-        pad_token_id: its embedding gets no gradient; None for no such token.
-        rope_theta: base of the one-dimensional rotation.
-    """
-
-    vocab_size: int
-    length: int
-    pad_token_id: int | None = None
-    rope_theta: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        check_types(self, "text.", most={"vocab_size": 2**24, "length": 2**20})
-        for name in ("vocab_size", "length"):
-            _require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
-        _require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
-        _require(
-            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
-            f"text.pad_token_id={self.pad_token_id} must be below text.vocab_size={self.vocab_size}",
-        )
-
-
-@dataclass(frozen=True)
 class MADFormerConfig(Mapping[str, Any]):
     """Geometry of the paper's two axes, the ablation switches, and the quirk fields.
 
@@ -142,78 +57,80 @@ class MADFormerConfig(Mapping[str, Any]):
 
     _class_name: ClassVar[str] = "MADFormer"
 
-    # Transformer
-    hidden_size: int = 1152
-    num_layers: int = 28
-    num_heads: int = 18
-    intermediate_size: int = 4096
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    mlp_bias: bool = False
+    hidden_size: int = 1152  # width of the Transformer; a multiple of four times num_heads
+    num_layers: int = 28  # layers of the Transformer, N: autoregressive ones, then diffusion layers
+    num_heads: int = 18  # heads of its attention
+    intermediate_size: int = 4096  # width of its MLPs
+    norm_eps: float = 1e-5  # added to the mean square that a norm divides by
+    qk_norm: bool = True  # normalise queries and keys: steadier training
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # kind of its MLPs
+    mlp_bias: bool = False  # give them biases
 
     # the two axes: how many blocks (M), and how many of the layers are diffusion layers (D)
-    num_blocks: int = 16
-    block_size: int = 256
-    diffusion_layers: int = 14
-    # what diffusion_layers may be set to afterwards: training drew each batch's number from these
+
+    num_blocks: int = 16  # blocks of an image, M, drawn one after the other: 1 is plain diffusion
+    block_size: int = 256  # tokens of a block, which are denoised together
+    diffusion_layers: int = 14  # layers that run in every denoising step, D; the others run once a block
+    # numbers that diffusion_layers may be set to after training, with commas: every batch draws one of them
     elastic_diffusion_layers: tuple[int, ...] = ()
 
-    # rows and columns of a block in tokens and of the image in blocks, empty for squares; and the order of the blocks
-    block_shape: tuple[int, ...] = ()
-    block_grid: tuple[int, ...] = ()
-    block_order: BlockOrder = "raster"
-    # base of the image's rotation: 0 for the released code's, which grows with the image
-    rope_base: int = 0
+    block_shape: tuple[int, ...] = ()  # rows,columns of tokens in a block; none: a square
+    block_grid: tuple[int, ...] = ()  # rows,columns of blocks in the image; none: a square
+    block_order: BlockOrder = "raster"  # order in which blocks are drawn
+    rope_base: int = 0  # base of the image's rotation; 0: the released code's, which grows with the image
 
-    # latents, and what makes tokens of them: a U-Net around the Transformer, or, for None, linear layers on patches
-    latent_channels: int = 4
+    latent_channels: int = 4  # channels of the autoencoder's latents
+    # makes tokens of latents; none: linear layers on patches
     unet: UNetConfig | None = field(default_factory=UNetConfig)
-    patch_size: int = 2
+    patch_size: int = 2  # latents along a side of such a patch; with a U-Net it says nothing
 
-    # what the image is conditioned on: text before it, a class, and where the diffusion layers learn of time and class
-    text: TextConfig | None = None
-    num_classes: int = 0
-    null_class: bool = True
+    text: TextConfig | None = None  # text before the image; none: no text
+    num_classes: int = 0  # classes that the model is told; 0: none
+    null_class: bool = True  # have a class for no class, which guidance leads away from
+    # who is told the timestep: the U-Net, the diffusion layers (AdaLN), both
     time_conditioning: TimeConditioning = "unet"
 
     # the paper's ablations
-    context: Context = "clean+condition"
-    cross_block_attention: bool = True
-    shared_towers: bool = False
-    prediction_type: PredictionType = "epsilon"
+
+    context: Context = "clean+condition"  # what a block is drawn from: earlier blocks, what layers make of them, both
+    cross_block_attention: bool = True  # let diffusion layers attend to earlier blocks
+    shared_towers: bool = False  # pass the clean and the noisy stream through the same weights
+    prediction_type: PredictionType = "epsilon"  # what the network predicts: the noise, the image, or their mix
 
     # quirks of the released code, which compat/ sets: the paper's way is the default, and each field is read where the
     # number is computed (CONTRIBUTING.md, "Add a quirk")
-    rope_pairing: Literal["axial", "released"] = "axial"
-    clean_timestep: Literal["zero", "noisy"] = "zero"
+
+    rope_pairing: Literal["axial", "released"] = "axial"  # quirk: channels that a rotation pairs: an axis has its half
+    clean_timestep: Literal["zero", "noisy"] = "zero"  # quirk: the timestep that clean blocks are embedded at
+    # quirk: what the hidden loss decodes: the condition that autoregressive layers predict, or with noise added
     hidden_loss_input: Literal["condition", "condition+noisy"] = "condition"
+    # quirk: the block whose U-Net skips that decoding reads: the one before, or the very one that it is compared with
     hidden_loss_skips: Literal["shifted", "same_block"] = "shifted"
-    square_blocks: bool = True
+    square_blocks: bool = True  # quirk: blocks are squares; without, tokens are numbered over the image
 
     def __post_init__(self) -> None:
         check_types(self, most=_MOST)
         for own in dataclasses.fields(self):
             value, low = getattr(self, own.name), 0 if own.name in ("num_classes", "rope_base") else 1
             if own.type == "int":
-                _require(value >= low, f"{own.name}={value!r} must be a whole number from {low}")
-        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+                require(value >= low, f"{own.name}={value!r} must be a whole number from {low}")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         self._check_transformer()
         self._check_blocks()
         self._check_conditioning()
         self._check_elastic()
 
     def _check_transformer(self) -> None:
-        _require(
+        require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}",
         )
-        _require(
+        require(
             self.head_dim % 4 == 0,
             f"hidden_size={self.hidden_size} / num_heads={self.num_heads} gives heads of {self.head_dim}; "
             "two-dimensional RoPE needs a multiple of 4",
         )
-        _require(
+        require(
             self.diffusion_layers <= self.num_layers,
             f"diffusion_layers={self.diffusion_layers} must be from 1 to num_layers={self.num_layers}",
         )
@@ -223,31 +140,31 @@ class MADFormerConfig(Mapping[str, Any]):
             shape, count = getattr(self, name), getattr(self, total)
             if not shape:
                 fits = math.isqrt(count) ** 2 == count
-                _require(fits, f"{total}={count} must be a square number where {name} names no rows and columns")
+                require(fits, f"{total}={count} must be a square number where {name} names no rows and columns")
                 continue
             whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 1 for side in shape)
             fits = whole and len(shape) == 2 and math.prod(shape) == count
-            _require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
-        _require(
+            require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
+        require(
             self.num_blocks * self.block_size <= MAX_TOKENS,
             f"num_blocks={self.num_blocks} of block_size={self.block_size} must be at most {MAX_TOKENS} tokens",
         )
         for name in ("block_shape", "block_grid", "block_order"):
-            _require(
+            require(
                 self.square_blocks or getattr(self, name) in ((), "raster"),
                 f"{name}={getattr(self, name)!r} is not possible: square_blocks=False is for squares in raster order",
             )
-        _require(
+        require(
             not self.shared_towers or self.has_clean_stream,
             f"shared_towers=True needs a clean stream to share with; context={self.context!r} has none",
         )
 
     def _check_conditioning(self) -> None:
-        _require(
+        require(
             self.unet is not None or self.time_conditioning == "adaln",
             f"time_conditioning={self.time_conditioning!r} needs a U-Net, and unet=None; there is 'adaln'",
         )
-        _require(
+        require(
             self.num_classes == 0 or self.modulated,
             f"num_classes={self.num_classes} needs AdaLN to tell the layers, and "
             f"time_conditioning={self.time_conditioning!r}",
@@ -257,7 +174,7 @@ class MADFormerConfig(Mapping[str, Any]):
         elastic = self.elastic_diffusion_layers
         if not elastic:
             return
-        _require(
+        require(
             self.diffusion_layers in elastic and all(1 <= number <= self.num_layers for number in elastic),
             f"elastic_diffusion_layers={elastic} must be from 1 to num_layers={self.num_layers}, and "
             f"diffusion_layers={self.diffusion_layers} among them",
@@ -267,7 +184,7 @@ class MADFormerConfig(Mapping[str, Any]):
             (self.cross_block_attention, "cross_block_attention=False ends the clean stream at the split"),
             (not self.modulated, f"time_conditioning={self.time_conditioning!r} tells the time to some layers alone"),
         ):
-            _require(fits, f"elastic_diffusion_layers={elastic} is not possible: {why}")
+            require(fits, f"elastic_diffusion_layers={elastic} is not possible: {why}")
 
     @property
     def modulated(self) -> bool:
@@ -340,11 +257,11 @@ class MADFormerConfig(Mapping[str, Any]):
         if (rows, columns) == self.grid:
             return self
         refusal = f"an image of {rows} x {columns} blocks is not possible"
-        _require(rows >= 1 and columns >= 1, f"{refusal}: it has none")
-        _require(self.square_blocks, f"{refusal}: square_blocks=False numbers tokens over the image that it trained on")
+        require(rows >= 1 and columns >= 1, f"{refusal}: it has none")
+        require(self.square_blocks, f"{refusal}: square_blocks=False numbers tokens over the image that it trained on")
         fits = rows * columns * self.block_size <= MAX_TOKENS
-        _require(fits, f"{refusal}: with {self.block_size} tokens a block it has more than at most {MAX_TOKENS} tokens")
-        _require(self.num_blocks > 1, f"{refusal}: the model was trained on a single block, and goes on from none")
+        require(fits, f"{refusal}: with {self.block_size} tokens a block it has more than at most {MAX_TOKENS} tokens")
+        require(self.num_blocks > 1, f"{refusal}: the model was trained on a single block, and goes on from none")
         base = rope_base(self)
         return self.replace(num_blocks=rows * columns, block_grid=(rows, columns), rope_base=base)
 
@@ -416,7 +333,7 @@ class MADFormerConfig(Mapping[str, Any]):
         Raises:
             ValueError: a key that is no field, or an impossible geometry; the message names the fields.
         """
-        _require(isinstance(values, Mapping), f"a MADFormer configuration is an object with fields, not {values!r}")
+        require(isinstance(values, Mapping), f"a MADFormer configuration is an object with fields, not {values!r}")
         marked = values.get(REGISTERED)
         names = (*FOREIGN, *(marked if isinstance(marked, list) else ()))
         notes = {name: values[name] for name in names if name in values}
@@ -455,11 +372,6 @@ def rope_base(config: MADFormerConfig) -> int:
 def _rows_and_columns(shape: tuple[int, ...], count: int) -> tuple[int, int]:
     rows, columns = shape or (math.isqrt(count),) * 2
     return rows, columns
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def ffhq1024() -> MADFormerConfig:
@@ -514,5 +426,5 @@ PRESETS: dict[str, Callable[[], MADFormerConfig]] = {
 
 def preset(name: str) -> MADFormerConfig:
     """The configuration of that name; raises ``ValueError`` that lists the presets."""
-    _require(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    require(name in PRESETS, f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]()

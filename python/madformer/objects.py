@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import sys
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,10 @@ T = TypeVar("T")
 
 LARGEST = 2**63 - 1
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path",
+    types.NoneType: "null",
+}  # fmt: skip
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "truth values", str: "strings"}
 
 
@@ -37,7 +41,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     text = text.decode() if isinstance(text, bytes) else text
     try:
         values = json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_refuse_nan, parse_float=_finite
+            text.removeprefix("\ufeff"), object_pairs_hook=unique, parse_constant=_refuse_nan, parse_float=_finite
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -56,14 +60,49 @@ def from_object(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         ValueError: a field that the class does not have, or lacks; or what the class itself raises.
     """
     hints = _hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"unknown configuration field {', '.join(prefix + name for name in unknown)}")
+    check_names(values, hints, prefix)
     own = dataclasses.fields(cls)  # type: ignore[arg-type]
     needed = [field.name for field in own if {field.default, field.default_factory} == {dataclasses.MISSING}]
     if missing := [prefix + name for name in needed if name not in values]:
         raise ValueError(f"configuration field {', '.join(missing)} is missing")
     return cls(**{name: _built(value, hints[name], f"{prefix}{name}.") for name, value in values.items()})
+
+
+def changed(instance: T, values: Mapping[str, Any], prefix: str = "") -> T:
+    """A copy of a dataclass with some fields changed, or some of a dataclass in it; see :func:`from_object`."""
+    hints = _hints(type(instance))
+    check_names(values, hints, prefix)
+
+    def new(name: str, value: Any) -> Any:
+        current = getattr(instance, name)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(current):
+            return changed(current, value, f"{prefix}{name}.")
+        return _built(value, hints[name], f"{prefix}{name}.")
+
+    return dataclasses.replace(instance, **{name: new(name, value) for name, value in values.items()})  # type: ignore[type-var]
+
+
+def built_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of a dataclass's fields, as :func:`from_object` has them, of their types."""
+    hints = _hints(cls)
+    built = {name: _built(value, hints[name], f"{name}.") for name, value in values.items()}
+    for name, value in built.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name}={value!r} must be {_named(hints[name])}")
+    return built
+
+
+def check_names(names: Iterable[str], known: Collection[str], prefix: str = "") -> None:
+    """Raise ``ValueError`` that names each unknown field, and the known one that is nearest to it."""
+    unknown = [with_nearest(prefix + name, [prefix + field for field in known]) for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown configuration field {', '.join(sorted(unknown))}")
+
+
+def with_nearest(name: str, known: Iterable[str]) -> str:
+    """An unknown name, and the known one that is most like it."""
+    (nearest,) = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    return f"{name} (the nearest known name is {nearest})"
 
 
 def check_types(
@@ -99,9 +138,15 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _built(value: Any, hint: Any, prefix: str) -> Any:
+    kinds = (hint, *get_args(hint))
     if isinstance(value, list):
         return tuple(value)
-    nested = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+    if isinstance(value, str) and str not in kinds:
+        # TOML has no null
+        if value == "none" and types.NoneType in kinds:
+            return None
+        return Path(value) if Path in kinds else value
+    nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
     if nested is None or not isinstance(value, Mapping) or isinstance(value, nested):  # type: ignore[arg-type]
         return value
     return from_object(nested, value, prefix)  # type: ignore[arg-type]
@@ -139,7 +184,7 @@ def _named(hint: Any) -> str:
     return _NAMES.get(hint, "an object with fields")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))

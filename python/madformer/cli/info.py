@@ -2,62 +2,64 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import platform
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
 
 from madformer.cli import recorded
+from madformer.cli.request import Request
 
 PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "flash-attn-4", "xformers")
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "info",
-        help="show what runs here, what a model is, or how a picture was drawn",
-        description="Show versions, devices and backends with the reason for each; with --model, a model too. "
-        "Of a picture, latents, a shard or a folder that madformer sample wrote, show how it was drawn.",
-        epilog="examples:\n  madformer info samples/00000007.png\n  madformer info images-000000.tar/00000007.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "path", nargs="?", type=Path, metavar="PICTURE", help="file or folder of madformer sample, or a model"
-    )
-    parser.add_argument("--model", help="a model folder or hub id")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Info(Request):
+    """Show versions, devices and backends with the reason for each; with --model, a model too. Of a picture, latents, a
+    shard or a folder that madformer sample wrote, show how it was drawn.
 
+    examples:
+      madformer info samples/00000007.png
+      madformer info images-000000.tar/00000007.png
+    """
 
-def run(args: argparse.Namespace) -> None:
-    from madformer.bulk.folder import MANIFEST
+    # file or folder that madformer sample wrote, or a model's folder
+    path: Annotated[Path | None, Positional, arg(metavar="PICTURE")] = None
+    model: str | None = None  # show the configuration and the size of this model too, a folder or hub id
+    json: bool = False  # print one JSON object, for programs and bug reports
 
-    if args.path and args.model:
-        raise ValueError("a picture and --model are two questions: ask one")
-    if args.path and args.path.is_dir() and not (args.path / MANIFEST).exists():
-        args.model = str(args.path)
-    elif args.path:
-        described = recorded.describe(args.path)
-        print(json.dumps(described) if args.json else "\n".join(recorded.lines(described)))
-        return
-    record = _machine()
-    if args.model:
-        record["model"] = _model(args.model)
-    if args.json:
-        print(json.dumps(record))
-        return
-    for name, version in record["versions"].items():
-        print(f"{name:<12} {version or 'not installed'}")
-    for device in record["devices"]:
-        print(f"{'device':<12} {device}")
-    print()
-    for backend in record["backends"]:
-        state = "yes" if backend["available"] else "no"
-        print(f"{backend['backend']:<12} {state:<4} {backend['reason']}: {', '.join(backend['ops'])}")
-    for name, value in record.get("model", {}).items():
-        print(f"{name:<24} {value}")
+    def run(self) -> None:
+        from madformer.bulk.folder import MANIFEST
+
+        model = self.model
+        if self.path and model:
+            raise ValueError("a picture and --model are two questions: ask one")
+        if self.path and self.path.is_dir() and not (self.path / MANIFEST).exists():
+            model = str(self.path)
+        elif self.path:
+            described = recorded.describe(self.path)
+            print(json.dumps(described) if self.json else "\n".join(recorded.lines(described)))
+            return
+        record = _machine()
+        if model:
+            record["model"] = _model(model)
+        if self.json:
+            print(json.dumps(record))
+            return
+        for name, version in record["versions"].items():
+            print(f"{name:<12} {version or 'not installed'}")
+        for device in record["devices"]:
+            print(f"{'device':<12} {device}")
+        print()
+        for backend in record["backends"]:
+            state = "yes" if backend["available"] else "no"
+            print(f"{backend['backend']:<12} {state:<4} {backend['reason']}: {', '.join(backend['ops'])}")
+        for name, value in record.get("model", {}).items():
+            print(f"{name:<24} {value}")
 
 
 def _machine() -> dict[str, Any]:

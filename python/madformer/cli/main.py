@@ -1,35 +1,73 @@
-"""The ``madformer`` command: one file a subcommand, each with ``add_parser`` and ``run``."""
+"""The ``madformer`` command: one file a subcommand, each with a :class:`~madformer.cli.request.Request` that runs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union
 
-from madformer.cli import bench, convert, data, export, info, sample, train
-from madformer.cli.process import Parser, exit_status, output_is_closed, settle_streams, terminable
+import tyro
+from tyro.conf import DisallowNone, Positional, arg, subcommand
+
+from madformer.cli.bench import Bench
+from madformer.cli.config_file import toml
+from madformer.cli.convert import Convert
+from madformer.cli.data import Emoji, Latents
+from madformer.cli.export import Export
+from madformer.cli.info import Info
+from madformer.cli.process import exit_status, output_is_closed, settle_streams, terminable
+from madformer.cli.request import REGISTRY, Request, refuse
+from madformer.cli.sample import Sample
+from madformer.cli.train import Train
 from madformer.files.atomic import file_locks
+from madformer.objects import with_nearest
 
-COMMANDS = (sample, train, data, export, convert, info, bench)
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Request):
+    """Print a script that lets a shell complete commands and options.
+
+    examples:
+      madformer completion bash > ~/.local/share/bash-completion/completions/madformer
+      madformer completion fish > ~/.config/fish/completions/madformer.fish
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], Positional, arg(metavar="SHELL")]  # whose script it is
+
+    def run(self) -> None:
+        with contextlib.suppress(SystemExit):
+            _tell(["--tyro-print-completion", self.shell])
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        prog="madformer",
-        description="Images made block by block: autoregression across blocks, diffusion within.",
-        epilog='First steps: madformer sample --model assets/emoji64 --prompt "red apple" --grid apple.png',
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return parser
+# with a line for the list of commands
+COMMANDS: dict[str, tuple[type[Request], str]] = {
+    "sample": (Sample, "draw images from a model"),
+    "train": (Train, "train a model"),
+    "data emoji": (Emoji, "render Noto Color Emoji"),
+    "data latents": (Latents, "encode images once, so that training needs no VAE"),
+    "export": (Export, "take a model out of a training run"),
+    "convert": (Convert, "turn a released checkpoint into a model folder"),
+    "info": (Info, "show what runs here, what a model is, or how a picture was drawn"),
+    "bench": (Bench, "measure latency and throughput of sampling"),
+    "completion": (Completion, "print a script for the completion of commands and options in a shell"),
+}
+GROUPS = {"data": "make a data set"}
+DESCRIPTION = """Images made block by block: autoregression across blocks, diffusion within.
+
+First steps: madformer sample --model assets/emoji64 --prompt "red apple" --grid apple.png"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and exit status 1, a signal the status that the shell has for it.
 
     From any thread; signals end it in the process's first one.
+
+    Raises:
+        SystemExit: words that are no command's, with status 2, or a call for help.
     """
     try:
         file_locks()
@@ -37,10 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"madformer: error: {error}", file=sys.stderr)
         return 1
     settle_streams()
-    args = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = _command(words)
+    program = f"madformer {words[0]}"
     try:
         with terminable():
-            args.run(args)
+            request = COMMANDS[name][0].parse(words[len(name.split()) :], f"madformer {name}")
+            if request.print_config:
+                print(toml(request.described()))
+            else:
+                request.run()
             # here, where a full disk or a closed pipe is an error like others
             sys.stdout.flush()
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError) as error:
@@ -49,12 +93,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("MADFORMER_TRACEBACK") or not _is_for_the_user(error):
             raise
         message = " ".join(str(error).split()) or "out of memory"
-        print(f"madformer {args.command}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"madformer {args.command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return exit_status(stop)
     return 0
+
+
+def _command(words: Sequence[str]) -> str:
+    """The name of the command that words begin with.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    for name in (" ".join(words[:2]), *words[:1]):
+        if name in COMMANDS:
+            return name
+    group, *others = words[:2] if words[:1] and words[0] in GROUPS else ["", *words[:1]]
+    if others and others[0].startswith("-"):
+        _tell(words)
+    known = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
+    wanted = f"unknown command {with_nearest(others[0], known)}" if others else "a command is missing"
+    refuse(f"madformer {group}".strip(), f"{wanted}: there are {', '.join(dict.fromkeys(known))}")
+
+
+def _tell(words: Sequence[str]) -> None:
+    """Let tyro say what it can of all commands, and end."""
+    union = _union(COMMANDS)
+    tyro.cli(union, prog="madformer", description=DESCRIPTION, args=words, config=(DisallowNone,), registry=REGISTRY)
+
+
+def _union(commands: dict[str, tuple[type[Request], str]]) -> Any:
+    kinds: dict[str, Any] = {}
+    for name, (kind, line) in commands.items():
+        first, *rest = name.split()
+        if rest:
+            within = {name.removeprefix(f"{first} "): c for name, c in commands.items() if name.startswith(f"{first} ")}
+            kinds[first] = Annotated[_union(within), subcommand(first, description=GROUPS[first])]
+        else:
+            kinds[first] = Annotated[kind.form(), subcommand(first, description=line)]
+    return Union[tuple(kinds.values())]  # noqa: UP007 - of a tuple
 
 
 def _is_for_the_user(error: Exception) -> bool:

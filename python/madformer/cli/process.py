@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import select
@@ -16,13 +15,6 @@ from typing import NoReturn
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Its complaint is one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:

@@ -1,117 +1,176 @@
-"""``madformer train``: every field of the configuration is an option."""
+"""``madformer train``: train from a preset. Every field of the configurations is an option."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
+import inspect
 import logging
 import sys
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Self
 
-from madformer.choices import numbers
-from madformer.config import MADFormerConfig
+from tyro.conf import Positional, Suppress, arg
+
+from madformer.cli import config_file
+from madformer.cli.request import Request, file_of, filled
 from madformer.machine import this_process
-
-if TYPE_CHECKING:
-    from madformer.training.config import TrainingConfig
-
-EXAMPLES = """examples:
-  madformer train tiny --data photos --out runs/photos --steps 200
-  madformer train emoji64 --out runs/emoji64
-  madformer train --resume --out runs/emoji64
-  madformer train ffhq1024 --dry-run
-  torchrun --no-python --nproc-per-node 8 madformer train ffhq1024 --data LATENTS --parallel fsdp --out runs/ffhq
-  madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
-  madformer train emoji64 --out runs/tall --model.num-blocks 6 --model.block-grid 3,2 --model.block-order random
-"""
+from madformer.objects import changed, check_names
+from madformer.training.config import PRESETS, TrainingConfig
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a model",
-        description="Train a preset into a folder, which then holds metrics, checkpoints and model/ to sample from.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("preset", nargs="?", help="tiny, emoji64, ffhq1024 or imagenet256")
-    parser.add_argument(
-        "--released-config",
-        type=Path,
-        metavar="FILE",
-        help="a baseline.conf, FFHQ's or ImageNet's, in place of a preset",
-    )
-    parser.add_argument(
-        "--released-model-config", type=Path, metavar="FILE", help="the JSON file that its MODEL_CONFIG_PATH stands for"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in the folder; without a preset as its config.json says",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and operations, and stop")
-    _add_fields(parser.add_argument_group("run (default: the preset's)"), _training_fields(), "")
-    _add_fields(parser.add_argument_group("model (default: the preset's)"), _model_fields(), "model.")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True, kw_only=True)
+class Train(Request):
+    """Train a preset into a folder, which then holds metrics, checkpoints and model/ to sample from. The defaults shown
+    are those of the preset that is named before --help, else the paper's.
+
+    examples:
+      madformer train tiny --data photos --out runs/photos --steps 200
+      madformer train emoji64 --out runs/emoji64
+      madformer train --resume --out runs/emoji64
+      madformer train ffhq1024 --dry-run
+      madformer train tiny --data photos --out runs/photos --print-config > run.toml
+      madformer train --config run.toml
+      torchrun --no-python --nproc-per-node 8 madformer train ffhq1024 --data LATENTS --parallel fsdp --out runs/ffhq
+      madformer train emoji64 --out runs/ar-heavy --model.diffusion-layers 1 --steps 5000
+      madformer train emoji64 --out runs/tall --model.num-blocks 6 --model.block-grid 3,2 --model.block-order random
+    """
+
+    preset: Annotated[str | None, Positional, arg(metavar="PRESET")] = None  # tiny, emoji64, ffhq1024 or imagenet256
+    released_config: Path | None = None  # a baseline.conf, FFHQ's or ImageNet's, in place of a preset
+    released_model_config: Path | None = None  # the JSON file that its MODEL_CONFIG_PATH stands for
+    out: Path | None = None  # folder of the run
+    resume: bool = False  # go on from the newest checkpoint in the folder; without a preset as its config.json says
+    dry_run: bool = False  # print parameters, memory and operations, and stop
+    # of the configuration's fields, by their names; those of the model in a dictionary within
+    changes: Annotated[Any, Suppress] = None
+
+    @classmethod
+    def parse(cls, words: Sequence[str], prog: str) -> Self:
+        file, values = file_of(words, prog)
+        own = {name: values.pop(name) for name in cls.names() if name in values}
+        try:
+            check_names(values, [*cls.names(), *(field.name for field in dataclasses.fields(TrainingConfig))])
+            default = cls.of(own)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        shown = next((PRESETS[word]() for word in (*words, default.preset) if word in PRESETS), TrainingConfig())
+        form = cls.form(shown)
+        told = filled(form, form(default, {}), words, prog, description=inspect.cleandoc(cls.__doc__ or ""))
+        return dataclasses.replace(told.request, changes=_merged(values, told.changes))
+
+    @classmethod
+    def form(cls, shown: TrainingConfig | None = None) -> Any:
+        parts = [("request", cls), ("changes", _options(shown or TrainingConfig()))]
+        return dataclasses.make_dataclass("Train", [(name, Annotated[kind, arg(name="")]) for name, kind in parts])
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [name for name in super().names() if name != "changes"]
+
+    def described(self) -> dict[str, Any]:
+        """All of the configuration, as the data has it if they are there: nothing is left to a preset."""
+        config = _fitted(*self.config_and_given())
+        out = {"out": str(self.out)} if self.out else {}
+        return out | config_file.plain(config)
+
+    def run(self) -> None:
+        config, given = self.config_and_given()
+        if self.dry_run:
+            _describe(config)
+            return
+        if self.out is None:
+            raise ValueError("give --out FOLDER, or --dry-run")
+        logging.basicConfig(format="%(message)s")
+
+        from madformer.training.parallel import leave
+        from madformer.training.trainer import Trainer
+
+        try:
+            trainer = Trainer(config, self.out, resume=self.resume, given=given)
+            trainer.run()
+        finally:
+            leave()
+        if trainer.stopped_by:
+            # as the shell has it for a process that a signal ended
+            raise SystemExit(128 + trainer.stopped_by)
+
+    def config_and_given(self) -> tuple[TrainingConfig, list[str] | None]:
+        """The configuration, and what of it was chosen; None where all of it was: of a run, or without a preset."""
+        from madformer.training.fitting import telling_classes
+
+        config, changes = self._base(), dict(self.changes)
+        model = changes.get("model", {})
+        if "num_classes" in model:
+            changes["model"] = telling_classes(config.model, model["num_classes"]) | model
+        given = [name for name in changes if name != "model"] + [f"model.{name}" for name in model]
+        return changed(config, changes), given if self.preset else None
+
+    def _base(self) -> TrainingConfig:
+        """What the options change."""
+        from madformer.compat.released_config import read_released_config
+
+        if self.resume and self.out is not None and self.preset is None and self.released_config is None:
+            return TrainingConfig.of_run(self.out)
+        if self.preset is None and self.released_config is None and self.config is not None:
+            return TrainingConfig()
+        if (self.preset is None) == (self.released_config is None):
+            raise ValueError(f"give a preset ({', '.join(PRESETS)}), or --released-config FILE, or --config FILE")
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(PRESETS)}")
+            return PRESETS[self.preset]()
+        assert self.released_config is not None
+        released = read_released_config(
+            self.released_config,
+            model_config=self.released_model_config,
+            world_size=this_process()[1],
+        )
+        for key, reason in released.ignored.items():
+            print(f"{self.released_config}: {key} is ignored: {reason}", file=sys.stderr)
+        return TrainingConfig(model=released.model, **released.training)
 
 
-def run(args: argparse.Namespace) -> None:
-    from madformer.training.fitting import telling_classes
+def _options(config: Any) -> Any:
+    """A type of dictionary with the fields of a configuration, all of which may be left out; it shows their values."""
+    fields: dict[str, Any] = {}
+    hints = typing.get_type_hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            fields[name] = _options(value)
+        elif not any(map(dataclasses.is_dataclass, typing.get_args(hints[name]))):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            fields[name] = Annotated[hints[name], arg(help_behavior_hint=f"(default: {shown or 'none'})")]
+    options: Any = typing.TypedDict(type(config).__name__, fields, total=False)  # type: ignore[misc]
+    # where its comments are found, the lines of help
+    options.__module__, options.__qualname__, options.__doc__ = type(config).__module__, type(config).__qualname__, ""
+    return options
 
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    config = _base(args)
-    fields = {name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
-    if "num_classes" in fields:
-        fields = telling_classes(config.model, fields["num_classes"]) | fields
-    model = config.model.replace(**fields)
-    changes = {name: given[name] for name in _training_fields() if name in given}
-    config = dataclasses.replace(config, model=model, **changes)
-    if args.dry_run:
-        _describe(config)
-        return
-    if args.out is None:
-        raise ValueError("give --out FOLDER, or --dry-run")
-    logging.basicConfig(format="%(message)s")
 
-    from madformer.training.parallel import leave
-    from madformer.training.trainer import Trainer
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What either says, the second where both do; in dictionaries within, too."""
+    within = [name for name, value in second.items() if isinstance(value, Mapping)]
+    inner = {name: _merged(first.get(name) or {}, second[name]) for name in within if second[name]}
+    return {**first, **{name: value for name, value in second.items() if name not in within}, **inner}
 
+
+def _fitted(config: TrainingConfig, given: Sequence[str] | None) -> TrainingConfig:
+    """As a run has it, which looks at the data for what was not chosen."""
+    from madformer.training.fitting import fit, open_data
+    from madformer.training.initial import with_initial_model
+
+    if config.init_from:
+        return with_initial_model(config, given)
+    if given is None or not config.data:
+        return config
     try:
-        # a released configuration says all of it, and so does that of a run
-        trainer = Trainer(config, args.out, resume=args.resume, given=given if args.preset else None)
-        trainer.run()
-    finally:
-        leave()
-    if trainer.stopped_by:
-        # as the shell has it for a process that a signal ended
-        raise SystemExit(128 + trainer.stopped_by)
-
-
-def _base(args: argparse.Namespace) -> TrainingConfig:
-    """What the options change."""
-    from madformer.compat.released_config import read_released_config
-    from madformer.training.config import PRESETS, TrainingConfig
-
-    if args.resume and args.out is not None and args.preset is None and args.released_config is None:
-        return TrainingConfig.of_run(args.out)
-    if (args.preset is None) == (args.released_config is None):
-        raise ValueError(f"give a preset ({', '.join(PRESETS)}), or --released-config FILE")
-    if args.preset is not None:
-        if args.preset not in PRESETS:
-            raise ValueError(f"unknown preset {args.preset!r}; there are {', '.join(PRESETS)}")
-        return PRESETS[args.preset]()
-    released = read_released_config(
-        args.released_config,
-        model_config=args.released_model_config,
-        world_size=this_process()[1],
-    )
-    for key, reason in released.ignored.items():
-        print(f"{args.released_config}: {key} is ignored: {reason}", file=sys.stderr)
-    return TrainingConfig(model=released.model, **released.training)
+        return fit(config, open_data(config).summary(), given)
+    except OSError as error:
+        print(f"madformer train: classes and text are the preset's, not the data's: {error}", file=sys.stderr)
+        return config
 
 
 def _describe(config: TrainingConfig) -> None:
@@ -131,39 +190,3 @@ def _describe(config: TrainingConfig) -> None:
         print(f"  {name:<18} {size / 1e9:,.2f} GB")
     if config.activation_checkpointing != "none":
         print(f"  activations are those without checkpointing, which is {config.activation_checkpointing}")
-
-
-def _training_fields() -> dict[str, Any]:
-    from madformer.training.config import TrainingConfig
-
-    return _scalar_fields(TrainingConfig)
-
-
-def _model_fields() -> dict[str, Any]:
-    return _scalar_fields(MADFormerConfig)
-
-
-def _scalar_fields(config: type) -> dict[str, Any]:
-    """Name and type of every field that one word on a command line can set."""
-    hints = typing.get_type_hints(config)
-    return {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(config)
-        if hints[field.name] in (int, float, str, bool, tuple[float, ...], tuple[int, ...])
-        or typing.get_origin(hints[field.name]) is typing.Literal
-    }
-
-
-def _add_fields(group: Any, fields: dict[str, Any], prefix: str) -> None:
-    for name, kind in fields.items():
-        option = f"--{prefix}{name.replace('_', '-')}"
-        if kind is bool:
-            group.add_argument(option, dest=prefix + name, action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(kind) is typing.Literal:
-            group.add_argument(option, dest=prefix + name, choices=typing.get_args(kind))
-        elif kind in (tuple[float, ...], tuple[int, ...]):
-            (number, _) = typing.get_args(kind)
-            parse = functools.partial(numbers, number)
-            group.add_argument(option, dest=prefix + name, type=parse, metavar=f"{number.__name__.upper()},...")
-        else:
-            group.add_argument(option, dest=prefix + name, type=kind, metavar=kind.__name__.upper())

@@ -7,10 +7,9 @@ that script's default.
 
 from __future__ import annotations
 
-import difflib
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
 from madformer.config import MADFormerConfig
+from madformer.objects import with_nearest
 
 VAE_DOWNSCALE = 8
 PLACEHOLDER = "Your/Path/To/Model/Config.json"
@@ -181,7 +181,7 @@ def read_released_config(
     defaults = DEFAULTS | script.defaults
     known = [*defaults, *IGNORED]
     if unknown := [key for key in written if key not in known]:
-        raise ValueError(f"{path}: unknown {', '.join(_with_nearest(key, known) for key in unknown)}")
+        raise ValueError(f"{path}: unknown {', '.join(with_nearest(key, known) for key in unknown)}")
     values = {key: _convert(path, key, written.get(key), default) for key, default in defaults.items()}
     if num_images is None:
         num_images = script.num_images
@@ -216,11 +216,6 @@ def _read_lines(path: Path) -> dict[str, str]:
                 raise ValueError(f"{path}, line {number}: {word!r} is no KEY=value")
             values[key.strip().upper()] = value
     return values
-
-
-def _with_nearest(key: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0)
-    return f"{key} (the nearest known name is {nearest[0]})"
 
 
 def _convert(path: Path, key: str, text: str | None, default: Any) -> Any:

@@ -49,122 +49,87 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One run. The defaults are the paper's.
-
-    Attributes:
-        init_from: folder or hub id of a model or pipeline whose weights the run begins with; the model is its.
-        lora_rank: of adapters (LoRA) that are trained on top of those weights, which stay as they are; 0 for none.
-            lora_alpha: an update is multiplied by ``lora_alpha / lora_rank``; 0 for the rank. lora_targets: layers of
-            the towers that have one, commas between them, of :data:`madformer.model.lora.TARGETS`.
-        data: shards of images or of latents, a folder of images, or ``hf:NAME``; see
-            :func:`madformer.data.open_dataset` and ``madformer data latents``.
-        data_order: ``uniform``, or ``shards`` for disks that seek slowly; see
-            :class:`madformer.training.data.BatchStream`.
-        vae: folder or hub id of an ``AutoencoderKL``.
-        image_size: pixels along the shorter side; the model's grid says how long the other is.
-        flip: mirror every second image, by chance.
-        cache_latents: encode the data set once, before the first step, and keep it in memory.
-        tokenizer: of a model with text: ``bytes``, or a folder or hub id of one of ``transformers``. caption: what the
-            text is: a sample's caption, or its label as a number. caption_dropout, label_dropout: how often a sample
-            goes without, which is what guidance leads away from.
-        max_bad_fraction: of unreadable images that a run puts up with.
-        batch_size: images in an optimiser step, over all processes; split into ``accumulation_steps`` micro-batches a
-            process.
-        schedule: of the learning rate. ``wsd``: linear warm-up over the share ``warmup`` of the steps, constant, then
-            from the share ``decay_start`` on a decay to ``0.5 ** decay_exponent``. ``cosine``: the same warm-up, then
-            half a cosine to the share ``min_learning_rate``. ``constant``: the warm-up, and no decay.
-        ema_decays: one average of the weights each, commas between them; samples are drawn from the first.
-        image_loss_weight, hidden_loss_weight, clean_loss_weight, text_loss_weight: of the noisy blocks', the
-            condition's, the clean tower's and the next token's loss.
-        min_snr_gamma: cap of the signal-to-noise ratio that weights a block's image loss (arXiv:2303.09556); 0 for
-            none.
-        beta_schedule: of the noise. zero_terminal_snr: rescaled so that nothing is left of the image at the last
-            timestep (arXiv:2305.08891).
-        explosion: a step changes nothing whose gradient's norm is not finite, or more than so many times its running
-            mean (0 for never). max_skipped_steps: after more than so many of them in a row the run stops.
-        parallel: ``ddp`` keeps the whole model on every process; ``fsdp`` shards it over all, ``hsdp`` over groups of
-            ``shard_group`` processes (0 for those of a machine) that are copies of one another. ``auto`` is ``ddp``
-            where torchrun started several processes, else ``none``.
-        precision: dtype of the autocast region, and of the layers' weights where they are sharded; the weights that are
-            kept, the gradients' reduction and the optimiser stay fp32. ``auto`` is bf16 where the device multiplies
-            bf16 matrices in hardware: on a processor that does not, a product takes 65 times as long as in fp32.
-        compile: pass every layer through ``torch.compile``.
-        activation_checkpointing: ``full`` keeps a layer's input alone and runs it again backward; ``selective`` keeps
-            matrix products and attention too, and runs the rest again.
-        backend, attention_backend: of the kernels, see :meth:`madformer.model.MADFormer.set_backend`; an empty
-            ``attention_backend`` is the same as ``backend``.
-        num_threads: of torch on a CPU; 0 leaves torch's choice.
-        keep_checkpoints: how many of the newest to keep.
-        sample_every: draw a grid of ``sample_images`` every so many steps; 0 for never. A model with text or classes is
-            asked for those of images in the data, under ``sample_guidance``.
-        tensorboard: write event files, where the package is installed. wandb: name of a project to log to as well.
-        profile_steps: write a trace of so many steps, from the fourth of a session on; 0 for none.
-    """
+    """One run. The defaults are the paper's; a field's comment is its line of help on the command line."""
 
     model: MADFormerConfig = field(default_factory=MADFormerConfig)
-    init_from: str = ""
-    lora_rank: int = 0
+    init_from: str = ""  # begin with the weights of this model or pipeline, a folder or hub id; the model is its, too
+    lora_rank: int = 0  # train adapters (LoRA) of this rank on top of those weights, which stay as they are; 0: none
+    # multiply an adapter's update by lora_alpha / lora_rank; 0: take the rank, for a factor of 1
     lora_alpha: float = 0.0
-    lora_targets: str = "qkv,proj,gate_proj,up_proj,down_proj"
+    lora_targets: str = "qkv,proj,gate_proj,up_proj,down_proj"  # layers of the towers that have adapters, with commas
+    # what to learn from: shards of images, latents that madformer data latents wrote, a folder of images, or hf:NAME
     data: str = ""
-    data_order: Literal["uniform", "shards"] = "uniform"
-    vae: str = "stabilityai/sd-vae-ft-mse"
-    image_size: int = 1024
-    flip: bool = False
-    cache_latents: bool = False
-    tokenizer: str = "bytes"
-    caption: Literal["caption", "label"] = "caption"
-    caption_dropout: float = 0.1
-    label_dropout: float = 0.1
-    max_bad_fraction: float = 0.05
-    num_workers: int = 4
+    data_order: Literal["uniform", "shards"] = "uniform"  # shards reads in long runs, for disks that seek slowly
+    vae: str = "stabilityai/sd-vae-ft-mse"  # the autoencoder (AutoencoderKL) of the latents, a folder or hub id
+    image_size: int = 1024  # pixels along the shorter side; the model's grid says how long the other is
+    flip: bool = False  # mirror every second image, by chance: twice the data, where left and right are alike
+    cache_latents: bool = False  # encode the data set once, before the first step, into memory: for small data sets
+    tokenizer: str = "bytes"  # of a model with text: bytes, or a folder or hub id of one of transformers
+    caption: Literal["caption", "label"] = "caption"  # what the text is: the caption, or the label as a number
+    caption_dropout: float = 0.1  # share of samples without their text, from 0 to 1; guidance leads away from these
+    label_dropout: float = 0.1  # share of samples without their class, likewise
+    max_bad_fraction: float = 0.05  # share of unreadable images that a run puts up with
+    num_workers: int = 4  # processes that read and decode; more where the device waits for data, 0 for tiny data sets
 
-    steps: int = 210_000
-    batch_size: int = 64
-    accumulation_steps: int = 1
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.95
+    steps: int = 210_000  # optimiser steps; more or fewer move the schedule's warm-up and decay with them
+    batch_size: int = 64  # images in an optimiser step, over all processes
+    accumulation_steps: int = 1  # micro-batches of a step, one after the other: more where memory runs out
+    learning_rate: float = 3e-4  # the highest of the schedule; more for small models and large batches
+    weight_decay: float = 0.05  # AdamW's, times the learning rate
+    beta1: float = 0.9  # AdamW's decay of the gradient's running mean
+    beta2: float = 0.95  # AdamW's decay of the squared gradient's running mean; nearer to 1 for small batches
+    # the learning rate after its warm-up: wsd is constant, then decays to 0.5 ** decay_exponent from decay_start on;
+    # cosine falls in half a cosine to the share min_learning_rate; constant never decays
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup: float = 0.01
-    decay_start: float = 0.85
-    decay_exponent: float = 6.0
-    min_learning_rate: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup: float = 0.01  # share of the steps in which the learning rate rises from 0
+    decay_start: float = 0.85  # share of the steps after which wsd decays
+    decay_exponent: float = 6.0  # halvings of the learning rate at the end of wsd
+    min_learning_rate: float = 0.0  # of cosine: the last learning rate, as a share of the highest
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it; inf: never
+    # decay of each moving average of the weights, with commas; samples are drawn from the first. Nearer to 1 averages
+    # over more steps, for long runs
     ema_decays: tuple[float, ...] = (0.9999,)
 
-    image_loss_weight: float = 1.0
-    hidden_loss_weight: float = 0.1
-    clean_loss_weight: float = 0.0
-    text_loss_weight: float = 0.0
+    image_loss_weight: float = 1.0  # weight of the noisy blocks' loss, which makes the picture
+    hidden_loss_weight: float = 0.1  # weight of the condition's loss, on what the autoregressive layers hand on
+    clean_loss_weight: float = 0.0  # weight of the clean tower's loss
+    text_loss_weight: float = 0.0  # weight of the next token's loss, of a model with text
+    # cap of the signal-to-noise ratio that weights the image loss (arXiv:2303.09556); 0: none
     min_snr_gamma: float = 0.0
-    beta_schedule: Literal["linear", "cosine"] = "linear"
+    beta_schedule: Literal["linear", "cosine"] = "linear"  # how fast the noise grows with the timestep
+    # rescale the noise so that nothing is left of the image at the last timestep (arXiv:2305.08891); not with epsilon
     zero_terminal_snr: bool = False
+    # leave out a step whose gradient's norm is more than so many times its running mean, or not finite; 0: this alone
     explosion: float = 100.0
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = 10  # stop after so many steps left out in a row
 
+    # ddp keeps the whole model on every process; fsdp shards it over all, for models that do not fit; hsdp shards over
+    # groups of processes that are copies of one another; auto is ddp under torchrun, else none
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
-    shard_group: int = 0
+    shard_group: int = 0  # processes in a group of hsdp; 0: those of a machine
+    # dtype of the layers' products; kept weights, gradients' sums and the optimiser stay fp32. auto is bf16 where the
+    # device multiplies it in hardware: a processor without takes 65 times as long as in fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False
+    compile: bool = False  # pass every layer through torch.compile: faster steps after a minute or more
+    # what is kept of a layer for the way back: full keeps its input alone, selective matrix products and attention too,
+    # and the rest is run again; less memory for more time
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    backend: str = "auto"
-    attention_backend: str = ""
-    device: str = "auto"
-    num_threads: int = 0
-    seed: int = 0
+    backend: str = "auto"  # implementation of the kernels, as madformer info lists them; auto takes the best here
+    attention_backend: str = ""  # implementation of attention alone; unless given, as backend
+    device: str = "auto"  # where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 ...
+    num_threads: int = 0  # of torch on a CPU; 0 leaves torch's choice
+    seed: int = 0  # of the weights, the order of the data, noise and timesteps
 
-    log_every: int = 10
-    save_every: int = 10_000
-    keep_checkpoints: int = 3
-    sample_every: int = 10_000
-    sample_images: int = 16
-    sample_steps: int = 25
-    sample_guidance: float = 1.0
-    tensorboard: bool = True
-    wandb: str = ""
-    profile_steps: int = 0
+    log_every: int = 10  # steps between two lines of metrics.jsonl
+    save_every: int = 10_000  # steps between two checkpoints, each of which renews model/
+    keep_checkpoints: int = 3  # how many of the newest to keep
+    sample_every: int = 10_000  # steps between two grids of samples; 0: never
+    sample_images: int = 16  # images of a grid; their prompts or classes are those of images in the data
+    sample_steps: int = 25  # denoising steps of every block of a sample
+    sample_guidance: float = 1.0  # guidance scale of a sample; 1: none
+    tensorboard: bool = True  # write event files, where the package is installed
+    wandb: str = ""  # project of Weights & Biases to log to as well
+    profile_steps: int = 0  # write a trace of so many steps, from the fourth of a session on; 0: none
 
     def __post_init__(self) -> None:
         check_types(self, infinite=("max_grad_norm",), most=MOST)
