@@ -92,7 +92,10 @@ def test_lists_and_objects_become_what_the_fields_hold() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"size": 1, "weight": 2, "depth": 3}, "unknown configuration field run.depth, run.weight$"),
+        (
+            {"size": 1, "weight": 2, "depth": 3},
+            r"unknown configuration field run.depth \(the nearest known name is run.size\), run.weight",
+        ),
         ({"size": 1, "KIND": "x"}, "unknown configuration field run.KIND"),
         ({"rate": 0.5}, "configuration field run.size is missing"),
         ({"size": 1, "inner": {"height": 1}}, "unknown configuration field run.inner.height"),

@@ -59,37 +59,26 @@ def from_object(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     Raises:
         ValueError: a field that the class does not have, or lacks; or what the class itself raises.
     """
-    hints = _hints(cls)
-    check_names(values, hints, prefix)
+    check_names(values, _hints(cls), prefix)
     own = dataclasses.fields(cls)  # type: ignore[arg-type]
     needed = [field.name for field in own if {field.default, field.default_factory} == {dataclasses.MISSING}]
     if missing := [prefix + name for name in needed if name not in values]:
         raise ValueError(f"configuration field {', '.join(missing)} is missing")
-    return cls(**{name: _built(value, hints[name], f"{prefix}{name}.") for name, value in values.items()})
+    return cls(**built_fields(cls, values, prefix))
 
 
 def changed(instance: T, values: Mapping[str, Any], prefix: str = "") -> T:
     """A copy of a dataclass with some fields changed, or some of a dataclass in it; see :func:`from_object`."""
-    hints = _hints(type(instance))
-    check_names(values, hints, prefix)
-
-    def new(name: str, value: Any) -> Any:
-        current = getattr(instance, name)
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(current):
-            return changed(current, value, f"{prefix}{name}.")
-        return _built(value, hints[name], f"{prefix}{name}.")
-
-    return dataclasses.replace(instance, **{name: new(name, value) for name, value in values.items()})  # type: ignore[type-var]
+    return dataclasses.replace(instance, **built_fields(type(instance), values, prefix, instance))  # type: ignore[type-var]
 
 
-def built_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some of a dataclass's fields, as :func:`from_object` has them, of their types."""
-    hints = _hints(cls)
-    built = {name: _built(value, hints[name], f"{name}.") for name, value in values.items()}
-    for name, value in built.items():
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{name}={value!r} must be {_named(hints[name])}")
-    return built
+def built_fields(cls: type, values: Mapping[str, Any], prefix: str = "", current: Any = None) -> dict[str, Any]:
+    """Some fields of a dataclass, as :func:`from_object` and :func:`changed` have them."""
+    check_names(values, hints := _hints(cls), prefix)
+    return {
+        name: _built(value, hints[name], f"{prefix}{name}.", getattr(current, name, None))
+        for name, value in values.items()
+    }
 
 
 def check_names(names: Iterable[str], known: Collection[str], prefix: str = "") -> None:
@@ -106,17 +95,22 @@ def with_nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_types(
-    instance: Any, prefix: str = "", *, infinite: Collection[str] = (), most: Mapping[str, int] | None = None
+    instance: Any,
+    prefix: str = "",
+    *,
+    infinite: Collection[str] = (),
+    most: Mapping[str, int] | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Raise ``ValueError`` for the first field of a dataclass whose value is not of its annotated type, or too large.
 
     Args:
         prefix: of the fields' names in messages. infinite: names of those that may be infinite. most: the largest whole
-            number of a field or of its entries; for others what 64 bits hold.
+            number of a field or of its entries; for others what 64 bits hold. only: names of those to look at.
     """
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
-        if name in infinite and value == math.inf:
+        if (only is not None and name not in only) or (name in infinite and value == math.inf):
             continue
         if not _fits(value, hint):
             raise ValueError(f"{prefix}{name}={value!r} must be {_named(hint)}")
@@ -137,7 +131,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return _hints_of[cls]
 
 
-def _built(value: Any, hint: Any, prefix: str) -> Any:
+def _built(value: Any, hint: Any, prefix: str, current: Any = None) -> Any:
     kinds = (hint, *get_args(hint))
     if isinstance(value, list):
         return tuple(value)
@@ -149,7 +143,7 @@ def _built(value: Any, hint: Any, prefix: str) -> Any:
     nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
     if nested is None or not isinstance(value, Mapping) or isinstance(value, nested):  # type: ignore[arg-type]
         return value
-    return from_object(nested, value, prefix)  # type: ignore[arg-type]
+    return from_object(nested, value, prefix) if current is None else changed(current, value, prefix)  # type: ignore[arg-type]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -8,10 +8,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
-from tyro.conf import DisallowNone, Positional, arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from madformer.cli.bench import Bench
 from madformer.cli.config_file import toml
@@ -20,7 +20,7 @@ from madformer.cli.data import Emoji, Latents
 from madformer.cli.export import Export
 from madformer.cli.info import Info
 from madformer.cli.process import exit_status, output_is_closed, settle_streams, terminable
-from madformer.cli.request import REGISTRY, Request, refuse
+from madformer.cli.request import OPTIONS, Request, refuse, refusing
 from madformer.cli.sample import Sample
 from madformer.cli.train import Train
 from madformer.files.atomic import file_locks
@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     settle_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name = _command(words)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
+    if not name:
+        _tell(words)
     program = f"madformer {words[0]}"
     try:
         with terminable():
@@ -101,27 +103,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command(words: Sequence[str]) -> str:
-    """The name of the command that words begin with.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    for name in (" ".join(words[:2]), *words[:1]):
-        if name in COMMANDS:
-            return name
-    group, *others = words[:2] if words[:1] and words[0] in GROUPS else ["", *words[:1]]
-    if others and others[0].startswith("-"):
-        _tell(words)
-    known = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
-    wanted = f"unknown command {with_nearest(others[0], known)}" if others else "a command is missing"
-    refuse(f"madformer {group}".strip(), f"{wanted}: there are {', '.join(dict.fromkeys(known))}")
-
-
-def _tell(words: Sequence[str]) -> None:
-    """Let tyro say what it can of all commands, and end."""
-    union = _union(COMMANDS)
-    tyro.cli(union, prog="madformer", description=DESCRIPTION, args=words, config=(DisallowNone,), registry=REGISTRY)
+def _tell(words: Sequence[str]) -> NoReturn:
+    """Say what there is, or what is wrong with words that name no command, and end."""
+    group = next((word for word in words[:1] if word in GROUPS), "")
+    known = [name.removeprefix(f"{group} ").split()[0] for name in COMMANDS if name.startswith(group)]
+    given = words[1:2] if group else words[:1]
+    if not given:
+        refuse(f"madformer {group}".strip(), f"a command is missing: there are {', '.join(dict.fromkeys(known))}")
+    if not given[0].startswith("-"):
+        refuse(f"madformer {group}".strip(), f"unknown command {with_nearest(given[0], known)}")
+    with refusing("madformer", ["--help"]):
+        tyro.cli(_union(COMMANDS), prog="madformer", description=DESCRIPTION, args=words, **OPTIONS)
+    raise SystemExit(0)
 
 
 def _union(commands: dict[str, tuple[type[Request], str]]) -> Any:

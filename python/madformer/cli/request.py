@@ -24,7 +24,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from madformer.cli import config_file
 from madformer.machine import device_of, precision_of
-from madformer.objects import built_fields, check_names, with_nearest
+from madformer.objects import built_fields, check_names, check_types, with_nearest
 
 R = TypeVar("R", bound="Request")
 Precision = Literal["auto", "exact", "default", "fp8"]
@@ -75,7 +75,9 @@ class Request:
     def of(cls, values: dict[str, Any]) -> Self:
         """What a file asks for; required options may be missing still."""
         required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        return cls(**dict.fromkeys(required, tyro.MISSING) | built_fields(cls, values))
+        request = cls(**dict.fromkeys(required, tyro.MISSING) | built_fields(cls, values))
+        check_types(request, only=values)
+        return request
 
     def described(self) -> dict[str, Any]:
         """What a file for ``--config`` holds that asks for the same."""
@@ -100,7 +102,7 @@ def resolved(request: R, *, elsewhere: bool = False) -> R:
 def file_of(words: Sequence[str], prog: str) -> tuple[Path | None, dict[str, Any]]:
     """The file that ``--config`` names, and what it says."""
     with refusing(prog, options_of(Request)):
-        request, _ = tyro.cli(Request, args=words, return_unknown_args=True, add_help=False, config=(DisallowNone,))
+        request, _ = tyro.cli(Request, args=words, return_unknown_args=True, add_help=False, **OPTIONS)
     return request.config, config_file.read(request.config) if request.config else {}
 
 
@@ -115,15 +117,7 @@ def filled(form: Any, default: Any, words: Sequence[str], prog: str, description
     # the negation of an option of a part is that part's for tyro
     words = [re.sub(r"^--no-((?:[a-z-]+\.)+)", r"--\1no-", word) for word in words[:end]] + list(words[end:])
     with refusing(prog, options):
-        return tyro.cli(
-            form,
-            prog=prog,
-            description=description,
-            args=words,
-            default=default,
-            config=(DisallowNone,),
-            registry=REGISTRY,
-        )
+        return tyro.cli(form, prog=prog, description=description, args=words, default=default, **OPTIONS)
 
 
 def options_of(form: Any, prefix: str = "") -> dict[str, Any]:
@@ -155,13 +149,15 @@ def refusing(prog: str, known: Iterable[str]) -> Iterator[None]:
 
 def _told(event: Any, known: Iterable[str]) -> str | None:
     unknown = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
+    if unknown and unknown[0].startswith("-"):
+        return f"unknown option {with_nearest(unknown[0].partition('=')[0], known)}"
     if unknown:
-        option = unknown[0].partition("=")[0]
-        nearest = with_nearest(option, known)
-        return f"unknown option {nearest}" if option.startswith("-") else f"unexpected argument {unknown[0]!r}"
-    if isinstance(event, _errors.MissingArgs):
-        return f"the following arguments are required: {', '.join(_name(one.arg) for one in event.missing_arguments)}"
+        return f"unexpected argument {unknown[0]!r}"
     match event:
+        case _errors.MissingArgs():
+            return (
+                f"the following arguments are required: {', '.join(_name(one.arg) for one in event.missing_arguments)}"
+            )
         case _errors.InstantiationFailure():
             reason = event.message
         case _errors.InvalidChoice():
@@ -184,7 +180,8 @@ def refuse(prog: str, message: str) -> NoReturn:
 
 
 REGISTRY = ConstructorRegistry()
-
+OPTIONS: dict[str, Any] = {"config": (DisallowNone,), "registry": REGISTRY}
+"""How tyro reads types: None is no word."""
 
 _NOUNS = {int: "whole number", float: "number", bool: "truth value"}
 
