@@ -123,7 +123,8 @@ def use(bundle: Path = BUNDLE, package: Path = PACKAGE, site: Path = SITE) -> st
             return f"the bundle's is of other {name}: {value[:12]}, and here it is {here[name][:12]}"
     target = package / manifest["extension"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # a link, perhaps, to what must not be overwritten
+    for library in package.glob("_C.*so"):
+        library.unlink()  # a link, perhaps, to what must not be overwritten; one for this Python alone would go first
     shutil.copyfile(bundle / manifest["extension"], target)
     return loads(target)
 

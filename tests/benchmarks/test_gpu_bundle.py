@@ -22,7 +22,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             wheel.writestr(f"{name}/__init__.py", "")
             wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\n")
     (folder / "wheels" / "cut-1.0-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no more")
-    extension = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension = "_C.abi3.so"
     (folder / extension).write_bytes(b"an extension")
     (folder / "manifest.json").write_text(json.dumps({"extension": extension, "kind": gpu_bundle.kind()}))
     monkeypatch.setattr(gpu_bundle, "loads", lambda library: "")
@@ -45,7 +45,9 @@ def test_a_link_is_replaced_and_not_written_through(bundle: Path, tmp_path: Path
     own.write_bytes(b"of another install")
     name = json.loads((bundle / "manifest.json").read_text())["extension"]
     (package / name).symlink_to(own)
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"found before the other")
     assert gpu_bundle.use(bundle, package, tmp_path / "site") == ""
+    assert [path.name for path in package.iterdir()] == [name]
     assert own.read_bytes() == b"of another install"
 
 
