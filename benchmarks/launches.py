@@ -80,7 +80,7 @@ def time_loops(plans: Mapping[str, Plan], repeats: int) -> dict[str, Spread]:
     times: dict[str, list[float]] = {name: [] for name in plans}
     for _ in range(repeats):
         for name, plan in plans.items():
-            watches[name].around(plan.loop)()
+            watches[name].around(plan.prepared.loop)()
             times[name].append(watches[name].read())
     return {name: Spread.of(values) for name, values in times.items()}
 

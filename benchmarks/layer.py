@@ -13,8 +13,7 @@ from torch.func import functional_call
 
 from madformer.config import MADFormerConfig, ffhq1024
 from madformer.kernels.block_causal_attention import BlockLayout
-from madformer.model.layer import TransformerLayer
-from madformer.model.madformer import masked_attention, set_backend
+from madformer.model.layer import TransformerLayer, masked_attention, set_backend
 from madformer.model.rope import RotaryEmbedding
 from ops.case import Case, random
 

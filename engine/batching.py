@@ -24,8 +24,8 @@ from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Work, launcher_for
 from madformer.engine.packing import PackedWeights
-from madformer.engine.plan import Exclusive, NonFiniteError, computing
 from madformer.engine.prompts import Prompt, check_guidable
+from madformer.engine.running import Exclusive, NonFiniteError, computing
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import Guidance, ScheduleRows, Slots

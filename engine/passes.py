@@ -18,7 +18,9 @@ C channels, S tokens of a block.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,11 @@ from madformer.model.madformer import MADFormer
 class Passes:
     """The passes of ``model`` over ``slots``.
 
-    Every method takes ``rows_B``, int64: the slots that it works on, or None for all of them, in order.
+    Every pass takes ``rows_B``, int64: the slots that it works on, or None for all of them, in order.
+
+    A sampler that differs from the paper's is a subclass, given to :class:`~madformer.engine.sampler.Sampler` as
+    ``passes``. It may override :meth:`first_block`, :meth:`next_block`, :meth:`read_text`, :meth:`diffuse` and
+    :meth:`attention`; what it reads of the host must not change between replays, or it is run without capture.
 
     Args:
         clip: bound of the predicted clean sample, or None.
@@ -80,7 +86,7 @@ class Passes:
         rows_N = self._cache_rows(rows_B)
         self.cache.reset(rows_N)
         if self.config.text is not None:
-            self._read_text(rows_N)
+            self.read_text(rows_N)
         self.slots.start_block(rows_B)
         self._look_up_rotation(rows_B)
         if self.config.has_condition:
@@ -95,7 +101,7 @@ class Passes:
         if config.has_condition or clean_layers:
             shifted_NSC = self._for_branches(self._embed_clean(rows_B, finished_BLC))
         if clean_layers:
-            self._layers("clean", shifted_NSC, rows_N, range(clean_layers), needs_output=False)
+            self.run_layers("clean", shifted_NSC, rows_N, range(clean_layers), needs_output=False)
         # without a clean stream the noise stream is its own context: what its layers saw last stays
         self.cache.advance(config.block_size, rows_N)
         slots.start_next_block(rows_B)
@@ -122,6 +128,28 @@ class Passes:
         self.update(latents_BLC, outputs[0], previous_BLC, coefficients, self.clip, *guided)
         self.slots.finish_step(rows_B, latents_BLC, previous_BLC)
 
+    def denoise_by(
+        self,
+        scheduler: Any,
+        timestep: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        *,
+        refresh: bool = True,
+    ) -> None:
+        """:meth:`denoise` of all slots at one ``timestep``, ended by the ``step`` of a scheduler of diffusers."""
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        keywords = {"generator": generator} if takes_generator else {}
+        # a copy: schedulers of several stages keep the sample that they were given
+        latents = self.slots.latents_RLC.clone()
+        *time, guidance_B1, _ = self.slots.schedule(None)
+        outputs = self.predict(None, scheduler.scale_model_input(latents, timestep), *time, refresh=refresh)
+        output, *unconditional = (x.float() for x in outputs)
+        for other in unconditional:
+            output = other + guidance_B1[:, None] * (output - other)
+        stepped = scheduler.step(output, timestep, latents, **keywords).prev_sample
+        # not where a scheduler clamps what the network gave: infinity would be forgotten
+        self.slots.finish_step(None, stepped + 0 * output, self.slots.previous_RLC)
+
     def predict(
         self,
         rows_B: Tensor | None,
@@ -145,8 +173,7 @@ class Passes:
             tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
         modulation_NC = self._modulation(rows_N, time_BC)
         if refresh:
-            layers = range(config.ar_layers, config.num_layers)
-            output_NSC = self._layers("noise", tokens_NSC, rows_N, layers, modulation_NC)
+            output_NSC = self.diffuse(tokens_NSC, rows_N, modulation_NC)
             if self.added_RLC is not None:
                 put(self.added_RLC, rows_N, output_NSC - tokens_NSC)
             tokens_NSC = output_NSC
@@ -158,6 +185,55 @@ class Passes:
         if output_NLC.dtype == torch.float64:
             output_NLC = output_NLC.float()  # the latents are fp32
         return output_NLC.chunk(self.branches)
+
+    def read_text(self, rows_N: Tensor | None) -> None:
+        """Fill the cache with the text of these rows of it, and move them on to their first block."""
+        text_NP = take(self.slots.text_NP, rows_N)
+        layers = range(self.config.num_layers)
+        tokens_NPC = self.model.embed_tokens(text_NP).to(self.dtype)
+        self.run_layers("text", tokens_NPC, rows_N, layers, needs_output=False)
+        self.cache.advance(self.config.text_length, rows_N)
+
+    def diffuse(self, tokens_NSC: Tensor, rows_N: Tensor | None, modulation_NC: Tensor | None) -> Tensor:
+        """The diffusion layers of one step: tokens ``(N, S, C)`` of the noisy block of these rows, to their output."""
+        layers = range(self.config.ar_layers, self.config.num_layers)
+        return self.run_layers("noise", tokens_NSC, rows_N, layers, modulation_NC)
+
+    def run_layers(
+        self,
+        stream: str,
+        tokens_NSC: Tensor,
+        rows_N: Tensor | None,
+        layers: range,
+        modulation_NC: Tensor | None = None,
+        *,
+        needs_output: bool = True,
+    ) -> Tensor:
+        """The text, or one block of one stream, through some layers, on the cached prefix of its row."""
+        tables = {stream: self.rotation(stream, rows_N)}
+        view = self.cache.view(rows_N, tokens_NSC.shape[1])
+        streams: Streams = {stream: tokens_NSC}
+        for index in layers:
+            outputs = [stream] if needs_output or index < layers[-1] else []
+            layer = self.model.layers[index]
+            assert isinstance(layer, TransformerLayer)
+            attention = self.attention(view, index, stream)
+            streams = layer(streams, self.model.rope, tables, attention, outputs, modulation_NC)
+        return streams.get(stream, tokens_NSC)
+
+    def attention(self, view: CacheView, index: int, stream: str) -> Attention:
+        """How the tokens of a stream attend in the layer of that index; ``view`` is of the rows at hand."""
+        if stream == "text":
+            return partial(view.attend_causally, index)
+        if self.config.cross_block_attention or index < self.config.ar_layers:
+            return partial(view.attend, index)
+        return partial(self._attend_apart, view, index)
+
+    def rotation(self, stream: str, rows_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens of a stream, of these rows of the cache."""
+        if stream == "text":
+            return self.model.rope.text_tables()
+        return take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
 
     def _cache_rows(self, rows_B: Tensor | None) -> Tensor | None:
         """Where the cache has these samples: each branch has as many rows as there are slots."""
@@ -177,20 +253,13 @@ class Passes:
             time_NC = time_NC + take(self.slots.class_NC, rows_N)
         return F.silu(time_NC)
 
-    def _read_text(self, rows_N: Tensor | None) -> None:
-        text_NP = take(self.slots.text_NP, rows_N)
-        layers = range(self.config.num_layers)
-        tokens_NPC = self.model.embed_tokens(text_NP).to(self.dtype)
-        self._layers("text", tokens_NPC, rows_N, layers, needs_output=False)
-        self.cache.advance(self.config.text_length, rows_N)
-
     def _embed_clean(self, rows_B: Tensor | None, finished_BLC: Tensor) -> Tensor:
         temb_BE = self.slots.clean_embedding(rows_B)
         tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.dtype), temb_BE)
         return tokens_BSC
 
     def _predict_condition(self, rows_N: Tensor | None, shifted_NSC: Tensor) -> None:
-        condition_NSC = self._layers("noise", shifted_NSC, rows_N, range(self.config.ar_layers))
+        condition_NSC = self.run_layers("noise", shifted_NSC, rows_N, range(self.config.ar_layers))
         put(self.cache.condition_RLC, rows_N, condition_NSC)
 
     def _look_up_rotation(self, rows_B: Tensor | None) -> None:
@@ -198,40 +267,6 @@ class Passes:
         for table, rotation_RSD in ((self.model.rope.cos, self.cos_RSD), (self.model.rope.sin, self.sin_RSD)):
             by_block = table.unflatten(0, (-1, self.config.block_size))
             put(rotation_RSD, rows_N, by_block.index_select(0, place_N))
-
-    def _layers(
-        self,
-        stream: str,
-        tokens_NSC: Tensor,
-        rows_N: Tensor | None,
-        layers: range,
-        modulation_NC: Tensor | None = None,
-        *,
-        needs_output: bool = True,
-    ) -> Tensor:
-        """The text, or one block of one stream, through some layers, on the cached prefix of its row."""
-        tables = {stream: self._rotation(stream, rows_N)}
-        view = self.cache.view(rows_N, tokens_NSC.shape[1])
-        streams: Streams = {stream: tokens_NSC}
-        for index in layers:
-            outputs = [stream] if needs_output or index < layers[-1] else []
-            layer = self.model.layers[index]
-            assert isinstance(layer, TransformerLayer)
-            attention = self._attention(view, index, stream)
-            streams = layer(streams, self.model.rope, tables, attention, outputs, modulation_NC)
-        return streams.get(stream, tokens_NSC)
-
-    def _rotation(self, stream: str, rows_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        if stream == "text":
-            return self.model.rope.text_tables()
-        return take(self.cos_RSD, rows_N), take(self.sin_RSD, rows_N)
-
-    def _attention(self, view: CacheView, index: int, stream: str) -> Attention:
-        if stream == "text":
-            return partial(view.attend_causally, index)
-        if self.config.cross_block_attention or index < self.config.ar_layers:
-            return partial(view.attend, index)
-        return partial(self._attend_apart, view, index)
 
     def _attend_apart(self, view: CacheView, index: int, projections: Projections) -> Tensor:
         """A block to the text and to itself."""

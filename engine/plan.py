@@ -6,15 +6,10 @@ Shape legend: B batch, M blocks, L latents of a block, C channels, T rows of a s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import inspect
 import logging
-import threading
-import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,14 +17,26 @@ from torch import Tensor
 from madformer.arguments import floats
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
-from madformer.engine.graphs import EagerLauncher, Launcher, Work, launcher_for
+from madformer.engine.graphs import EagerLauncher, Launcher, launcher_for
 from madformer.engine.packing import PackedWeights
 from madformer.engine.passes import Passes
+from madformer.engine.plan_key import PlanKey
+from madformer.engine.prepared import Prepared
+from madformer.engine.progress import Change, FinishedBlock, Progress, stops
 from madformer.engine.prompts import Prompt
-from madformer.engine.schedule import Schedule, ScheduleTable
+from madformer.engine.running import (
+    Exclusive,
+    NonFiniteInputError,
+    check_latents,
+    check_sound,
+    computing,
+    first_fault,
+    places_to_draw,
+)
+from madformer.engine.schedule import Schedule
 from madformer.engine.slots import Guidance, ScheduleRows, Slots
-from madformer.engine.structure import Signature, UnknownPartError, dtype_and_device, signature
-from madformer.model.blocks import block_order, check_blocks, check_order
+from madformer.engine.structure import Signature, UnknownPartError, signature
+from madformer.model.blocks import block_order
 from madformer.model.madformer import MADFormer
 
 if TYPE_CHECKING:
@@ -39,163 +46,6 @@ logger = logging.getLogger("madformer.engine")
 
 NoiseSource = Callable[[int], Tensor]
 """Gives a block's standard normal noise, ``(B, L, C)``."""
-
-
-class NonFiniteError(FloatingPointError):
-    """Latents that are not finite; the message says from which block and step on."""
-
-
-class NonFiniteInputError(NonFiniteError, ValueError):
-    """Noise or given latents that are not finite; the message says of which image and block."""
-
-
-class InUseError(RuntimeError):
-    """A plan or batcher that is drawing was asked to draw, from another thread or from what it calls."""
-
-
-class Exclusive:
-    """A context that one thread is in at a time, once; whoever else enters it is refused, and does not wait."""
-
-    def __init__(self, message: str) -> None:
-        self.message, self._lock = message, threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise InUseError(self.message)
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-def _first_fault(tensor_BMLC: Tensor, places: Sequence[int]) -> tuple[int, int] | None:
-    """Image and block of the first number that is not finite, among blocks of these places."""
-    sound_BP = tensor_BMLC[:, list(places)].isfinite().all(-1).all(-1)
-    if sound_BP.all():
-        return None
-    image, index = sound_BP.logical_not().nonzero()[0].tolist()
-    return image, places[index]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: the place of the ``block`` and the ``step`` count from 0.
-
-    ``latents_BLC`` is the block after that step, in the memory that the next step overwrites. ``canvas_BMLC`` is memory
-    of the images, in which this block is as it began.
-    """
-
-    block: int
-    step: int
-    latents_BLC: Tensor
-    canvas_BMLC: Tensor
-
-    def images(self) -> Tensor:
-        """``(B, M, L, C)`` as they are: clean blocks, the one at hand, and noise in those to come."""
-        images_BMLC = self.canvas_BMLC.clone()
-        images_BMLC[:, self.block] = self.latents_BLC
-        return images_BMLC
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a callback gives to have it otherwise from the next step on.
-
-    Attributes:
-        images_BMLC: in place of :meth:`Progress.images`. What was made of finished blocks stays in the cache: blocks to
-            come are drawn after these as they were, but for the last one.
-        guidance: the scale, 1 for none. stop: draw no further, and leave the blocks to come as noise.
-    """
-
-    images_BMLC: Tensor | None = None
-    guidance: float | None = None
-    stop: bool = False
-
-
-def _stops(change: object) -> bool:
-    return isinstance(change, Change) and change.stop
-
-
-@dataclass(frozen=True)
-class FinishedBlock:
-    """A copy of a block's latents, and on a GPU when they will be there."""
-
-    place: int
-    latents_BLC: Tensor
-    end: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, place: int, latents_BLC: Tensor) -> FinishedBlock:
-        end = torch.cuda.Event() if latents_BLC.is_cuda else None
-        copied = latents_BLC.clone()
-        if end is not None:
-            end.record()
-        return cls(place, copied, end)
-
-    @property
-    def is_under_way(self) -> bool:
-        return self.end is not None and not self.end.query()
-
-    def report(self, on_block: Callable[[int, Tensor], object], stream: torch.cuda.Stream | None) -> None:
-        """Wait for it, and hand it out; on a GPU on a stream beside the blocks that follow."""
-        if self.end is not None:
-            self.end.synchronize()
-        with torch.cuda.stream(stream):
-            on_block(self.place, self.latents_BLC)
-        if stream is not None:
-            # the allocator may give the latents' memory away, and not before this stream is done with it
-            self.latents_BLC.record_stream(stream)
-
-
-@dataclass(frozen=True)
-class ModelKind:
-    """What a plan's memory and passes are made for, of a model."""
-
-    config: MADFormerConfig
-    dtype: torch.dtype
-    device: torch.device
-    backend: str
-    attention_backend: str
-
-    @classmethod
-    def of(cls, model: MADFormer, grid: tuple[int, int] | None = None) -> ModelKind:
-        config = model.config if grid is None else model.config.at_grid(*grid)
-        return cls(config, *dtype_and_device(model), model.backend, model.attention_backend)
-
-    def difference(self, expected: ModelKind) -> str:
-        """What is not as expected, in one line."""
-        fields = [
-            (prefix + field.name, getattr(one, field.name), getattr(other, field.name))
-            for prefix, one, other in (("config.", self.config, expected.config), ("", self, expected))
-            for field in dataclasses.fields(one)
-            if field.name != "config"
-        ]
-        return ", ".join(f"{name}={one}, not {other}" for name, one, other in fields if one != other)
-
-
-@dataclass(frozen=True)
-class PlanKey:
-    """What a plan depends on. Values of weights and of schedules are not in it."""
-
-    batch: int
-    num_steps: int
-    guided: bool
-    refresh_every: int
-    tabulated: bool
-    clip: float | None
-    kind: ModelKind
-
-    @classmethod
-    def of(cls, batch: int, schedule: Schedule, kind: ModelKind, *, guided: bool, refresh_every: int) -> PlanKey:
-        steps, table = len(schedule.timesteps), schedule.table
-        clip = None if table is None else table.clip
-        return cls(batch, steps, guided, min(refresh_every, steps), table is not None, clip, kind)
-
-
-@contextlib.contextmanager
-def computing(device: torch.device) -> Iterator[None]:
-    """The engine computes in the model's dtype, whatever its caller has asked autocast for."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 class Plan:
@@ -247,25 +97,9 @@ class Plan:
         return self.key.batch
 
     @property
-    def refresh_every(self) -> int:
-        return self.key.refresh_every
-
-    @property
-    def num_inference_steps(self) -> int:
-        return self.schedule.num_inference_steps
-
-    @property
     def timesteps(self) -> Tensor:
         """(S,), of every step of a block."""
         return self.schedule.timesteps
-
-    @property
-    def table(self) -> ScheduleTable | None:
-        return self.schedule.table
-
-    @property
-    def scheduler(self) -> Any:
-        return self.schedule.scheduler
 
     def _allocate(self, key: PlanKey) -> None:
         self.key, kind = key, key.kind
@@ -283,7 +117,7 @@ class Plan:
         self.launcher = self.sampler.launcher or launcher_for(kind.device) if key.tabulated else EagerLauncher()
         self._frozen = self.launcher.captures or self.sampler.compile_unet
         self._reports = torch.cuda.Stream(kind.device) if kind.device.type == "cuda" else None
-        self.prepared_for: Signature | None = None
+        self.prepared: Prepared | None = None
         self._order = block_order(kind.config)
         self._told = ""
 
@@ -319,25 +153,23 @@ class Plan:
         self._touched = False
         if not self._frozen:
             self._look_through(self.sampler.current_model(self.packed))
-            if self.prepared_for is None:
-                self._prepare(self.launcher if try_out else None)
-                self.prepared_for = ()
+            if self.prepared is None:
+                self.prepared = self._prepare(self.launcher if try_out else None, ())
             return
+        known = None if self.prepared is None else self.prepared.signature
         built: Signature | None = None
         try:
             built = signature(self.sampler.source)
         except UnknownPartError as unknown:
             self._tell(f"not captured or compiled: {unknown}")
-        if built is None or (self._drawing and built != self.prepared_for):
+        if built is None or (self._drawing and built != known):
             # as it stands, and for a run that has begun: preparing would overwrite what it holds
             self._look_through(self.sampler.current_model())
-            self._prepare(None)
-            self.prepared_for = None
-        elif built != self.prepared_for:
+            self.prepared = self._prepare(None, None)
+        elif built != known:
             self._look_through(self.sampler.lasting_model())
             self.slots.assign(self._rows(), self.model)
-            self._prepare(self.launcher if try_out or self.launcher.captures else None)
-            self.prepared_for = built
+            self.prepared = self._prepare(self.launcher if try_out or self.launcher.captures else None, built)
         else:
             self._look_through(self.model)
 
@@ -347,34 +179,15 @@ class Plan:
         if self._drawing:
             self.slots.tabulate(self._rows(), model)
             self.slots.condition_on(self._prompt, model)
-        elif self.prepared_for is None:
+        elif self.prepared is None or self.prepared.signature is None:
             self.slots.assign(self._rows(), model)
 
     def _rows(self) -> ScheduleRows:
-        coefficients = None if self.table is None else self.table.coefficients
+        coefficients = None if self.schedule.table is None else self.schedule.table.coefficients
         return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self.guidance)
 
-    def _prepare(self, launcher: Launcher | None) -> None:
-        """Launches of all passes; for None, Python runs them, and none is run to get there."""
-        started, passes = time.perf_counter(), self.passes
-
-        def prepare(name: str, work: Callable[[None], None]) -> Work:
-            launch = functools.partial(work, None)
-            if launcher is None:
-                return launch
-            return launcher.prepare(f"{name}, batch {self.batch}", launch, passes.reset)
-
-        self.first_block = prepare("first block", passes.first_block)
-        self.denoise = prepare("denoising step", passes.denoise)
-        self.next_block = prepare("next block", passes.next_block) if self.config.num_blocks > 1 else self.first_block
-        steps, every = len(self.timesteps), self.refresh_every
-        self.reuse, step_round = self.denoise, self.denoise
-        if every > 1:
-            self.reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
-            step_round = prepare("round of steps", passes.denoise_round)
-        self.loop = (launcher or EagerLauncher()).loop(step_round, steps // every)
-        if launcher is not None:
-            logger.info("plan for batch %d ready in %.2f s", self.batch, time.perf_counter() - started)
+    def _prepare(self, launcher: Launcher | None, signature: Signature | None) -> Prepared:
+        return Prepared.of(self.passes, len(self.timesteps), launcher, signature)
 
     def _tell(self, message: str) -> None:
         if message != self._told:
@@ -473,16 +286,15 @@ class Plan:
             with computing(device):
                 prompt = prompt or Prompt()
                 prompt.check(self.config, (self.batch,), guided=self.slots.branches > 1)
-                self._check_tensors(noise=noise, given=given, out=out)
-                drawn = self._check_blocks(given, blocks)
-                if order is not None:
-                    check_order(order, self.config)
-                places = list(order or block_order(self.config))
+                places, drawn = places_to_draw(self.config, given, blocks, order)
                 last = max(map(places.index, drawn))
                 kept = [place for place in places if place not in drawn]
-                for name, tensor, those in (("noise", noise, sorted(drawn)), ("given", given, kept)):
-                    if isinstance(tensor, Tensor) and (fault := _first_fault(tensor, those)) is not None:
-                        raise NonFiniteInputError("{} is not finite: image {}, block {}".format(name, *fault))
+                for name, tensor, those in (
+                    ("noise", None if callable(noise) else noise, drawn),
+                    ("given", given, kept),
+                    ("out", out, ()),
+                ):
+                    check_latents(name, tensor, self.slots.canvas_RMLC.shape, those)
                 self._follow()
                 self._start(prompt, places)
                 laid_out = callback is not None
@@ -561,31 +373,7 @@ class Plan:
         Raises:
             NonFiniteError: there are.
         """
-        steps = len(self.timesteps)
-        for image, sound in enumerate(self.slots.sound_R.tolist()):
-            if sound < self._steps_made:
-                block, step = self._drawn[sound // steps], sound % steps
-                raise NonFiniteError(f"image {image} of the batch is not finite from block {block}, step {step} on")
-        # whoever was called after the last step may have written to it
-        if (fault := _first_fault(self.slots.canvas_RMLC, self._drawn)) is not None:
-            raise NonFiniteError("image {} of the batch is not finite in block {}, after its last step".format(*fault))
-
-    def _check_blocks(self, given: Tensor | None, blocks: Collection[int] | None) -> Collection[int]:
-        """The blocks to draw."""
-        if blocks is None:
-            return range(self.config.num_blocks)
-        check_blocks(blocks, self.config)
-        if given is None:
-            raise ValueError(f"blocks={list(blocks)}: what the others hold must be given")
-        if not self.config.has_clean_stream:
-            raise ValueError(f"context={self.config.context!r} reads blocks as it drew them, so none can be given")
-        return blocks
-
-    def _check_tensors(self, **tensors: Any) -> None:
-        for name, tensor in tensors.items():
-            absent = callable(tensor) if name == "noise" else tensor is None
-            if not absent:
-                floats(name, tensor, self.slots.canvas_RMLC.shape)
+        check_sound(self.slots, self._drawn, len(self.timesteps), self._steps_made)
 
     def _draw(self, noise: Tensor | NoiseSource, place: int) -> None:
         """Put a block's noise where its pass finds it."""
@@ -595,7 +383,7 @@ class Plan:
             drawn, self._touched = noise(place), True
             floats(f"noise of block {place}", drawn, self.slots.latents_RLC.shape)
             # on a GPU it would have to be waited for: there its block's first step is what is named
-            if drawn.device.type == "cpu" and (fault := _first_fault(drawn[:, None], [0])) is not None:
+            if drawn.device.type == "cpu" and (fault := first_fault(drawn[:, None], [0])) is not None:
                 raise NonFiniteInputError(f"noise is not finite: image {fault[0]}, block {place}")
         target = self.slots.canvas_RMLC[:, place]
         target.copy_(drawn, non_blocking=True)
@@ -605,7 +393,7 @@ class Plan:
         """A pass, of the model as it is now."""
         if self._touched:
             self._follow()
-        getattr(self, name)()
+        getattr(self.prepared, name)()
 
     def _denoise(
         self,
@@ -616,25 +404,25 @@ class Plan:
     ) -> bool:
         """The step loop of one block; whether the callback wants it to be the last."""
         steps, done = len(self.timesteps), 0
-        if self.table is not None and callback is None and (progress is None or self.launcher.captures):
+        if self.schedule.table is not None and callback is None and (progress is None or self.launcher.captures):
             self._launch("loop")
             # steps that make no whole round
-            done = steps - steps % self.refresh_every
+            done = steps - steps % self.key.refresh_every
             self._steps_made += done
-            if progress is not None and _stops(progress(done)):
+            if progress is not None and stops(progress(done)):
                 return True
-        step = self._scheduler_step(generator) if self.table is None else self._step
+        step = self._steps(generator)
         for index in range(done, steps):
             step(index)
             self._steps_made += 1
-            stops = progress is not None and _stops(progress(1))
+            ends = progress is not None and stops(progress(1))
             if callback is not None:
                 self._touched = True
                 change = callback(Progress(place, index, self.slots.latents_RLC, self.slots.canvas_RMLC))
                 if isinstance(change, Change):
                     self._change(change, place)
-                stops = stops or _stops(change)
-            if stops:
+                ends = ends or stops(change)
+            if ends:
                 return True
         return False
 
@@ -642,7 +430,7 @@ class Plan:
         """Go on as a callback wants it."""
         slots = self.slots
         if change.images_BMLC is not None:
-            self._check_tensors(images_BMLC=change.images_BMLC)
+            check_latents("images_BMLC", change.images_BMLC, slots.canvas_RMLC.shape)
             slots.canvas_RMLC.copy_(change.images_BMLC)
             slots.latents_RLC.copy_(slots.canvas_RMLC[:, place])
         if change.guidance is not None:
@@ -652,31 +440,17 @@ class Plan:
                 # what is looked at before the next pass
                 self.guidance = replace(self.guidance, scale=change.guidance)
 
-    def _step(self, index: int) -> None:
-        self._launch("reuse" if index % self.refresh_every else "denoise")
-
-    def _scheduler_step(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
-        """A denoising step that the scheduler's own ``step`` ends."""
+    def _steps(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
+        """The denoising step of an index, which the scheduler's own ``step`` ends where it is not tabulated."""
+        if self.schedule.table is not None:
+            return lambda index: self._launch("reuse" if index % self.key.refresh_every else "denoise")
         scheduler = self.schedule.start()
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        keywords = {"generator": generator} if takes_generator else {}
 
         def step(index: int) -> None:
             if self._touched:
                 self._follow()
-            timestep = self.timesteps[index]
-            # a copy: schedulers of several stages keep the sample that they were given
-            latents = self.slots.latents_RLC.clone()
-            *time, guidance_B1, _ = self.slots.schedule(None)
-            scaled = scheduler.scale_model_input(latents, timestep)
-            outputs = self.passes.predict(None, scaled, *time, refresh=index % self.refresh_every == 0)
-            output, *unconditional = (x.float() for x in outputs)
-            for other in unconditional:
-                output = other + guidance_B1[:, None] * (output - other)
-            stepped = scheduler.step(output, timestep, latents, **keywords).prev_sample
-            # not where a scheduler clamps what the network gave: infinity would be forgotten
-            stepped = stepped + 0 * output
-            self.slots.finish_step(None, stepped, self.slots.previous_RLC)
+            refresh = index % self.key.refresh_every == 0
+            self.passes.denoise_by(scheduler, self.timesteps[index], generator, refresh=refresh)
             # what is not diffusers' may do anything
             self._touched |= not type(scheduler).__module__.startswith("diffusers.")
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from madformer.engine.memory import OutOfMemoryError
-from madformer.engine.plan import Plan, PlanKey
+from madformer.engine.plan import Plan
+from madformer.engine.plan_key import PlanKey
 from madformer.engine.sampler import Sampler
 
 

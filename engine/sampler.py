@@ -22,18 +22,11 @@ from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launcher
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.passes import Passes
-from madformer.engine.plan import (
-    Change,
-    FinishedBlock,
-    InUseError,
-    ModelKind,
-    NoiseSource,
-    NonFiniteError,
-    Plan,
-    PlanKey,
-    Progress,
-)
+from madformer.engine.plan import NoiseSource, Plan
+from madformer.engine.plan_key import ModelKind, PlanKey
+from madformer.engine.progress import Change, FinishedBlock, Progress
 from madformer.engine.prompts import check_guidable
+from madformer.engine.running import InUseError, NonFiniteError
 from madformer.engine.schedule import Schedule
 from madformer.engine.slots import Guidance, Slots
 from madformer.engine.structure import around_the_whole, over_the_same, unwrapped

@@ -167,9 +167,9 @@ def test_rows_are_medians_whose_parts_add_up() -> None:
 def test_a_row_is_measured_on_the_run_itself(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sampling, "PAIRS_SECONDS", float("inf"))
     plan = make_sampler(CASES[name]).plan(2, 2).warmup()
-    launches = plan.first_block, plan.next_block, plan.loop
+    prepared = plan.prepared
     row = sampling.measure(plan, ROOF, Work.of(plan.model), repeats=2)
-    assert (plan.first_block, plan.next_block, plan.loop) == launches
+    assert plan.prepared is prepared
     assert len(row.seconds.samples) == 2
     assert len(row.bare_seconds.samples) == 2 * plan.config.num_blocks
     assert row.split["vae"] == 0

@@ -43,7 +43,7 @@ def plan(sampler: Sampler) -> Plan:
 
 @torch.inference_mode()
 def test_denoise_pass(benchmark: Benchmark, plan: Plan) -> None:
-    benchmark(plan.denoise)
+    benchmark(plan.prepared.denoise)
     assert plan.slots.latents_RLC.isfinite().all()
 
 
@@ -57,7 +57,7 @@ def test_next_block_pass(benchmark: Benchmark, plan: Plan) -> None:
         plan.cache.reset()
         plan.cache.advance(before_last * plan.config.block_size)
 
-    benchmark.pedantic(plan.next_block, setup=put_back, rounds=20, warmup_rounds=1)  # type: ignore[attr-defined]
+    benchmark.pedantic(plan.prepared.next_block, setup=put_back, rounds=20, warmup_rounds=1)  # type: ignore[attr-defined]
     assert plan.slots.block_R.eq(before_last + 1).all()
 
 

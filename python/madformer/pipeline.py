@@ -21,8 +21,8 @@ from torch import Tensor
 from madformer.arguments import choice, floats, function, number, shown, truth_value, whole_number
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
-from madformer.engine.plan import Change
 from madformer.engine.pool import PlanPool
+from madformer.engine.progress import Change
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedule import check_num_steps
 from madformer.engine.schedulers import check_scheduler

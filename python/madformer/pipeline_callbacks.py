@@ -19,7 +19,7 @@ from torch import Tensor
 
 from madformer.arguments import function, number, shown
 from madformer.config import MADFormerConfig
-from madformer.engine.plan import Change, Progress
+from madformer.engine.progress import Change, Progress
 from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks

@@ -19,8 +19,8 @@ from torch import Tensor
 from engine_cases import draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
-from madformer.engine.plan import InUseError
 from madformer.engine.pool import PlanPool
+from madformer.engine.running import InUseError
 from madformer.engine.sampler import Sampler
 from madformer.streaming import reports
 

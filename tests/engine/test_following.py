@@ -18,7 +18,8 @@ from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.packing import PackedWeights, packed
-from madformer.engine.plan import Plan, Progress
+from madformer.engine.plan import Plan
+from madformer.engine.progress import Progress
 from madformer.engine.sampler import Sampler
 from madformer.engine.structure import UnknownPartError, signature
 from madformer.model import MADFormer

@@ -14,7 +14,7 @@ from madformer.engine.sampler import Sampler
 from madformer.kernels import launch
 from madformer.kernels.dispatch import BackendUnavailableError
 from madformer.model import MADFormer
-from madformer.model.madformer import set_backend
+from madformer.model.layer import set_backend
 from testing import DEVICE, Move, assert_within_noise, float32_noise, perturb
 
 CASES: dict[str, MADFormerConfig] = {

@@ -15,9 +15,8 @@ from madformer.config import MADFormerConfig, TextConfig, UNetConfig, preset, ti
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
-from madformer.model.madformer import skip_channels, skip_levels
 from madformer.model.rope import rope_tables, token_positions
-from madformer.model.unet import TimestepEmbedding
+from madformer.model.unet import TimestepEmbedding, skip_channels, skip_levels
 from testing import perturb, relative_error
 
 TEXT = TextConfig(vocab_size=11, length=5)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -170,8 +170,10 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     Raises:
         ValueError: the plan's scheduler cannot be tabulated: its steps are not launches that could be timed.
     """
-    if plan.table is None:
-        raise ValueError(f"a run under {type(plan.scheduler).__name__} has no step loop to time: it is not tabulated")
+    if plan.schedule.table is None:
+        raise ValueError(
+            f"a run under {type(plan.schedule.scheduler).__name__} has no step loop to time: it is not tabulated"
+        )
     device, steps, blocks = plan.model.device, len(plan.timesteps), plan.config.num_blocks
     plan.warmup()
     noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
@@ -197,7 +199,7 @@ def row_of(plan: Plan, rounds: list[dict[str, float]], pairs: list[tuple[float, 
     parts = {"transformer": middle["denoise"] - middle["unet"], "host": host}
     return Row(
         batch=plan.batch,
-        steps=plan.num_inference_steps,
+        steps=plan.schedule.num_inference_steps,
         seconds=Spread.of([taken["total"] for taken in rounds]),
         split={part: parts.get(part, middle.get(part, 0.0)) for part in PARTS},
         bare_seconds=Spread.of([bare for _, bare in pairs]),
@@ -211,9 +213,14 @@ def row_of(plan: Plan, rounds: list[dict[str, float]], pairs: list[tuple[float, 
 def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch], Callable[[Tensor], Any]]]:
     """Within it the plan's launches are timed; gives the stopwatches and a function that draws from noise."""
     watches = {name: Stopwatch(plan.model.device) for name in ("ar", "denoise", "vae")}
-    launches = plan.first_block, plan.next_block, plan.loop
-    plan.first_block, plan.next_block = (watches["ar"].around(launch) for launch in launches[:2])
-    plan.loop = watches["denoise"].around(launches[2])
+    prepared = plan.prepared
+    assert prepared is not None
+    plan.prepared = replace(
+        prepared,
+        first_block=watches["ar"].around(prepared.first_block),
+        next_block=watches["ar"].around(prepared.next_block),
+        loop=watches["denoise"].around(prepared.loop),
+    )
     prompt = any_prompt(plan.config, plan.batch)
 
     def draw(noise_BMLC: Tensor) -> None:
@@ -224,7 +231,7 @@ def watched(plan: Plan, vae: Any = None) -> Iterator[tuple[dict[str, Stopwatch],
     try:
         yield watches, draw
     finally:
-        plan.first_block, plan.next_block, plan.loop = launches
+        plan.prepared = prepared
 
 
 def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
@@ -240,11 +247,15 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
     bare_ar = _prepare(launcher, "bare AR pass", partial(bare.ar, block))
     bare_loop = launcher.loop(_prepare(launcher, "bare step", partial(bare.denoise, block)), len(plan.timesteps))
 
+    prepared = plan.prepared
+    assert prepared is not None
+
     def ours() -> float:
         plan.passes.reset()
         if block:
-            plan.first_block()
-        return seconds(lambda: ((plan.next_block if block else plan.first_block)(), plan.loop()), device)
+            prepared.first_block()
+        begin = prepared.next_block if block else prepared.first_block
+        return seconds(lambda: (begin(), prepared.loop()), device)
 
     def without_engine() -> float:
         return seconds(lambda: (bare_ar(), bare_loop()), device)

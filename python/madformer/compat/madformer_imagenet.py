@@ -220,30 +220,20 @@ class ReleasedBlockLocalPasses(Passes):
         self.is_first_block = False
         super().next_block(rows_B)
 
-    def _read_text(self, rows_N: Tensor | None) -> None:
+    def read_text(self, rows_N: Tensor | None) -> None:
         tokens_NPC = self.model.embed_tokens(take(self.slots.text_NP, rows_N))
-        self.text_NPC = self._layers("text", tokens_NPC, rows_N, range(self.config.ar_layers))
+        self.text_NPC = self.run_layers("text", tokens_NPC, rows_N, range(self.config.ar_layers))
         self.cache.advance(self.config.text_length, rows_N)
 
-    def _layers(
-        self,
-        stream: str,
-        tokens_NSC: Tensor,
-        rows_N: Tensor | None,
-        layers: range,
-        modulation_NC: Tensor | None = None,
-        *,
-        needs_output: bool = True,
-    ) -> Tensor:
-        diffusion = stream == "noise" and layers == range(self.config.ar_layers, self.config.num_layers)
-        if not diffusion or not self.is_first_block or self.text_is_read:
-            return super()._layers(stream, tokens_NSC, rows_N, layers, needs_output=needs_output)
+    def diffuse(self, tokens_NSC: Tensor, rows_N: Tensor | None, modulation_NC: Tensor | None) -> Tensor:
+        if not self.is_first_block or self.text_is_read:
+            return super().diffuse(tokens_NSC, rows_N, modulation_NC)
         self.text_is_read = self.config.has_clean_stream
         streams: Streams = {"text": self.text_NPC, "noise": tokens_NSC}
-        tables = {name: self._rotation(name, rows_N) for name in streams}
-        for index in layers:
-            attend = self._attend_together(index, rows_N)
-            streams = self.model.layers[index](streams, self.model.rope, tables, attend, ["text", "noise"])
+        tables = {name: self.rotation(name, rows_N) for name in streams}
+        for index in range(self.config.ar_layers, self.config.num_layers):
+            layer, attend = self.model.layers[index], self._attend_together(index, rows_N)
+            streams = layer(streams, self.model.rope, tables, attend, ["text", "noise"], modulation_NC)
         return streams["noise"]
 
     def _attend_together(self, index: int, rows_N: Tensor | None) -> Attention:
@@ -258,9 +248,9 @@ class ReleasedBlockLocalPasses(Passes):
 
         return attend
 
-    def _attention(self, view: CacheView, index: int, stream: str) -> Attention:
+    def attention(self, view: CacheView, index: int, stream: str) -> Attention:
         if index < self.config.ar_layers or self.is_first_block:
-            return super()._attention(view, index, stream)
+            return super().attention(view, index, stream)
         return _attend_to_itself
 
 

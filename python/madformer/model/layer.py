@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
 from madformer.kernels.adaln import adaln
+from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu
@@ -347,3 +348,19 @@ class TransformerLayer(nn.Module):
             name: towers[name].output(streams[name], part, modulations.get(name))
             for name, part in zip(queried, parts, strict=True)
         }
+
+
+def set_backend(module: nn.Module, backend: str) -> None:
+    """Choose the implementation of every kernel but attention in ``module``."""
+    for part in module.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend  # type: ignore[assignment]
+
+
+def masked_attention(layout: BlockLayout, backend: str) -> Attention:
+    """Attention over the packed streams under the training mask."""
+
+    def attend(projections: Projections) -> Tensor:
+        return block_causal_attention(*projections.heads(), layout, backend=backend)
+
+    return attend

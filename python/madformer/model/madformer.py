@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from madformer.config import MADFormerConfig
 from madformer.kernels import dispatch
 from madformer.kernels.block_causal_attention import OP as ATTENTION
-from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from madformer.kernels.block_causal_attention import BlockLayout
 from madformer.kernels.cached_attention import OP as CACHED_ATTENTION
 from madformer.model.blocks import from_maps, to_maps
 from madformer.model.conditioner import Conditioner
-from madformer.model.layer import Attention, Projections, Streams, Tower, TransformerLayer
+from madformer.model.layer import Attention, Streams, Tower, TransformerLayer, masked_attention, set_backend
 from madformer.model.patches import PatchDecoder, PatchEmbedding
 from madformer.model.pretrained import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding, RotaryTables
-from madformer.model.unet import Skips, UNetDownsampler, UNetUpsampler
+from madformer.model.unet import LearnedSkips, Skips, UNetDownsampler, UNetUpsampler, skip_channels, skip_levels
 
 
 @dataclass
@@ -56,15 +56,6 @@ class MADFormerOutput(BaseOutput):
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__("prediction" if key == "sample" else key)
-
-
-class LearnedSkips(nn.ParameterList):
-    """What the first block has for the skip connections of a predecessor. To be called, for hooks that fetch it."""
-
-    __call__ = nn.Module.__call__  # a list refuses to be called
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self)
 
 
 class MADFormer(PretrainedMixin, PeftAdapterMixin):
@@ -458,42 +449,3 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
                 maps = torch.cat((maps.to(previous), previous), dim=1)
             shifted.append(maps.flatten(0, 1))
         return tuple(shifted)
-
-
-def set_backend(module: nn.Module, backend: str) -> None:
-    """Choose the implementation of every kernel but attention in ``module``."""
-    for part in module.modules():
-        if hasattr(part, "backend"):
-            part.backend = backend  # type: ignore[assignment]
-
-
-def masked_attention(layout: BlockLayout, backend: str) -> Attention:
-    """Attention over the packed streams under the training mask."""
-
-    def attend(projections: Projections) -> Tensor:
-        return block_causal_attention(*projections.heads(), layout, backend=backend)
-
-    return attend
-
-
-def skip_levels(config: MADFormerConfig) -> list[int]:
-    """U-Net level (0 is full resolution) of every skip connection, in the downsampler's order."""
-    if config.unet is None:
-        return []
-    levels = [0]
-    for level, layers in enumerate(config.unet.layers_per_block):
-        levels += [level] * layers
-        if level < len(config.unet.layers_per_block) - 1:
-            levels.append(level + 1)
-    return levels
-
-
-def skip_channels(config: MADFormerConfig) -> list[int]:
-    """Channels of every skip connection, in the downsampler's order."""
-    if config.unet is None:
-        return []
-    channels = [config.unet.block_out_channels[0]]
-    for level, layers in enumerate(config.unet.layers_per_block):
-        downsampled = level < len(config.unet.layers_per_block) - 1
-        channels += [config.unet.block_out_channels[level]] * (layers + downsampled)
-    return channels

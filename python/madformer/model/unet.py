@@ -155,3 +155,35 @@ class UNetUpsampler(nn.Module):
             skips, own = skips[:-count], skips[-count:]
             x = block(hidden_states=x, res_hidden_states_tuple=own, temb=temb)
         return self.conv_out(x)
+
+
+class LearnedSkips(nn.ParameterList):
+    """What the first block has for the skip connections of a predecessor. To be called, for hooks that fetch it."""
+
+    __call__ = nn.Module.__call__  # a list refuses to be called
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+
+def skip_levels(config: MADFormerConfig) -> list[int]:
+    """U-Net level (0 is full resolution) of every skip connection, in the downsampler's order."""
+    if config.unet is None:
+        return []
+    levels = [0]
+    for level, layers in enumerate(config.unet.layers_per_block):
+        levels += [level] * layers
+        if level < len(config.unet.layers_per_block) - 1:
+            levels.append(level + 1)
+    return levels
+
+
+def skip_channels(config: MADFormerConfig) -> list[int]:
+    """Channels of every skip connection, in the downsampler's order."""
+    if config.unet is None:
+        return []
+    channels = [config.unet.block_out_channels[0]]
+    for level, layers in enumerate(config.unet.layers_per_block):
+        downsampled = level < len(config.unet.layers_per_block) - 1
+        channels += [config.unet.block_out_channels[level]] * (layers + downsampled)
+    return channels
