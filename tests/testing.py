@@ -61,10 +61,11 @@ def float32_noise(
 
     Where every weight and every input moves by one rounding of float64, results of float64 move by what these, and all
     roundings that follow them, make of it. In float32 it is the same, 2^29 times as large. That holds for results which
-    are sums of large terms, too, and for those which are zero but for roundings.
+    are sums of large terms, too, and for those which are zero but for roundings. Where plain PyTorch misses the truth by
+    more in float32, that counts: its roundings come at every operation, and the movements at the inputs alone.
 
     Args:
-        results: computes them in the dtype of its model, whose gradients it may leave behind, of inputs that it moves.
+        results: computes them by plain PyTorch in the dtype of its model, whose gradients it may leave behind, of inputs that it moves.
         model: of any dtype; it is left as it is.
         seeds: how many times all is moved, each number at random up or down. The largest movement counts.
     """
@@ -83,7 +84,9 @@ def float32_noise(
         for name, value in results(moved, move).items():
             noise[name] = max(noise[name], _largest(value - truth[name]))
     larger = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
-    return truth, {name: movement * larger for name, movement in noise.items()}
+    plain = results(copy.deepcopy(model).float(), torch.clone)
+    missed = {name: _largest(value.double() - truth[name]) for name, value in plain.items()}
+    return truth, {name: max(movement * larger, missed[name]) for name, movement in noise.items()}
 
 
 def assert_within_noise(actual: Mapping[str, Tensor], truth: Mapping[str, Tensor], noise: Mapping[str, float]) -> None:
