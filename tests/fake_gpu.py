@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from madformer.config import MADFormerConfig
+from madformer.engine import structure
 from madformer.engine.schedule import Schedule, ScheduleTable
 from madformer.model import MADFormer
 
@@ -168,6 +169,8 @@ def pretended_gpu() -> Iterator[FakeTensorMode]:
         held.enter_context(mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", -1))
         held.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda _: True)))
         held.enter_context(mock.patch.object(Schedule, "of", _schedule))
+        # a fake tensor is the plain one here, also as a parameter
+        held.enter_context(mock.patch.object(structure, "_PLAIN", structure._PLAIN | {fake_tensor.FakeTensor}))
         yield held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 

@@ -61,11 +61,12 @@ def float32_noise(
 
     Where every weight and every input moves by one rounding of float64, results of float64 move by what these, and all
     roundings that follow them, make of it. In float32 it is the same, 2^29 times as large. That holds for results which
-    are sums of large terms, too, and for those which are zero but for roundings. Where plain PyTorch misses the truth by
-    more in float32, that counts: its roundings come at every operation, and the movements at the inputs alone.
+    are sums of large terms, too, and for those which are zero but for roundings. Where plain PyTorch misses the truth
+    by more in float32, that counts: it rounds at every operation, and what is moved are the inputs alone.
 
     Args:
-        results: computes them by plain PyTorch in the dtype of its model, whose gradients it may leave behind, of inputs that it moves.
+        results: computes them by plain PyTorch in the dtype of its model, whose gradients it may leave behind, of inputs
+            that it moves.
         model: of any dtype; it is left as it is.
         seeds: how many times all is moved, each number at random up or down. The largest movement counts.
     """

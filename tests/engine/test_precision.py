@@ -404,3 +404,14 @@ def test_fused_quantisation_is_the_eager_one() -> None:
         torch.testing.assert_close(fused_scale, scale, rtol=1e-6, atol=0)
         assert (fused.view(torch.uint8) != eager.view(torch.uint8)).double().mean() < 1e-3
         assert ((fused.double() * fused_scale.double() - x.double()).abs() <= rounding(x) * (1 + 1e-5)).all()
+
+
+def test_rows_are_traced_once() -> None:
+    """The rows' quantisation as Dynamo traces it, for any number of rows."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    traced = torch.compile(quantize_rows, dynamic=True, fullgraph=True, backend="aot_eager")
+    for rows in (32, 48, 2, 64):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
+        torch.testing.assert_close(traced(x), quantize_rows(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
