@@ -65,8 +65,8 @@ def float32_noise(
     by more in float32, that counts: it rounds at every operation, and what is moved are the inputs alone.
 
     Args:
-        results: computes them by plain PyTorch in the dtype of its model, whose gradients it may leave behind, of inputs
-            that it moves.
+        results: computes them by plain PyTorch in the dtype of its model, whose gradients it may leave behind, of
+            inputs that it moves.
         model: of any dtype; it is left as it is.
         seeds: how many times all is moved, each number at random up or down. The largest movement counts.
     """
