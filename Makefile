@@ -20,7 +20,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 		|| { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) 'setuptools>=77' wheel ninja $(if $(shell command -v cmake),,cmake)
+	$(PIP_INSTALL) 'setuptools>=77' wheel ninja 'pybind11>=3' $(if $(shell command -v cmake),,cmake)
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev,emoji,hf]'
 	@$(BIN)/python -c 'from madformer.kernels.dispatch import report; print(*(f"{s.backend}: {s.reason}" for s in report()), sep="\n")'
 	@touch $@
@@ -85,6 +85,7 @@ oldest-check: install
 	@for source in csrc/*.cpp; do \
 		$${CXX:-c++} -std=c++20 -fsyntax-only -Wall -Wextra -fopenmp-simd -DTORCH_TARGET_VERSION=0x020b000000000000 \
 			$(OLDEST_CUDA) \
+			-isystem $$($(BIN)/python -c 'import pybind11; print(pybind11.get_include())') \
 			-isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
 			-isystem $(OLDEST_HEADERS)/torch/include $$source || exit 1; \
 	done; echo 'oldest-check: csrc/*.cpp compile against torch $(OLDEST_TORCH)'
@@ -111,9 +112,9 @@ gpu-check: package-tree
 		$(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
-# A source distribution, and of it, which proves it whole, the wheel. By torch's stable ABI and Python's one wheel serves
-# every PyTorch from 2.11 and every Python from 3.11 on; it is this platform's (auditwheel would give it a manylinux name).
-# Built with nvcc beside a torch that has CUDA it holds the GPU's code, too.
+# A source distribution, and of it, which proves it whole, the wheel for this Python. The ops use torch's stable ABI, so that
+# one wheel serves every PyTorch from 2.11 on; its module is pybind11's, which has no stable ABI of Python's: one wheel for
+# each Python, by make dist PYTHON=python3.12 VENV=.venv-3.12. Built with nvcc it has the GPU's code, too.
 dist: install
 	rm -rf dist madformer.egg-info
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null

@@ -46,8 +46,11 @@ def missing_tools() -> list[str]:
         missing.append("a C++ compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python.h (python3-dev)")
-    if importlib.util.find_spec("torch") is None:
-        missing.append("torch (install it first, then use --no-build-isolation)")
+    missing += [
+        f"{name} (install it first, then use --no-build-isolation)"
+        for name in ("torch", "pybind11")
+        if importlib.util.find_spec(name) is None
+    ]
     return missing
 
 
@@ -122,8 +125,6 @@ setup(
     packages=packages(),
     package_dir=FOLDERS,
     package_data={"madformer": ["py.typed"]},
-    ext_modules=[] if MODE == "off" else [Extension("madformer._C", sources=[], py_limited_api=True)],
+    ext_modules=[] if MODE == "off" else [Extension("madformer._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # The limited API of csrc/bindings.cpp: one wheel for all Pythons from this one on.
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -35,7 +35,7 @@ LIMIT = 50 << 20
 WHEELS = (
     *("diffusers", "importlib_metadata", "zipp", "lazy-importer"),
     *("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments"),
-    "einops",
+    *("pybind11", "einops"),
 )
 """diffusers and what it needs that a machine with PyTorch may lack; what tests, a build and the released code need."""
 

@@ -141,8 +141,7 @@ def test_wheel_of_the_source_distribution_samples_in_a_clean_environment(tmp_pat
     assert record["versions"]["madformer"] == madformer.__version__
     assert str(venv) in run(venv / "bin" / "python", "-c", "import madformer; print(madformer.__file__)")
     cpp = next(status for status in record["backends"] if status["backend"] == "cpp")
-    assert cpp["available"] == ("madformer/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()), cpp
-    assert "-cp311-abi3-" in wheel.name, "one wheel for every Python"
+    assert cpp["available"] == any("/_C." in name for name in zipfile.ZipFile(wheel).namelist()), cpp
     model, picture = ROOT / "assets" / "emoji64", tmp_path / "apple.png"
     options = ("--steps", "2", "--num-images", "1", "--grid", picture)
     run(venv / "bin" / "madformer", "sample", "--model", model, "red apple", *options)
