@@ -77,6 +77,7 @@ def _machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = ""
+    versions["torch"] = torch.__version__  # which names the build, as in +cu130
     devices = [f"cpu, {torch.get_num_threads()} threads, samples in {default_dtype('cpu')}"]
     devices += [
         f"cuda:{index}, {torch.cuda.get_device_name(index)}, samples in {default_dtype('cuda')}"
