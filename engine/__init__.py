@@ -12,9 +12,11 @@ from madformer.lazy import exporter
 if TYPE_CHECKING:
     from madformer.engine.batching import InFlightBatcher, QueueFullError
     from madformer.engine.memory import OutOfMemoryError
-    from madformer.engine.plan import Change, FinishedBlock, InUseError, NoiseSource, NonFiniteError, Plan, Progress
+    from madformer.engine.plan import NoiseSource, Plan
+    from madformer.engine.progress import Change, FinishedBlock, Progress
     from madformer.engine.prompts import Prompt
     from madformer.engine.reference import sample_uncached
+    from madformer.engine.running import InUseError, NonFiniteError
     from madformer.engine.sampler import Sampler, bytes_per_image
     from madformer.engine.schedule import ScheduleTable, tabulate
     from madformer.engine.slots import Guidance
@@ -42,16 +44,16 @@ __all__ = [
 __getattr__ = exporter(
     __name__,
     {
-        "Change": "madformer.engine.plan",
-        "FinishedBlock": "madformer.engine.plan",
+        "Change": "madformer.engine.progress",
+        "FinishedBlock": "madformer.engine.progress",
         "Guidance": "madformer.engine.slots",
         "InFlightBatcher": "madformer.engine.batching",
-        "InUseError": "madformer.engine.plan",
+        "InUseError": "madformer.engine.running",
         "NoiseSource": "madformer.engine.plan",
-        "NonFiniteError": "madformer.engine.plan",
+        "NonFiniteError": "madformer.engine.running",
         "OutOfMemoryError": "madformer.engine.memory",
         "Plan": "madformer.engine.plan",
-        "Progress": "madformer.engine.plan",
+        "Progress": "madformer.engine.progress",
         "Prompt": "madformer.engine.prompts",
         "QueueFullError": "madformer.engine.batching",
         "Sampler": "madformer.engine.sampler",
