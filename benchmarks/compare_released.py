@@ -44,6 +44,7 @@ from madformer.benchmark.sampling import block_pairs
 from madformer.engine.sampler import Plan, Sampler
 from madformer.files.atomic import check_writable
 from madformer.model.blocks import to_maps
+from madformer.training.losses import Batch as LossBatch
 from madformer.training.losses import LossWeights, training_losses
 from record import CannotCompare, environment, finish, git_commit
 from released import (
@@ -105,7 +106,7 @@ def native_step(model: nn.Module, batch: Batch) -> Tensor:
     """Loss of a training step as our trainer makes it: it also adds the noise."""
     model.zero_grad(set_to_none=True)
     weights = LossWeights(hidden=HIDDEN_WEIGHT)
-    losses = training_losses(model, batch.clean, batch.noise, batch.timestep, DDPMScheduler(), weights)
+    losses = training_losses(model, LossBatch(batch.clean, batch.noise, batch.timestep), DDPMScheduler(), weights)
     losses.total.backward()
     return losses.total.detach()
 

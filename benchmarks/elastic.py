@@ -51,8 +51,8 @@ from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import load_tokenizer
 from madformer.training.checkpoint import whole_checkpoints
 from madformer.training.config import RUN_CONFIG, TrainingConfig, emoji64
-from madformer.training.data import Batch, BatchStream, Conditioning
-from madformer.training.losses import LossWeights, training_losses
+from madformer.training.data import BatchStream, Conditioning
+from madformer.training.losses import Batch, LossWeights, training_losses
 from madformer.training.trainer import Trainer
 from madformer.vae import decode, encode, load_vae
 from record import CannotCompare, environment, finish, results_folder
@@ -191,8 +191,7 @@ def image_loss(model: MADFormer, batches: Sequence[Batch], schedule: DDPMSchedul
     """Of a model at its split, mean over batches of one size."""
     losses = []
     for batch in (batch.to(model.device) for batch in batches):
-        told = (batch.clean_BMLC, batch.noise_BMLC, batch.timestep_BM)
-        losses.append(training_losses(model, *told, schedule, LossWeights(hidden=0.0), batch.text_BP).image.item())
+        losses.append(training_losses(model, batch, schedule, LossWeights(hidden=0.0)).image.item())
     return statistics.fmean(losses)
 
 

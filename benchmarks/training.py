@@ -49,6 +49,7 @@ from madformer.machine import matmul_rate, seconds
 from madformer.model.blocks import to_maps
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs, costs_of
+from madformer.training.losses import Batch as LossBatch
 from madformer.training.losses import LossWeights, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard
 from record import CannotCompare, environment, finish, git_commit, results_folder, save
@@ -147,7 +148,7 @@ def our_loop(model: nn.Module, device: torch.device) -> Step:
 
     def step(batch: Batch) -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            losses = training_losses(model, batch.clean, batch.noise, batch.timestep, scheduler, weights)
+            losses = training_losses(model, LossBatch(batch.clean, batch.noise, batch.timestep), scheduler, weights)
         losses.total.backward()
         guard.step(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         optimizer.zero_grad(set_to_none=True)

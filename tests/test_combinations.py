@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from engine_cases import draw_noise, draw_prompt, make_model
 from madformer.config import MADFormerConfig, TextConfig, UNetConfig
 from madformer.engine.sampler import Sampler
-from madformer.training.losses import LossWeights, training_losses
+from madformer.training.losses import Batch, LossWeights, training_losses
 
 BASE: dict[str, Any] = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_blocks": 4, "block_size": 1,
@@ -84,8 +84,8 @@ def train_and_sample(config: MADFormerConfig) -> None:
     timestep = torch.tensor([[0, 300, 600, 999]] * len(noise))
     splits = config.elastic_diffusion_layers or (None,)
     for split in splits:
-        told = (prompt.text, prompt.label, split, order)
-        losses = training_losses(model, noise, -noise, timestep, DDPMScheduler(), weights, *told)
+        batch = Batch(noise, -noise, timestep, prompt.label, text_BP=prompt.text, order_BM=order)
+        losses = training_losses(model, batch, DDPMScheduler(), weights, diffusion_layers=split)
         losses.total.backward()
         assert all(math.isfinite(value) for value in losses.parts().values()), config
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), config

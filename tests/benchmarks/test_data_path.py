@@ -14,7 +14,8 @@ import pytest
 import data_path
 from madformer.config import tiny
 from madformer.data.latents import LatentDataset
-from madformer.training.data import Batch, BatchStream
+from madformer.training.data import BatchStream
+from madformer.training.losses import Batch
 
 ARGUMENTS = ["--preset", "tiny", "--samples", "8", "--micro-batch", "2", "--workers", "1", "--epochs", "3"]
 

@@ -19,7 +19,7 @@ from madformer.config import MADFormerConfig, TextConfig, ffhq1024, imagenet256
 from madformer.data.images import open_dataset
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import loss_weights
-from madformer.training.losses import training_losses
+from madformer.training.losses import Batch, training_losses
 from testing import GoldenCase
 
 # The released baselines, as their own shell syntax allows to write it.
@@ -110,12 +110,9 @@ def test_the_trainer_minimises_the_released_loss(case: GoldenCase, tmp_path: Pat
     model, inputs, golden = make_compat(case).to_native(), case.inputs(), case.tensors()
     losses = training_losses(
         model,
-        inputs["clean"],
-        inputs["noise"],
-        inputs["t"],
+        Batch(inputs["clean"], inputs["noise"], inputs["t"], text_BP=inputs.get("input_ids")),
         DDPMScheduler(),
         loss_weights(TrainingConfig(model=config.model, **config.training)),
-        inputs.get("input_ids"),
     )
     assert losses.total.item() == pytest.approx(golden["loss"].item(), rel=OUTPUT_TOLERANCE)
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from engine_cases import CASES
 from fake_gpu import GPU, Watch, make_model, pretended_gpu
 from madformer.config import MADFormerConfig, ffhq1024, tiny
-from madformer.training.losses import Losses, LossWeights, training_losses
+from madformer.training.losses import Batch, Losses, LossWeights, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard
 
 BATCH = 2
@@ -72,10 +72,11 @@ def train(config: MADFormerConfig, after_forward: Callable[[Losses], object] = l
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     guard, averages = StepGuard(optimizer, GPU, 100.0), MovingAverages(model, (0.999,))
+    batch = Batch(clean, noise, timestep, labels, text_BP=text, order_BM=order)
     for step in range(2):  # the second is like all that follow
         with Watch() as watch:
             with torch.autocast("cuda", torch.bfloat16):
-                losses = training_losses(model, clean, noise, timestep, scheduler, weights, text, labels, None, order)
+                losses = training_losses(model, batch, scheduler, weights)
             after_forward(losses)
             with one_device():
                 losses.total.backward()

@@ -14,7 +14,7 @@ from madformer.config import MADFormerConfig, tiny
 from madformer.model import MADFormer
 from madformer.training.config import TrainingConfig, ffhq1024
 from madformer.training.costs import Costs, costs_of, loss_weights
-from madformer.training.losses import training_losses
+from madformer.training.losses import Batch, training_losses
 
 
 def config_of(model: MADFormerConfig, **changes: object) -> TrainingConfig:
@@ -28,7 +28,9 @@ def test_operations_are_those_of_a_real_step() -> None:
     shape = (1, 1, config.model.latents_per_block, config.model.latent_channels)
     latents, timestep = torch.randn(shape), torch.zeros(1, 1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        training_losses(model, latents, latents, timestep, DDPMScheduler(), loss_weights(config)).total.backward()
+        training_losses(
+            model, Batch(latents, latents, timestep), DDPMScheduler(), loss_weights(config)
+        ).total.backward()
     assert costs_of(config).flops == counter.get_total_flops()
     assert costs_of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
 

@@ -28,7 +28,6 @@ from madformer.files.shards import write_shards
 from madformer.model.blocks import from_blocks
 from madformer.training.data import (
     WINDOW,
-    Batch,
     BatchStream,
     CachedLatents,
     Conditioning,
@@ -36,6 +35,7 @@ from madformer.training.data import (
     cache_latents,
     draw_split,
 )
+from madformer.training.losses import Batch
 from madformer.vae import encode, load_vae
 from testing import DEVICE, small_vae
 

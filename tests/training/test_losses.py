@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from madformer.config import PredictionType, TextConfig, tiny
 from madformer.model import MADFormer, MADFormerOutput
-from madformer.training.losses import LossWeights, min_snr_weight, next_token_loss, prediction_target, training_losses
+from madformer.training.losses import (
+    Batch,
+    LossWeights,
+    min_snr_weight,
+    next_token_loss,
+    prediction_target,
+    training_losses,
+)
 from testing import perturb
 
 
@@ -49,7 +56,7 @@ def test_losses_are_their_definition(prediction_type: PredictionType) -> None:
     clean = torch.randn(3, 4, 16, 4, generator=torch.Generator().manual_seed(1))
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     weights = LossWeights(image=0.5, hidden=0.1, clean=0.2)
-    losses = training_losses(spy, clean, draw_noise(), TIMESTEP, scheduler, weights)
+    losses = training_losses(spy, Batch(clean, draw_noise(), TIMESTEP), scheduler, weights)
 
     _, noisy, timestep = spy.inputs
     signal = scheduler.alphas_cumprod[timestep][..., None, None].double()
@@ -72,7 +79,7 @@ def test_losses_are_their_definition(prediction_type: PredictionType) -> None:
 
 def test_losses_without_weight_are_not_computed() -> None:
     spy = Spy(make_model())
-    losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0))
+    losses = training_losses(spy, Batch(draw_noise(), draw_noise(), TIMESTEP), DDPMScheduler(), LossWeights(hidden=0))
     assert spy.options == {
         "diffusion_layers": None, "order_BM": None,
         "return_condition": False, "return_clean": False, "return_logits": False,
@@ -103,7 +110,7 @@ def test_min_snr_weights_the_clean_sample(prediction_type: PredictionType) -> No
 def test_min_snr_is_in_the_loss() -> None:
     spy = Spy(make_model())
     losses = training_losses(
-        spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), LossWeights(hidden=0, min_snr_gamma=5.0)
+        spy, Batch(draw_noise(), draw_noise(), TIMESTEP), DDPMScheduler(), LossWeights(hidden=0, min_snr_gamma=5.0)
     )
     errors = (spy.output.prediction - draw_noise()).square().mean((2, 3))
     weight = min_snr_weight("epsilon", DDPMScheduler(), TIMESTEP, 5.0)
@@ -126,7 +133,7 @@ def test_the_text_loss_is_that_of_the_next_token(padding: int | None) -> None:
     config = {"text": TextConfig(vocab_size=9, length=6, pad_token_id=padding)}
     spy, text = Spy(make_model(**config)), torch.tensor([[3, 1, 8, 8, 8, 8], [0, 5, 7, 2, 8, 8], [4, 8, 8, 8, 8, 8]])
     weights = LossWeights(image=1.0, hidden=0.0, text=0.3, padding=padding)
-    losses = training_losses(spy, draw_noise(), draw_noise(), TIMESTEP, DDPMScheduler(), weights, text)
+    losses = training_losses(spy, Batch(draw_noise(), draw_noise(), TIMESTEP, text_BP=text), DDPMScheduler(), weights)
     logits = spy.output.logits
     assert logits is not None
     terms = [

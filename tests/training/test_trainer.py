@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from madformer.config import TextConfig, tiny
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
-from madformer.training.data import Batch, draw_split
+from madformer.training.data import draw_split
+from madformer.training.losses import Batch
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
 from training_run import ROUNDING, losses, metrics, stop_after

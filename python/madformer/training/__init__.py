@@ -8,10 +8,11 @@ from madformer.lazy import exporter
 
 if TYPE_CHECKING:
     from madformer.training.config import TrainingConfig
-    from madformer.training.losses import Losses, LossWeights, training_losses
+    from madformer.training.losses import Batch, Losses, LossWeights, training_losses
     from madformer.training.trainer import Trainer
 
 __all__ = [
+    "Batch",
     "LossWeights",
     "Losses",
     "Trainer",
@@ -22,6 +23,7 @@ __all__ = [
 __getattr__ = exporter(
     __name__,
     {
+        "Batch": "madformer.training.losses",
         "LossWeights": "madformer.training.losses",
         "Losses": "madformer.training.losses",
         "Trainer": "madformer.training.trainer",

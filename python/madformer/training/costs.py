@@ -18,7 +18,7 @@ from madformer.kernels.block_causal_attention import BlockLayout
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections
 from madformer.training.config import TrainingConfig
-from madformer.training.losses import LossWeights, training_losses
+from madformer.training.losses import Batch, LossWeights, training_losses
 
 OPTIMIZER_BYTES = 8  # AdamW's two fp32 moments of a parameter
 
@@ -85,12 +85,13 @@ def _costs(config: MADFormerConfig, weights: LossWeights, bf16: bool) -> Costs:
         text = torch.zeros(1, config.text_length, dtype=torch.int64) if config.text else None
         labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
         scheduler = DDPMScheduler(prediction_type=config.prediction_type)
+        batch = Batch(latents, latents, timestep, labels, text_BP=text)
         with FlopCounterMode(display=False) as counter:
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=bf16),
                 torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             ):
-                losses = training_losses(model, latents, latents, timestep, scheduler, weights, text, labels)
+                losses = training_losses(model, batch, scheduler, weights)
             losses.total.backward()
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         return Costs(

@@ -11,11 +11,10 @@ Shape legend: B samples of a micro-batch, M blocks, L latents of a block, C chan
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from madformer.files.shards import ShardDataset
 from madformer.model.blocks import in_order, to_blocks
 from madformer.seeds import check_seed
 from madformer.tokenizer import Tokenizer
+from madformer.training.losses import Batch
 from madformer.vae import downscale, encode
 
 Order = Literal["uniform", "shards"]
@@ -96,43 +96,6 @@ class Conditioning:
 
     def text_of(self, sample: Mapping[str, Any]) -> str:
         return str(sample["label"]) if self.caption == "label" else sample["caption"]
-
-
-@dataclass
-class Batch:
-    """A micro-batch on the CPU, in pinned memory where there is a GPU.
-
-    Attributes:
-        clean_BMLC: latents drawn from the posterior, fp32. They are on the VAE's device if it encodes in passing.
-        noise_BMLC: standard normal, fp32.
-        timestep_BM: int64, one for every block.
-        labels_B: int64, -1 unknown or left out. captions: as the model reads them, empty where there is none.
-        text_BP: their token ids, int64; None for a model without text.
-        order_BM: int64, the place of every block where each sample has an order of its own; else None.
-    """
-
-    clean_BMLC: Tensor
-    noise_BMLC: Tensor
-    timestep_BM: Tensor
-    labels_B: Tensor
-    captions: list[str]
-    text_BP: Tensor | None = None
-    order_BM: Tensor | None = None
-
-    def pin_memory(self) -> Self:
-        """What a ``DataLoader`` calls on batches that it does not know."""
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> Self:
-        """On a device, without waiting for it."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        mapped = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(mapped, name, function(value))
-        return mapped
 
 
 class BatchStream:

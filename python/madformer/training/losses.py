@@ -10,7 +10,10 @@ Shape legend: B batch, M blocks, L latents of a block, C channels, P tokens of a
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,44 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from madformer.config import PredictionType
+
+
+@dataclass
+class Batch:
+    """What a step's losses are made of: a micro-batch, the blocks in the order that they are to be made in.
+
+    Attributes:
+        clean_BMLC: scaled latents drawn from the posterior, fp32.
+        noise_BMLC: standard normal, fp32.
+        timestep_BM: int64, one for every block.
+        labels_B: int64, -1 unknown or left out; None for a model without classes.
+        captions: as the model reads them, empty where there is none.
+        text_BP: their token ids, int64; None for a model without text.
+        order_BM: int64, the place of every block where each sample has an order of its own; else None.
+    """
+
+    clean_BMLC: Tensor
+    noise_BMLC: Tensor
+    timestep_BM: Tensor
+    labels_B: Tensor | None = None
+    captions: Sequence[str] = ()
+    text_BP: Tensor | None = None
+    order_BM: Tensor | None = None
+
+    def pin_memory(self) -> Self:
+        """What a ``DataLoader`` calls on batches that it does not know."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, without waiting for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        mapped = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(mapped, name, function(value))
+        return mapped
 
 
 @dataclass(frozen=True)
@@ -79,30 +120,24 @@ def min_snr_weight(prediction_type: PredictionType, scheduler: DDPMScheduler, ti
 
 def training_losses(
     model: torch.nn.Module,
-    clean_BMLC: Tensor,
-    noise_BMLC: Tensor,
-    timestep_BM: Tensor,
+    batch: Batch,
     scheduler: DDPMScheduler,
     weights: LossWeights | None = None,
-    text_BP: Tensor | None = None,
-    labels_B: Tensor | None = None,
+    *,
     diffusion_layers: int | None = None,
-    order_BM: Tensor | None = None,
 ) -> Losses:
     """Noise every block to a timestep of its own, predict, and compare.
 
     Args:
         model: a :class:`~madformer.model.MADFormer`, bare or wrapped (``torch.compile``, DDP, FSDP).
-        clean_BMLC: scaled latents, the blocks in the order that they are to be made in.
-        noise_BMLC: standard normal.
-        timestep_BM: of every block, int64.
+        batch: on the model's device, with what the model is to be told.
         scheduler: gives the noise schedule and, as its ``prediction_type``, what is predicted.
-        text_BP, labels_B: token ids and classes, for a model with such.
-        diffusion_layers: of this batch, for an elastic model. order_BM: the blocks' places, for one of random order.
+        diffusion_layers: of this batch, for an elastic model.
     """
     weights = weights or LossWeights()
     prediction_type: PredictionType = scheduler.config.prediction_type
-    flat = clean_BMLC.flatten(0, 1), noise_BMLC.flatten(0, 1), timestep_BM.flatten()
+    clean_BMLC, timestep_BM = batch.clean_BMLC, batch.timestep_BM
+    flat = clean_BMLC.flatten(0, 1), batch.noise_BMLC.flatten(0, 1), timestep_BM.flatten()
     noisy_BMLC = scheduler.add_noise(*flat).view_as(clean_BMLC)
     target_BMLC = prediction_target(prediction_type, scheduler, *flat).view_as(clean_BMLC)
 
@@ -110,10 +145,10 @@ def training_losses(
         clean_BMLC,
         noisy_BMLC,
         timestep_BM,
-        text_BP,
-        labels_B,
+        batch.text_BP,
+        batch.labels_B,
         diffusion_layers=diffusion_layers,
-        order_BM=order_BM,
+        order_BM=batch.order_BM,
         return_condition=weights.hidden > 0,
         return_clean=weights.clean > 0,
         return_logits=weights.text > 0,
@@ -129,8 +164,8 @@ def training_losses(
         # the last clean block is context for nobody
         losses.clean = F.mse_loss(output.clean[:, :-1].float(), clean_BMLC[:, :-1])
         losses.total = losses.total + weights.clean * losses.clean
-    if output.logits is not None and text_BP is not None:
-        losses.text = next_token_loss(output.logits, text_BP, weights.padding)
+    if output.logits is not None and batch.text_BP is not None:
+        losses.text = next_token_loss(output.logits, batch.text_BP, weights.padding)
         losses.total = losses.total + weights.text * losses.text
     return losses
 

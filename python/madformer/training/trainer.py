@@ -29,11 +29,11 @@ from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
-from madformer.training.data import Batch, BatchStream, Conditioning, cache_latents, check_data, draw_split
+from madformer.training.data import BatchStream, Conditioning, cache_latents, check_data, draw_split
 from madformer.training.fitting import check_fit, describe, fit, open_data, too_small
 from madformer.training.folder import RunFolder
 from madformer.training.initial import adapted, merge, with_initial_model
-from madformer.training.losses import training_losses
+from madformer.training.losses import Batch, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
 from madformer.training.reporting import Reporter, check_sinks
@@ -271,20 +271,12 @@ class Trainer:
         split = draw_split(config.model, config.seed, self.step)
         for index in range(config.accumulation_steps):
             batch = next(batches).to(self.device)
-            labels = batch.labels_B if config.model.num_classes else None
+            if not config.model.num_classes:
+                batch.labels_B = None
             with accumulating(self.wrapped, index == config.accumulation_steps - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     losses = training_losses(
-                        self.wrapped,
-                        batch.clean_BMLC,
-                        batch.noise_BMLC,
-                        batch.timestep_BM,
-                        self.noise_schedule,
-                        self.weights,
-                        batch.text_BP,
-                        labels,
-                        split,
-                        batch.order_BM,
+                        self.wrapped, batch, self.noise_schedule, self.weights, diffusion_layers=split
                     )
                 (losses.total / config.accumulation_steps).backward()
             for name, value in losses.parts().items():
