@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -247,6 +247,14 @@ class MADFormerConfig(Mapping[str, Any]):
         """Channels, rows and columns of the image's latents."""
         rows, columns = self.token_grid
         return self.latent_channels, rows * self.downscale, columns * self.downscale
+
+    def check_latents(self, shape: Sequence[int], what: str) -> None:
+        """Raises ``ValueError`` where latents are not those that a model takes; ``what`` names them in the message."""
+        if tuple(shape) != self.latent_shape:
+            given, taken = (" x ".join(map(str, sizes)) for sizes in (shape, self.latent_shape))
+            raise ValueError(
+                f"{what}: latents are {given}, the model takes {taken} (latent_channels; num_blocks, block_size, unet)"
+            )
 
     def at_grid(self, rows: int, columns: int) -> MADFormerConfig:
         """The same model for an image of more or fewer blocks: positions beyond those of training are extrapolated.

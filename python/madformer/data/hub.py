@@ -38,6 +38,8 @@ class HuggingFaceSource:
     before others, or else of a column of such a name: numbers, or names, which become classes in sorted order.
     """
 
+    root, shard_lengths = None, None
+
     def __init__(self, name: str) -> None:
         try:
             import datasets

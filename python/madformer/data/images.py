@@ -13,16 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from madformer.config import MADFormerConfig
 from madformer.data.fields import NO_LABEL, DataSummary
 from madformer.data.hub import HuggingFaceSource, is_saved
 from madformer.data.pixels import UnreadableImageError, decode, to_rgb
 from madformer.data.sources import FolderSource, ShardSource, Source
 from madformer.files.shards import is_hidden, list_shards
 from madformer.files.text import printable
+from madformer.vae import downscale
 
 __all__ = [
     "NO_LABEL",
@@ -117,6 +120,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return self.source.class_names
 
     @property
+    def root(self) -> Path | None:
+        return self.source.root
+
+    @property
+    def shard_lengths(self) -> list[int] | None:
+        return self.source.shard_lengths
+
+    @property
     def num_bad(self) -> int:
         """How many distinct samples turned out to be unreadable so far, in all workers."""
         return int(np.count_nonzero(self._bad.numpy()))
@@ -143,6 +154,19 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if sample is not None:
                 return sample
         raise ValueError(f"none of the {length} samples is readable")
+
+    def read(self, index: int, *, flipped: bool = False) -> dict[str, Any]:
+        """The sample, or its mirror image."""
+        sample = self[index]
+        return {**sample, "image": sample["image"].flip(-1)} if flipped else sample
+
+    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None, *, flip: bool = False) -> None:
+        """Raises ``ValueError`` where a model does not take what ``vae`` makes of the images."""
+        if vae is None:
+            raise ValueError("vae=None: images need one")
+        shape = (side // downscale(vae) for side in self.image_shape)
+        what = "images of {} x {} pixels".format(*self.image_shape)
+        config.check_latents((vae.config.latent_channels, *shape), what)
 
     def try_read(self, index: int) -> dict[str, Any] | None:
         """The sample, or None where it is unreadable, which is counted and logged whatever ``on_error`` says.

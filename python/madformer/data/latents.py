@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +39,7 @@ from madformer.files.weights import fingerprint
 from madformer.objects import check_types, from_object, parse_object
 from madformer.vae import downscale
 
-__all__ = ["LatentDataset", "LatentDescription", "check_geometry", "holds_latents"]
+__all__ = ["LatentDataset", "LatentDescription", "holds_latents"]
 
 DESCRIPTION = "latents.json"
 VERSION = 1
@@ -162,15 +161,6 @@ def holds_latents(source: str | Path) -> bool:
     return (Path(source) / DESCRIPTION).is_file()
 
 
-def check_geometry(latent_shape: Sequence[int], config: MADFormerConfig, what: str) -> None:
-    """Raises ``ValueError`` where latents are not those that a model takes; ``what`` names them in the message."""
-    if tuple(latent_shape) != config.latent_shape:
-        given, taken = (" x ".join(map(str, shape)) for shape in (latent_shape, config.latent_shape))
-        raise ValueError(
-            f"{what}: latents are {given}, the model takes {taken} (latent_channels; num_blocks, block_size, unet)"
-        )
-
-
 class LatentDataset(Dataset[dict[str, Any]]):
     """Posterior moments that :func:`write_latents` wrote, for any number of DataLoader workers.
 
@@ -181,6 +171,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         FileNotFoundError: there is no description, or not every shard of it.
         ValueError: a description or a shard that is damaged, or not one readable sample.
     """
+
+    root = None
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -242,9 +234,15 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Samples of each shard, in order."""
         return self.shards.shard_lengths
 
-    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None = None) -> None:
-        """Raises ``ValueError`` where a model does not take these latents, or ``vae``, as stored, did not make them."""
-        check_geometry(self.description.latent_shape, config, str(self.folder))
+    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None = None, *, flip: bool = False) -> None:
+        """Raises ``ValueError`` where a model does not take these latents, or ``vae``, as stored, did not make them.
+
+        Args:
+            flip: mirror images are wanted, too.
+        """
+        config.check_latents(self.description.latent_shape, str(self.folder))
+        if flip and not self.flips:
+            raise ValueError(f"flip=True needs mirror images, and {self.folder} was written with --no-flip")
         if vae is not None and (found := fingerprint(vae, vae.config)) != self.description.vae_fingerprint:
             raise ValueError(
                 f"{self.folder} was encoded by {self.description.vae} ({self.description.vae_fingerprint}), "

@@ -51,6 +51,14 @@ class Source(Protocol):
 
     class_names: list[str]
 
+    @property
+    def root(self) -> Path | None:
+        """The folder of a user's own files that its pictures lie in, if they do: nothing may be written there."""
+
+    @property
+    def shard_lengths(self) -> list[int] | None:
+        """Samples that lie together, shard by shard in order; None where any is as near as any other."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -67,7 +75,8 @@ class ShardSource:
     """Samples of WebDataset tar shards; class names from a ``dataset.json`` beside the first, if any."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.shards = ShardDataset(paths)
+        self.shards, self.root = ShardDataset(paths), None
+        self.shard_lengths = self.shards.shard_lengths
         if not len(self.shards):
             raise FileNotFoundError(f"no samples in {printable(paths[0])} ({len(paths)} shards)")
         self.class_names = _described_names(paths[0].parent / "dataset.json")
@@ -153,6 +162,8 @@ def _described_names(path: Path) -> list[str]:
 
 class FolderSource:
     """Image files; first-level subfolders that hold images are classes, sorted by name. Hidden ones are left out."""
+
+    shard_lengths = None
 
     def __init__(self, root: Path) -> None:
         self.root = root

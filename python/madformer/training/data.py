@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,20 +25,43 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from madformer.config import MADFormerConfig
-from madformer.data.images import NO_LABEL, ImageDataset
-from madformer.data.latents import LatentDataset, check_geometry
+from madformer.data.images import NO_LABEL
 from madformer.data.workers import fetch_batches
-from madformer.files.shards import ShardDataset
 from madformer.model.blocks import in_order, to_blocks
 from madformer.seeds import check_seed
 from madformer.tokenizer import Tokenizer
 from madformer.training.losses import Batch
-from madformer.vae import downscale, encode
+from madformer.vae import encode
 
 Order = Literal["uniform", "shards"]
 WINDOW = 8
 """Shards whose samples ``order="shards"`` mixes."""
 _ORDER_STREAM, _SAMPLE_STREAM, _SPLIT_STREAM = range(3)  # of random numbers: of an epoch, of a position, of a step
+
+
+class TrainingData(Protocol):
+    """What a run needs of its data; :class:`ImageDataset`, :class:`LatentDataset` and :class:`CachedLatents` have it.
+
+    Attributes:
+        class_names: by label; empty if unknown. num_bad: samples that turned out to be unreadable so far.
+        root, shard_lengths: as :class:`madformer.data.sources.Source` has them.
+    """
+
+    @property
+    def class_names(self) -> list[str]: ...
+    @property
+    def num_bad(self) -> int: ...
+    @property
+    def root(self) -> Path | None: ...
+    @property
+    def shard_lengths(self) -> list[int] | None: ...
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, *, flipped: bool = False) -> dict[str, Any]:
+        """``label``, ``caption`` and ``key``, with ``mean`` and ``deviation`` of its latents, or with an ``image``."""
+
+    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None, *, flip: bool = False) -> None:
+        """Raises ``ValueError`` where a model of ``config`` cannot be trained on it, with mirror images if ``flip``."""
 
 
 class CachedLatents(TensorDataset):
@@ -47,6 +71,8 @@ class CachedLatents(TensorDataset):
         labels: -1 where unknown; None for no labels at all. captions: None for none. class_names: by label; empty if
             unknown.
     """
+
+    num_bad, root, shard_lengths = 0, None, None
 
     def __init__(
         self,
@@ -61,11 +87,17 @@ class CachedLatents(TensorDataset):
         self.captions = captions if captions is not None else [""] * len(means)
         self.class_names = list(class_names)
 
-    def read(self, index: int) -> dict[str, Any]:
-        """As :meth:`madformer.data.latents.LatentDataset.read`."""
+    def read(self, index: int, *, flipped: bool = False) -> dict[str, Any]:
+        """As :meth:`madformer.data.latents.LatentDataset.read`; there are no flips."""
         mean, deviation = self[index]
         label, caption = self.labels[index], self.captions[index]
         return {"mean": mean, "deviation": deviation, "label": label, "caption": caption, "key": str(index)}
+
+    def check(self, config: MADFormerConfig, vae: AutoencoderKL | None = None, *, flip: bool = False) -> None:
+        """Raises ``ValueError`` where a model does not take these latents."""
+        config.check_latents(self.tensors[0].shape[1:], "data in memory")
+        if flip:
+            raise ValueError("flip=True needs mirror images: `madformer data latents` encodes them, the cache does not")
 
 
 def cache_latents(vae: AutoencoderKL, images: Dataset[Any], *, batch_size: int = 64) -> CachedLatents:
@@ -130,7 +162,7 @@ class BatchStream:
 
     def __init__(
         self,
-        data: LatentDataset | TensorDataset | ImageDataset,
+        data: TrainingData | TensorDataset,
         vae: AutoencoderKL | None,
         *,
         config: MADFormerConfig,
@@ -167,9 +199,11 @@ class BatchStream:
         if isinstance(data, TensorDataset) and not isinstance(data, CachedLatents):
             means, deviations = data.tensors
             data = CachedLatents(means, deviations)
-        check_data(data, vae, config, flip)
+        data.check(config, vae, flip=flip)
         self.vae, self.config = vae, config
-        lengths = _shard_lengths(data) if order == "shards" else None
+        if order == "shards" and data.shard_lengths is None:
+            raise ValueError("order='shards' needs data in .tar shards")
+        lengths = data.shard_lengths if order == "shards" else None
         # one loader for the whole run: its workers live as long
         self._draws = fetch_batches(
             _Draws(data, config, seed, num_timesteps, flip, conditioning or Conditioning()),
@@ -249,7 +283,7 @@ class _Draws:
     """What a worker makes of places: a batch and None. Or, of images, their pixels, and the batch has the posterior's
     noise in place of clean latents."""
 
-    data: LatentDataset | CachedLatents | ImageDataset
+    data: TrainingData
     config: MADFormerConfig
     seed: int
     num_timesteps: int
@@ -279,14 +313,7 @@ class _Draws:
         posterior_CHW = _normal(random, *config.latent_shape)
         timestep_M = torch.from_numpy(random.integers(0, self.num_timesteps, config.num_blocks))
         noise_MLC = _normal(random, config.num_blocks, config.latents_per_block, config.latent_channels)
-        if isinstance(self.data, LatentDataset):
-            sample = self.data.read(index, flipped=flipped)
-        elif isinstance(self.data, CachedLatents):
-            sample = self.data.read(index)
-        else:
-            sample = self.data[index]
-            if flipped:
-                sample["image"] = sample["image"].flip(-1)
+        sample = self.data.read(index, flipped=flipped)
         sample |= self._condition(sample, *(random.random(2)))
         order_M = torch.from_numpy(random.permutation(config.num_blocks))
         clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
@@ -322,29 +349,3 @@ def _generator(seed: int, number: int, stream: int) -> np.random.Generator:
 
 def _normal(random: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
-
-
-def check_data(
-    data: LatentDataset | CachedLatents | ImageDataset, vae: AutoencoderKL | None, config: MADFormerConfig, flip: bool
-) -> None:
-    if isinstance(data, LatentDataset):
-        data.check(config, vae)
-        if flip and not data.flips:
-            raise ValueError(f"flip=True needs mirror images, and {data.folder} was written with --no-flip")
-    elif isinstance(data, CachedLatents):
-        check_geometry(data.tensors[0].shape[1:], config, "data in memory")
-        if flip:
-            raise ValueError("flip=True needs mirror images: `madformer data latents` encodes them, the cache does not")
-    else:
-        if vae is None:
-            raise ValueError("vae=None: images need one")
-        shape = (side // downscale(vae) for side in data.image_shape)
-        what = "images of {} x {} pixels".format(*data.image_shape)
-        check_geometry((vae.config.latent_channels, *shape), config, what)
-
-
-def _shard_lengths(data: LatentDataset | CachedLatents | ImageDataset) -> list[int]:
-    shards = data if isinstance(data, LatentDataset) else getattr(getattr(data, "source", None), "shards", None)
-    if not isinstance(shards, (LatentDataset, ShardDataset)):
-        raise ValueError("order='shards' needs data in .tar shards")
-    return shards.shard_lengths

@@ -17,6 +17,7 @@ from madformer.objects import read_object
 from madformer.pipeline_files import MODEL_INDEX, names_of_classes
 from madformer.training.checkpoint import step_of, whole_checkpoints
 from madformer.training.config import MAY_CHANGE, RUN_CONFIG, TrainingConfig
+from madformer.training.data import TrainingData
 
 ENVIRONMENT = "environment.json"
 # what `atomic_path` writes into a run's folder, wherever in it
@@ -67,19 +68,18 @@ class RunFolder:
             raise ValueError(f"steps={config.steps} is less than the {step} that {self.path} has come to")
         return found[-1]
 
-    def check_data(self, data: Any) -> None:
+    def check_data(self, data: TrainingData) -> None:
         """Whether a run can go on, or begin, with data that were opened.
 
         Raises:
             ValueError: it would find its own samples among the pictures of a folder that it lies in, or the numbers of
                 its classes stand for others than they have so far.
         """
-        root = getattr(getattr(data, "source", None), "root", None)
-        if root is not None and self.path.resolve().is_relative_to(Path(root).resolve()):
+        if data.root is not None and self.path.resolve().is_relative_to(data.root.resolve()):
             raise ValueError(f"{self.path} lies within the data, whose pictures its samples would be: choose another")
         index = self.path / "model" / MODEL_INDEX
         stored = names_of_classes(read_object(index).get("class_names")) if index.exists() else None
-        for number, (theirs, ours) in enumerate(zip(stored or (), getattr(data, "class_names", ()), strict=False)):
+        for number, (theirs, ours) in enumerate(zip(stored or (), data.class_names, strict=False)):
             if theirs != ours and whole_checkpoints(self.checkpoints):
                 raise ValueError(
                     f"{self.path} is of a run whose class {number} is {theirs!r}, and the data's is {ours!r}: name the "

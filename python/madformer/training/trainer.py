@@ -29,7 +29,7 @@ from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
-from madformer.training.data import BatchStream, Conditioning, cache_latents, check_data, draw_split
+from madformer.training.data import BatchStream, Conditioning, cache_latents, draw_split
 from madformer.training.fitting import check_fit, describe, fit, open_data, too_small
 from madformer.training.folder import RunFolder
 from madformer.training.initial import adapted, merge, with_initial_model
@@ -101,9 +101,9 @@ class Trainer:
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}: --vae names an autoencoder, a folder or hub id") from error
             # of images to be cached, their geometry is checked before all of them are encoded
-            check_data(data, self.vae, config.model, config.flip and not config.cache_latents)
+            data.check(config.model, self.vae, flip=config.flip and not config.cache_latents)
             self.data = self._cached(data)
-            check_data(self.data, self.vae, config.model, config.flip)
+            self.data.check(config.model, self.vae, flip=config.flip)
             self.conditioning = Conditioning(
                 self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
             )
@@ -296,7 +296,7 @@ class Trainer:
             if reporter is not None:
                 named = dict(zip(record, values.tolist(), strict=True))
                 named |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": skipped}
-                named["unreadable_images"] = getattr(self.data, "num_bad", 0)
+                named["unreadable_images"] = self.data.num_bad
                 reporter.numbers(self.step, named, self.device)
         if in_a_row > self.config.max_skipped_steps:
             self.checkpoints.abandon()  # One that is still being written may be the last good one.
@@ -361,8 +361,7 @@ class Trainer:
         model, count = self.config.model, self.config.sample_images
         if model.text is None and not model.num_classes:
             return {}
-        read = getattr(self.data, "read", self.data.__getitem__)
-        samples = [read(index * len(self.data) // count) for index in range(count)]
+        samples = [self.data.read(index * len(self.data) // count) for index in range(count)]
         told: dict[str, Any] = {}
         if model.text is not None:
             told["prompt"] = [self.conditioning.text_of(sample) for sample in samples]
