@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_same, rows_of
@@ -23,7 +23,8 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import fresh, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.registration import register, register_differentiable
 
 OP = "adaln"
 Norm = Literal["layer", "rms"]
@@ -187,53 +188,6 @@ def _backward(
     return run
 
 
-library.define(
-    "madformer::adaln",
-    "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
-    " bool centred, float eps) -> (Tensor, Tensor)",
-)
-library.define(
-    "madformer::adaln_backward",
-    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? x, Tensor scale, Tensor? gate, Tensor? weight,"
-    " Tensor? bias, bool centred, float eps, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-library.impl("madformer::adaln", ("cpu", "cuda"), _forward)
-library.impl("madformer::adaln_backward", ("cpu", "cuda"), _backward)
-
-
-@library.register_fake("madformer::adaln")
-def _(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    centred: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(x, residual)
-
-
-@library.register_fake("madformer::adaln_backward")
-def _(
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    x: Tensor | None,
-    scale: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    centred: bool,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    return _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, scale, weight, bias, residual, gate, ctx.centred, ctx.eps = inputs
     ctx.set_materialize_grads(False)
@@ -260,9 +214,25 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
     return (*results, None, None)
 
 
-library.register_autograd("madformer::adaln", _autograd_backward, setup_context=_setup_context)
-_call = eager(torch.ops.madformer.adaln, _forward, recorded(_forward, _setup_context, _autograd_backward))
-_call_backward = eager(torch.ops.madformer.adaln_backward, _backward)
+_call = register_differentiable(
+    "adaln",
+    "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
+    " bool centred, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, shift, scale, weight, bias, residual, *_: _empty_outputs(x, residual),
+    _setup_context,
+    _autograd_backward,
+)
+_call_backward = register(
+    "adaln_backward",
+    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? x, Tensor scale, Tensor? gate, Tensor? weight,"
+    " Tensor? bias, bool centred, float eps, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad_y, grad_total, total, x, scale, gate, weight, bias, centred, eps, wanted: _empty_gradients(
+        grad_y, total, scale, gate, weight, bias, wanted
+    ),
+)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 

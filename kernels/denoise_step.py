@@ -14,7 +14,8 @@ from torch import Tensor, library
 from madformer.kernels import dispatch
 from madformer.kernels.checks import DTYPES
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, eager, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.plans import Launch, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.registration import register
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
@@ -130,6 +131,10 @@ def _denoise_step_triton(
     return run
 
 
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Nothing is returned, and writing in place changes no shape."""
+
+
 _SCHEMA = (
     "(Tensor(a!) sample, Tensor model_output, Tensor(b!) previous, Tensor coefficients, float? clip=None, "
     "Tensor? unconditional=None, Tensor? guidance_scale=None) -> ()"
@@ -137,19 +142,12 @@ _SCHEMA = (
 # C++ registers itself, for the CPU and, where it was built with CUDA, for that; without it this op is the reference.
 library.define("madformer::denoise_step_", _SCHEMA)
 library.impl("madformer::denoise_step_", "CompositeExplicitAutograd", denoise_step_ref)
+library.register_fake("madformer::denoise_step_", _nothing)
 # An op of its own, because on the CPU, interpreted, it stands beside the other.
-library.define("madformer::denoise_step_triton_", _SCHEMA)
-library.impl("madformer::denoise_step_triton_", ("cpu", "cuda"), _denoise_step_triton)
-_call_triton = eager(torch.ops.madformer.denoise_step_triton_, _denoise_step_triton)
+_call_triton = register("denoise_step_triton_", _SCHEMA, _denoise_step_triton, _nothing)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "cpp", dispatch.COMPILED_DEVICES, auto=("cpu",))
 dispatch.register(OP, "triton", auto=("cuda",))
-
-
-@library.register_fake("madformer::denoise_step_")
-@library.register_fake("madformer::denoise_step_triton_")
-def _(*args: object, **kwargs: object) -> None:
-    """Nothing is returned, and writing in place changes no shape."""
 
 
 def denoise_step(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels import dispatch
 from madformer.kernels.norm_common import (
@@ -23,7 +23,8 @@ from madformer.kernels.norm_common import (
     settings_in_use,
     with_contiguous_columns,
 )
-from madformer.kernels.plans import eager, fresh, itself, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import fresh, itself, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.registration import register, register_differentiable
 
 OP = "rms_norm"
 
@@ -126,28 +127,6 @@ def _backward(
     return run
 
 
-library.define("madformer::rms_norm", "(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor)")
-library.define(
-    "madformer::rms_norm_backward",
-    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? weight, float eps, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-library.impl("madformer::rms_norm", ("cpu", "cuda"), _forward)
-library.impl("madformer::rms_norm_backward", ("cpu", "cuda"), _backward)
-
-
-@library.register_fake("madformer::rms_norm")
-def _(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(x, residual)
-
-
-@library.register_fake("madformer::rms_norm_backward")
-def _(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(grad_y, total, weight, wanted)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, residual, ctx.eps = inputs
     ctx.set_materialize_grads(False)
@@ -169,9 +148,21 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
     return dx, dweight if needs_weight else None, dresidual if needs_residual else None, None
 
 
-library.register_autograd("madformer::rms_norm", _autograd_backward, setup_context=_setup_context)
-_call = eager(torch.ops.madformer.rms_norm, _forward, recorded(_forward, _setup_context, _autograd_backward))
-_call_backward = eager(torch.ops.madformer.rms_norm_backward, _backward)
+_call = register_differentiable(
+    "rms_norm",
+    "(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, residual, eps: _empty_outputs(x, residual),
+    _setup_context,
+    _autograd_backward,
+)
+_call_backward = register(
+    "rms_norm_backward",
+    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? weight, float eps, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad_y, grad_total, total, weight, eps, wanted: _empty_gradients(grad_y, total, weight, wanted),
+)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_floating, check_same, rows_of
 from madformer.kernels.launch import jit, tl
-from madformer.kernels.plans import Launch, eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.registration import register, register_differentiable
 
 OP = "swiglu"
 
@@ -105,22 +105,6 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> Callable[[Tensor, Tenso
     return run
 
 
-library.define("madformer::swiglu", "(Tensor gate, Tensor up) -> Tensor")
-library.define("madformer::swiglu_backward", "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)")
-library.impl("madformer::swiglu", ("cpu", "cuda"), _forward)
-library.impl("madformer::swiglu_backward", ("cpu", "cuda"), _backward)
-
-
-@library.register_fake("madformer::swiglu")
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@library.register_fake("madformer::swiglu_backward")
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -129,9 +113,20 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _call_backward(grad, *ctx.saved_tensors)
 
 
-library.register_autograd("madformer::swiglu", _autograd_backward, setup_context=_setup_context)
-_call = eager(torch.ops.madformer.swiglu, _forward, recorded(_forward, _setup_context, _autograd_backward))
-_call_backward = eager(torch.ops.madformer.swiglu_backward, _backward)
+_call = register_differentiable(
+    "swiglu",
+    "(Tensor gate, Tensor up) -> Tensor",
+    _forward,
+    lambda gate, up: gate.new_empty(gate.shape),
+    _setup_context,
+    _autograd_backward,
+)
+_call_backward = register(
+    "swiglu_backward",
+    "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _backward,
+    lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 

@@ -11,14 +11,15 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels.block_causal_attention import backward as backward_kernels
 from madformer.kernels.block_causal_attention import forward as forward_kernel
 from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked, packed_empty
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import TRITON_VERSION, target
-from madformer.kernels.plans import Kind, eager, planned, recorded, taken_as
+from madformer.kernels.plans import Kind, planned, taken_as
+from madformer.kernels.registration import register, register_differentiable
 
 MAX_HEAD_DIM = 128
 _FIELDS = [field.name for field in fields(BlockLayout)]
@@ -106,30 +107,6 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
-library.define(
-    "madformer::block_causal_attention", "(Tensor q, Tensor k, Tensor v, int[] layout, float scale) -> (Tensor, Tensor)"
-)
-library.define(
-    "madformer::block_causal_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] layout, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-library.impl("madformer::block_causal_attention", ("cpu", "cuda"), _forward)
-library.impl("madformer::block_causal_attention_backward", ("cpu", "cuda"), _backward)
-
-
-@library.register_fake("madformer::block_causal_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, layout: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    return packed_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@library.register_fake("madformer::block_causal_attention_backward")
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return packed_empty(q), packed_empty(k), packed_empty(v)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.layout, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
@@ -142,11 +119,21 @@ def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
     return *grads, None, None
 
 
-library.register_autograd("madformer::block_causal_attention", _autograd_backward, setup_context=_setup_context)
-_call = eager(
-    torch.ops.madformer.block_causal_attention, _forward, recorded(_forward, _setup_context, _autograd_backward)
+_call = register_differentiable(
+    "block_causal_attention",
+    "(Tensor q, Tensor k, Tensor v, int[] layout, float scale) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, layout, scale: (packed_empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    _setup_context,
+    _autograd_backward,
 )
-_call_backward = eager(torch.ops.madformer.block_causal_attention_backward, _backward)
+_call_backward = register(
+    "block_causal_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] layout, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad, q, k, v, *_: (packed_empty(q), packed_empty(k), packed_empty(v)),
+)
 
 
 def block_causal_attention_triton(

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels.cached_attention.kernels import combine_kernel, split_kernel
 from madformer.kernels.launch import Target, target
-from madformer.kernels.plans import Launch, eager, fresh, planned
+from madformer.kernels.plans import Launch, fresh, planned
+from madformer.kernels.registration import register
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -173,16 +174,15 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-library.define(
-    "madformer::cached_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, Tensor? rows, float scale,"
-    " int? num_splits) -> Tensor",
-)
-library.impl("madformer::cached_attention", ("cpu", "cuda"), _forward)
-cached_attention_triton = eager(torch.ops.madformer.cached_attention, _forward)
-
-
-@library.register_fake("madformer::cached_attention")
-def _(q: Tensor, *args: object) -> Tensor:
+def _empty_output(q: Tensor, *_: object) -> Tensor:
     B, H, L, D = q.shape
     return q.new_empty(B, L, H, D)
+
+
+cached_attention_triton = register(
+    "cached_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, Tensor? rows, float scale,"
+    " int? num_splits) -> Tensor",
+    _forward,
+    _empty_output,
+)

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
 from madformer.kernels.launch import Target, target
-from madformer.kernels.plans import Launch, eager, fresh, once_a_kind, plain_kind, planned, recorded, taken_as
+from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
+from madformer.kernels.registration import register, register_differentiable
 
 OP = "group_norm_silu"
 MAX_GROUP_CHANNELS = 4096
@@ -224,33 +225,11 @@ def _backward(
     return run
 
 
-library.define(
-    "madformer::group_norm_silu",
-    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-library.define(
-    "madformer::group_norm_silu_backward",
-    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups, "
-    "bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-library.impl("madformer::group_norm_silu", ("cpu", "cuda"), _forward)
-library.impl("madformer::group_norm_silu_backward", ("cpu", "cuda"), _backward)
-
-
-@library.register_fake("madformer::group_norm_silu")
-def _(
+def _empty_outputs(
     x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
     return _channels_last(x), mean, rstd
-
-
-@library.register_fake("madformer::group_norm_silu_backward")
-def _(
-    grad: Tensor, x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, temb, weight, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -266,9 +245,22 @@ def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | Non
     return dx, None if temb is None else dtemb, dweight, dbias, None, None, None
 
 
-library.register_autograd("madformer::group_norm_silu", _autograd_backward, setup_context=_setup_context)
-_call = eager(torch.ops.madformer.group_norm_silu, _forward, recorded(_forward, _setup_context, _autograd_backward))
-_call_backward = eager(torch.ops.madformer.group_norm_silu_backward, _backward)
+_call = register_differentiable(
+    "group_norm_silu",
+    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+    _setup_context,
+    _autograd_backward,
+)
+_call_backward = register(
+    "group_norm_silu_backward",
+    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups, "
+    "bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad, x, temb, weight, bias, *_: _empty_gradients(x, temb, weight, bias),
+)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
