@@ -289,6 +289,7 @@ def recorded(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return *backward(ctx, *gradients), None
+            given = backward(ctx, *gradients)
+            return (*given, None) if isinstance(given, tuple) else (given, None)
 
     return Function.apply
