@@ -98,7 +98,6 @@ class Plan:
 
     @property
     def timesteps(self) -> Tensor:
-        """(S,), of every step of a block."""
         return self.schedule.timesteps
 
     def _allocate(self, key: PlanKey) -> None:
@@ -141,8 +140,6 @@ class Plan:
             if self.config.num_blocks > 1:
                 self.passes.next_block(None)
 
-    # The model, as it is now
-
     def _follow(self, *, try_out: bool = False) -> None:
         """Make the passes those of the model as it is now, and run each once where that makes anything ready."""
         kind = self.sampler.kind()
@@ -150,11 +147,11 @@ class Plan:
             if self._drawing:
                 raise RuntimeError("the model's configuration, dtype, device or backend changed while it was drawing")
             self._allocate(replace(self.key, kind=kind))
-        self._touched = False
+        self._touched, steps = False, len(self.timesteps)
         if not self._frozen:
             self._look_through(self.sampler.current_model(self.packed))
             if self.prepared is None:
-                self.prepared = self._prepare(self.launcher if try_out else None, ())
+                self.prepared = Prepared.of(self.passes, steps, self.launcher if try_out else None, ())
             return
         known = None if self.prepared is None else self.prepared.signature
         built: Signature | None = None
@@ -165,11 +162,12 @@ class Plan:
         if built is None or (self._drawing and built != known):
             # as it stands, and for a run that has begun: preparing would overwrite what it holds
             self._look_through(self.sampler.current_model())
-            self.prepared = self._prepare(None, None)
+            self.prepared = Prepared.of(self.passes, steps, None)
         elif built != known:
             self._look_through(self.sampler.lasting_model())
             self.slots.assign(self._rows(), self.model)
-            self.prepared = self._prepare(self.launcher if try_out or self.launcher.captures else None, built)
+            launcher = self.launcher if try_out or self.launcher.captures else None
+            self.prepared = Prepared.of(self.passes, steps, launcher, built)
         else:
             self._look_through(self.model)
 
@@ -186,15 +184,10 @@ class Plan:
         coefficients = None if self.schedule.table is None else self.schedule.table.coefficients
         return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self.guidance)
 
-    def _prepare(self, launcher: Launcher | None, signature: Signature | None) -> Prepared:
-        return Prepared.of(self.passes, len(self.timesteps), launcher, signature)
-
     def _tell(self, message: str) -> None:
         if message != self._told:
             logger.warning("%s", message)
         self._told = message
-
-    # A run
 
     def run(
         self,

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"madformer": "python/madformer", "madformer.kernels": "kernels", "madformer.engine": "engine"}
 
 FOUNDATION = "arguments objects files lazy machine seeds"
+LONGEST = 450
+"""Lines of a file."""
 # a room, and those that it may import from; `madformer` is the package's own `__init__`
 RULES = {
     "kernels": "",
@@ -126,3 +128,10 @@ def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
         names |= {f"{node.module}" for node in top if isinstance(node, ast.ImportFrom)}
         assert not {part.split(".")[0] for part in names} & {"torch", "diffusers", "triton"}, name
         waiting += [part for part in names if part in MODULES]
+
+
+def test_no_file_is_longer_than_it_can_be_read_at_once() -> None:
+    folders = ("python", "engine", "kernels", "benchmarks", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path.name: count for path, count in lines.items() if count > LONGEST} == {}

@@ -42,11 +42,11 @@ class MADFormerOutput(BaseOutput):
     name of the prediction.
 
     Attributes:
-        prediction: the diffusion layers' prediction for every noisy block, in ``config.prediction_type``.
-        condition: what the autoregressive layers alone predict each block to be (the hidden loss compares it with
-            the clean block); None where they predict nothing or it was not asked for.
-        clean: the clean stream decoded (for the clean-tower loss), all blocks; None unless asked for.
-        logits: of the token that follows each one of the text, ``(B, T, V)``; None unless asked for.
+        prediction: of every noisy block, by the diffusion layers, in ``config.prediction_type``.
+        condition: what the autoregressive layers alone predict each block to be, for the hidden loss; None where they
+            predict nothing or it was not asked for.
+        clean: all blocks of the clean stream decoded, for its loss. logits: ``(B, T, V)``, of the token that follows
+            each one of the text. Both None unless asked for.
     """
 
     prediction: Tensor
