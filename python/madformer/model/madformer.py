@@ -38,8 +38,7 @@ from madformer.model.unet import LearnedSkips, Skips, UNetDownsampler, UNetUpsam
 class MADFormerOutput(BaseOutput):
     """What :meth:`MADFormer.forward` gives; every tensor but the logits is ``(B, M, L, C)``.
 
-    Subscripts are names or places among what is not None, as with every output of diffusers; ``"sample"`` is diffusers'
-    name of the prediction.
+    Subscripts are names, or places among what is not None, as in diffusers, whose ``"sample"`` is the prediction.
 
     Attributes:
         prediction: of every noisy block, by the diffusion layers, in ``config.prediction_type``.
