@@ -22,7 +22,7 @@ from torch import Tensor
 from madformer.arguments import floats, number, whole_number
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
-from madformer.engine.graphs import Work, launcher_for
+from madformer.engine.graphs import Launchable, launcher_for
 from madformer.engine.packing import PackedWeights
 from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.running import Exclusive, NonFiniteError, computing
@@ -60,7 +60,7 @@ class Job:
 class Captured:
     """A captured pass, and the rows that it works on: ``rows_B``, on the device, holds ``rows``."""
 
-    launch: Work
+    launch: Launchable
     rows_B: Tensor
     rows: list[int] = field(default_factory=list)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 logger = logging.getLogger("madformer.engine")
 
-Work = Callable[[], object]
+Launchable = Callable[[], object]
 
 
 class Launcher(Protocol):
@@ -26,10 +26,10 @@ class Launcher(Protocol):
 
     captures: bool
 
-    def prepare(self, name: str, work: Work, reset: Work) -> Work:
+    def prepare(self, name: str, work: Launchable, reset: Launchable) -> Launchable:
         """A launch of ``work``, which may be run a few times to get there, each time after ``reset``."""
 
-    def loop(self, step: Work, num_steps: int) -> Work:
+    def loop(self, step: Launchable, num_steps: int) -> Launchable:
         """A launch of ``num_steps`` launches of a prepared ``step``."""
 
 
@@ -38,14 +38,14 @@ class EagerLauncher:
 
     captures = False
 
-    def prepare(self, name: str, work: Work, reset: Work) -> Work:
+    def prepare(self, name: str, work: Launchable, reset: Launchable) -> Launchable:
         started = time.perf_counter()
         reset()
         work()
         logger.info("%s: first run in %.2f s", name, time.perf_counter() - started)
         return work
 
-    def loop(self, step: Work, num_steps: int) -> Work:
+    def loop(self, step: Launchable, num_steps: int) -> Launchable:
         def run() -> None:
             for _ in range(num_steps):
                 step()
@@ -110,7 +110,7 @@ class GraphLauncher:
         if refusal and one_launch is None:
             logger.info("a block's steps are replayed one by one: %s", refusal)
 
-    def prepare(self, name: str, work: Work, reset: Work) -> Replay:
+    def prepare(self, name: str, work: Launchable, reset: Launchable) -> Replay:
         started = time.perf_counter()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -131,7 +131,7 @@ class GraphLauncher:
         logger.info("%s: warm-up %.2f s, capture %.2f s", name, warm - started, captured - warm)
         return Replay(graph)
 
-    def loop(self, step: Work, num_steps: int) -> Work:
+    def loop(self, step: Launchable, num_steps: int) -> Launchable:
         """As the protocol says.
 
         Raises:
@@ -146,7 +146,7 @@ class GraphLauncher:
                 logger.warning("a block's steps are replayed one by one: %s", error)
         return EagerLauncher().loop(step, num_steps)
 
-    def _one_launch(self, step: Work, num_steps: int) -> Work:
+    def _one_launch(self, step: Launchable, num_steps: int) -> Launchable:
         assert isinstance(step, Replay), "prepared by another launcher"
         counter, bound = torch.tensor([0, num_steps], dtype=torch.int32, device=self.device).split(1)
         captured_loop = importlib.import_module("madformer._C").CapturedLoop(

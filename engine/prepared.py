@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from madformer.engine.graphs import EagerLauncher, Launcher, Work
+from madformer.engine.graphs import EagerLauncher, Launchable, Launcher
 from madformer.engine.passes import Passes
 from madformer.engine.structure import Signature
 
@@ -27,11 +27,11 @@ class Prepared:
     """
 
     signature: Signature | None
-    first_block: Work
-    next_block: Work
-    denoise: Work
-    reuse: Work
-    loop: Work
+    first_block: Launchable
+    next_block: Launchable
+    denoise: Launchable
+    reuse: Launchable
+    loop: Launchable
 
     @classmethod
     def of(cls, passes: Passes, steps: int, launcher: Launcher | None, signature: Signature | None = None) -> Prepared:
@@ -42,7 +42,7 @@ class Prepared:
         """
         started, batch, every = time.perf_counter(), len(passes.slots.block_R), passes.refresh_every
 
-        def prepare(name: str, work: Callable[[None], None]) -> Work:
+        def prepare(name: str, work: Callable[[None], None]) -> Launchable:
             launch = functools.partial(work, None)
             if launcher is None:
                 return launch
