@@ -56,6 +56,19 @@ class Roles(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = _ROLE.sub(lambda match: self._shown(obj, *match.groups()), obj.docstring.value)
 
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Take the comment of a dataclass's field, its line of help on the command line, for a docstring."""
+        lines = attr.parent.module.lines_collection[attr.filepath] if attr.parent and attr.parent.is_class else []
+        if attr.docstring is not None or not attr.lineno or not lines or attr.annotation is None:
+            return
+        first = attr.lineno - 1
+        told = [lines[first].partition("  # ")[2]]
+        while not told[-1] and lines[first - 1].startswith("    # "):
+            first -= 1
+            told.insert(0, lines[first].removeprefix("    # "))
+        if text := " ".join(told).strip():
+            attr.docstring = griffe.Docstring(text, parent=attr)
+
     def _shown(self, obj: griffe.Object, short: str, name: str) -> str:
         try:
             path = name if name.startswith("madformer.") else obj.resolve(name)

@@ -12,13 +12,12 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 import tyro
-from tyro import _errors
 from tyro.conf import DisallowNone, Positional, Suppress
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -27,6 +26,7 @@ from madformer.machine import device_of, precision_of
 from madformer.objects import built_fields, check_names, check_types, with_nearest
 
 R = TypeVar("R", bound="Request")
+_errors: Any = getattr(tyro, "_errors", None)
 Precision = Literal["auto", "exact", "default", "fp8"]
 
 
@@ -135,15 +135,15 @@ def options_of(form: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def refusing(prog: str, known: Iterable[str]) -> Iterator[None]:
-    """Let tyro say in one line what it makes boxes of."""
+    """Let tyro say in one line what it makes boxes of: where a later tyro has no such hook, in boxes again."""
 
-    def hook(event: _errors.ParseErrorEvent) -> None:
+    def hook(event: Any) -> None:
         if isinstance(event, _errors.InstantiationFailure) and event.argument is None:
             raise ValueError(event.message)
         if (message := _told(event, known)) is not None:
             refuse(prog, message)
 
-    with _errors.on_parse_error(hook):
+    with _errors.on_parse_error(hook) if _errors else nullcontext():
         yield
 
 

@@ -51,7 +51,7 @@ MAY_CHANGE = (
 class TrainingConfig:
     """One run. The defaults are the paper's; a field's comment is its line of help on the command line."""
 
-    model: MADFormerConfig = field(default_factory=MADFormerConfig)
+    model: MADFormerConfig = field(default_factory=MADFormerConfig)  # what is trained
     init_from: str = ""  # begin with the weights of this model or pipeline, a folder or hub id; the model is its, too
     lora_rank: int = 0  # train adapters (LoRA) of this rank on top of those weights, which stay as they are; 0: none
     # multiply an adapter's update by lora_alpha / lora_rank; 0: take the rank, for a factor of 1
