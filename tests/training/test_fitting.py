@@ -17,7 +17,7 @@ from madformer.data.fields import DataSummary
 from madformer.data.latents import LatentDataset
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
-from madformer.training.fitting import check_fit, fit
+from madformer.training.fitting import check_fit, fit, open_data
 from madformer.training.trainer import Trainer
 
 NAMES = ("ape", "bee", "cat")
@@ -189,3 +189,9 @@ def test_pictures_that_are_smaller(config: TrainingConfig, caplog: pytest.LogCap
         "10 of 10 pictures looked at are smaller than the model's 32 x 32 pixels, and enlarged (one: 16 x 16)"
         in caplog.messages
     )
+
+
+def test_a_run_of_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data='' names no pictures"):
+        open_data(TrainingConfig(model=tiny()))

@@ -31,6 +31,8 @@ def open_data(config: TrainingConfig) -> ImageDataset | LatentDataset:
     Raises:
         ValueError, OSError: there are none, or they are damaged.
     """
+    if not config.data:
+        raise ValueError("data='' names no pictures: give a folder, .tar shards or a data set of the hub")
     if holds_latents(config.data):
         return LatentDataset(config.data)
     return open_dataset(config.data, config.image_shape, on_error="skip", max_bad_fraction=config.max_bad_fraction)
