@@ -31,7 +31,7 @@ demo: install
 # One thread a process: two of them on two cores take little more than half the time of one with two threads.
 TEST_PROCESSES ?= 2
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/pytest -m slow

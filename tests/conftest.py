@@ -24,7 +24,24 @@ DIFFUSERS_MARKERS = (
     "attention autoround big_accelerator bitsandbytes cache compile context_parallel cpu_offload gguf group_offload "
     "ip_adapter lora memory modelopt quantization quanto sdnq single_file tensor_parallel torchao training"
 )
+LONGEST_FIRST = {
+    f"tests/{file}.py": place
+    for place, file in enumerate((
+        "engine/test_sampler", "training/test_trainer", "engine/test_following", "engine/test_graphs",
+        "compat/test_training_use", "test_bulk", "compat/test_accelerate", "test_pipeline_files", "compat/test_parts",
+        "test_pipeline", "compat/test_madformer_ffhq", "engine/test_schedulers", "model/test_madformer", "test_latents",
+        "training/test_ending", "training/test_folder", "training/test_export", "test_cli", "test_bench", "test_lora",
+        "model/test_backends", "fake_cuda/test_engine", "benchmarks/test_kernel_check", "test_combinations",
+    ))
+}  # fmt: skip
+"""Two processes that take file after file end together where a long one is not the last."""
 NO_GPU = "no CUDA device: the GPU tier is NOT tested here"
+ABSENT = {
+    "GPU tier": NO_GPU,
+    "Triton's kernels": "Triton is not installed",
+    "C++ extension": "madformer._C is not built",
+}
+"""What may be missing, by the reason that every test gives which is skipped without it."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST_FIRST.get(item.nodeid.partition("::")[0], len(LONGEST_FIRST)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -44,7 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_GPU in str(r.longrepr)]
-    if skipped:
-        terminalreporter.section("GPU tier skipped", sep="!", red=True, bold=True)
-        terminalreporter.line(f"{len(skipped)} tests: {NO_GPU}")
+    for part, reason in ABSENT.items():
+        skipped = [report for report in terminalreporter.stats.get("skipped", []) if reason in str(report.longrepr)]
+        if skipped:
+            terminalreporter.section(f"{part} skipped", sep="!", red=True, bold=True)
+            terminalreporter.line(f"{len(skipped)} tests and files: {reason}")

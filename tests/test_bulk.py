@@ -21,7 +21,7 @@ from killing import Kill, statuses
 from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
-from madformer.config import TextConfig, UNetConfig, tiny
+from madformer.config import TextConfig
 from madformer.engine.sampler import NonFiniteError, Plan
 from madformer.engine.schedulers import default_scheduler
 from madformer.files.resumable import first_difference
@@ -29,7 +29,7 @@ from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
-from testing import DEVICE, perturb, relative_error, small_vae
+from testing import DEVICE, perturb, relative_error, small_config, small_vae
 
 NUM_IMAGES = 7
 # shards of 3 and batches of 2: batches that straddle shards, a last batch and a last shard that are not full
@@ -46,10 +46,7 @@ PROMPTED += ["--guidance", "2.5", "--negative-prompt", "blur", "--guidance-inter
 
 def make_pipeline(*extras: Any, **changes: Any) -> MADFormerPipeline:
     torch.manual_seed(0)
-    # small, and quick to sample: what is tested is around it
-    unet = UNetConfig((8,), layers_per_block=(1,), attention=(False,), norm_groups=4, time_embed_dim=16)
-    config = tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1, unet=unet, **changes)
-    transformer = perturb(MADFormer(config))
+    transformer = perturb(MADFormer(small_config(num_blocks=1, **changes)))
     assert isinstance(transformer, MADFormer)
     pipeline = MADFormerPipeline(transformer, small_vae(block_out_channels=(8,)), default_scheduler("epsilon"), *extras)
     pipeline.set_progress_bar_config(disable=True)

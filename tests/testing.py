@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from madformer.config import MADFormerConfig, UNetConfig, tiny
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -230,6 +232,15 @@ def perturb(model: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model.eval()
+
+
+def small_config(**changes: Any) -> MADFormerConfig:
+    """A model with a U-Net of one level and one layer of each kind: a third of ``tiny``'s operations.
+
+    For tests of what is around a model.
+    """
+    unet = UNetConfig((8,), layers_per_block=(1,), attention=(False,), norm_groups=4, time_embed_dim=16)
+    return tiny().replace(**({"num_layers": 2, "diffusion_layers": 1, "unet": unet} | changes))
 
 
 def small_vae(*, seed: int = 0, block_out_channels: tuple[int, ...] = (8, 8), **changes: Any) -> AutoencoderKL:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from madformer.config import tiny
 from madformer.training.config import TrainingConfig
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
-from testing import small_vae
+from testing import small_config, small_vae
 
 # Relative, of losses summed in another order: 1.0e-5 was seen, since Adam's first steps are as long for a gradient that
 # is all rounding as for any other.
 ROUNDING = 1e-4
+MODEL = small_config(block_size=16)
 
 
 def make_config(folder: Path) -> TrainingConfig:
@@ -36,9 +36,9 @@ def make_config(folder: Path) -> TrainingConfig:
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
     small_vae().save_pretrained(folder / "vae")
     return TrainingConfig(
-        model=tiny(), data=str(folder / "images"), vae=str(folder / "vae"), image_size=16, num_workers=0,
-        steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1, save_every=4,
-        keep_checkpoints=2, sample_every=0, device="cpu", tensorboard=False,
+        model=MODEL, data=str(folder / "images"), vae=str(folder / "vae"), image_size=16,
+        num_workers=0, steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", ema_decays=(0.9, 0.5), log_every=1,
+        save_every=4, keep_checkpoints=2, sample_every=0, device="cpu", tensorboard=False,
     )  # fmt: skip
 
 

@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels are NOT compiled here")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_check.py"
 
-# Compiled, not interpreted: in a process of its own.
-FAULTY = """
-import sys
+# Compiled, not interpreted, so in a process of its own; in one, since starting takes longer than compiling. A file:
+# Triton reads the source of its kernels.
+PROGRAM = """
+import contextlib, io, json, sys
 sys.path.insert(0, {folder!r})
 import kernel_check
 import torch
@@ -24,53 +26,69 @@ from ops.case import Case
 import triton, triton.language as tl
 
 @triton.jit
-def too_wide(x_ptr, y_ptr, SIZE: tl.constexpr):
+def too_wide(x_ptr, y_ptr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     rows = tl.arange(0, 128)[:, None] * SIZE
-    total = tl.zeros((128, 256), tl.float32)
+    total = tl.zeros((128, WIDTH), tl.float32)
     for k in range(0, SIZE, 64):
         a = tl.load(x_ptr + rows + k + tl.arange(0, 64)[None, :])
-        b = tl.load(y_ptr + (k + tl.arange(0, 64)[:, None]) * 256 + tl.arange(0, 256)[None, :])
+        b = tl.load(y_ptr + (k + tl.arange(0, 64)[:, None]) * WIDTH + tl.arange(0, WIDTH)[None, :])
         total = tl.dot(a, b, total)
-    tl.store(x_ptr + rows + tl.arange(0, 256)[None, :], total.to(tl.bfloat16))
+    tl.store(x_ptr + rows + tl.arange(0, WIDTH)[None, :], total.to(tl.bfloat16))
 
-def run(x, y, backend):
-    launch(too_wide, (1,), x.device, x, y, SIZE=4096, num_warps={num_warps}, num_stages={num_stages})
+def case(name, width, num_warps, num_stages):
+    def run(x, y, backend):
+        options = dict(num_warps=num_warps, num_stages=num_stages)
+        launch(too_wide, (1,), x.device, x, y, SIZE=4096, WIDTH=width, **options)
 
-case = Case("faulty", "", lambda device: (torch.empty(128, 4096).bfloat16(), torch.empty(4096, 256).bfloat16()), run)
-kernel_check.every_case = lambda: [case]
-sys.argv = ["kernel_check", "--sm", "80", "--dtype", "bf16"]
-kernel_check.main()
+    return Case(name, "", lambda device: (torch.empty(128, 4096).bfloat16(), torch.empty(4096, width).bfloat16()), run)
+
+def call(*arguments):
+    sys.argv = ["kernel_check", "--jobs", "1", *arguments]
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            kernel_check.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), error.getvalue()
+
+results = dict(
+    unknown=call("--op", "nothing"), swiglu=call("--op", "swiglu", "--sm", "90", "--dtype", "bf16", "--json")
+)
+kernel_check.every_case = lambda: [case("memory", 256, 8, 5), case("spills", 64, 1, 2)]
+results["faulty"] = call("--sm", "80", "--dtype", "bf16")
+print(json.dumps(results))
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, str, str]]:
+    """Exit status (or message), stdout and stderr of each call."""
+    script = tmp_path_factory.mktemp("program") / "faulty.py"
+    script.write_text(PROGRAM.format(folder=str(SCRIPT.parent)))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    parsed: dict[str, tuple[Any, str, str]] = json.loads(run.stdout.splitlines()[-1])
+    return parsed
 
 
-def test_kernels_are_compiled_as_they_are_launched() -> None:
-    result = run(str(SCRIPT), "--op", "swiglu", "--sm", "90", "--dtype", "bf16", "--json")
-    assert result.returncode == 0, result.stderr
-    compiled = json.loads(result.stdout)
+def test_kernels_are_compiled_as_they_are_launched(results: dict[str, tuple[Any, str, str]]) -> None:
+    status, out, error = results["swiglu"]
+    assert status == 0, error
+    compiled = json.loads(out)
     assert {entry["kernel"] for entry in compiled} == {"forward_kernel", "backward_kernel"}
     assert all(entry["registers"] > 0 and entry["capability"] == 90 for entry in compiled)
 
 
-@pytest.mark.parametrize(
-    ("num_warps", "num_stages", "fault"),
-    [(8, 5, "bytes of shared memory > 166912"), (1, 2, "bytes spilled")],
-    ids=["shared memory", "spills"],
-)
-def test_faults_are_found(num_warps: int, num_stages: int, fault: str, tmp_path: Path) -> None:
-    script = tmp_path / "faulty.py"  # A file: Triton reads the source of its kernels.
-    script.write_text(FAULTY.format(folder=str(SCRIPT.parent), num_warps=num_warps, num_stages=num_stages))
-    result = run(str(script))
-    assert result.returncode == 1
-    assert "faulty: too_wide on sm_80: " in result.stderr
-    assert fault in result.stderr
+def test_faults_are_found(results: dict[str, tuple[Any, str, str]]) -> None:
+    faults = results["faulty"][0].splitlines()
+    assert any("memory: too_wide on sm_80: " in line and "bytes of shared memory > 166912" in line for line in faults)
+    assert any("spills: too_wide on sm_80: " in line and "bytes spilled" in line for line in faults)
 
 
-def test_unknown_op_is_one_line() -> None:
-    result = run(str(SCRIPT), "--op", "nothing")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("no case for --op nothing")
+def test_unknown_op_is_one_line(results: dict[str, tuple[Any, str, str]]) -> None:
+    status, _, error = results["unknown"]
+    assert status == 2
+    assert error.splitlines()[-1].endswith("no case for --op nothing")

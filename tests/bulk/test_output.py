@@ -14,19 +14,18 @@ from PIL import Image
 
 from madformer.bulk.records import read_record
 from madformer.cli.main import main
-from madformer.config import TextConfig, UNetConfig, tiny
+from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.sheets import MAX_PIXELS, check_grid, grid_shape, image_grid
 from madformer.tokenizer import ByteTokenizer
-from testing import perturb, small_vae
+from testing import perturb, small_config, small_vae
 
 
 def save(folder: Path, *, broken: bool = False, **changes: object) -> Path:
     torch.manual_seed(0)
-    unet = UNetConfig((8,), layers_per_block=(1,), attention=(False,), norm_groups=4, time_embed_dim=16)
-    config = tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1, unet=unet, **changes)
+    config = small_config(num_blocks=1, **changes)
     model = perturb(MADFormer(config))
     if broken:
         with torch.no_grad():

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 import madformer
 from madformer.cli.main import main
 from madformer.cli.recorded import command
-from madformer.config import TextConfig, UNetConfig, tiny
+from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler
 from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import ByteTokenizer
-from testing import perturb, small_vae
+from testing import perturb, small_config, small_vae
 
 PROMPTS = ["Käse 🧀 'mit' \"Loch\"", "--a cat; $(rm -rf ~)"]
 OPTIONS = ["--guidance", "2.5", "--negative-prompt", "blur", "--guidance-interval", "0,900", "--class", "Food & Drink"]
@@ -38,9 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model with text and classes."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    unet = UNetConfig((8,), layers_per_block=(1,), attention=(False,), norm_groups=4, time_embed_dim=16)
-    small = tiny().replace(num_blocks=1, num_layers=2, diffusion_layers=1, unet=unet)
-    config = small.replace(text=TextConfig(257, 8), time_conditioning="unet+adaln", num_classes=2)
+    told = {"text": TextConfig(257, 8), "time_conditioning": "unet+adaln", "num_classes": 2}
+    config = small_config(num_blocks=1, **told)
     parts = perturb(MADFormer(config)), small_vae(block_out_channels=(8,)), default_scheduler("epsilon")
     MADFormerPipeline(*parts, ByteTokenizer(), ["Flags", "Food & Drink"]).save_pretrained(folder)  # type: ignore[arg-type]
     return folder

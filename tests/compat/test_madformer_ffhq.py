@@ -58,7 +58,8 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
     assert relative_error(to_maps(output.condition), golden["condition"]) < OUTPUT_TOLERANCE
     if output.clean is not None:
         assert relative_error(to_maps(output.clean), golden["clean_tower"]) < OUTPUT_TOLERANCE
-    for scheduler, make_scheduler in SCHEDULERS.items():
+    for scheduler in SCHEDULERS if case is BASELINE else ("dpmpp",):
+        make_scheduler = SCHEDULERS[scheduler]
         noise = golden_samples(case)[f"sample_noise.{scheduler}"]
         plan = Sampler(native, make_scheduler()).plan(len(noise), case.steps)
         latents = plan.run(noise)

@@ -11,10 +11,10 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -216,6 +216,8 @@ class Backend:
         assert_op_matches(self, self.expected, inputs | tensors, **options)
 
 
+T = TypeVar("T")
+PACKAGES = ("flash_attn", "xformers")
 HALVES = (torch.bfloat16, torch.float16)
 BACKENDS = {
     "reference": lambda: Backend("reference", (*Backend.dtypes, torch.float64)),
@@ -302,6 +304,21 @@ def stand_in_for_xformers(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str,
     monkeypatch.setitem(sys.modules, biases.__name__, biases)
 
 
+def need(name: str) -> None:
+    """Skips without the package that is asked for; what is plain PyTorch has to be there."""
+    try:
+        dispatch.resolve("block_causal_attention", name, DEVICE)
+    except RuntimeError as error:
+        if name in ("reference", "sdpa"):
+            raise
+        pytest.skip(str(error))
+
+
+def cases(values: Iterable[T], possible: Callable[[str, T], bool]) -> list[tuple[str, T]]:
+    """Of every backend with every value, for the fixture ``backend`` and a parameter, those that can be run at all."""
+    return [(name, value) for name in BACKENDS for value in values if possible(name, value)]
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     chosen = BACKENDS[request.param]()
@@ -312,10 +329,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             stand_in_for_flash_attn(monkeypatch, 2 if "2" in request.param else 4, chosen.calls)
         monkeypatch.setattr(dispatch, "resolve", lambda op, backend, device: backend)
     else:
-        try:
-            dispatch.resolve("block_causal_attention", chosen.name, DEVICE)
-        except RuntimeError as error:
-            pytest.skip(str(error))
+        need(chosen.name)
     if chosen.name == "sdpa":
         monkeypatch.setattr(reference, "MASKED_KEY_LENGTH", 10_000 if "masked" in request.param else 0)
     if chosen.name == "flex":
@@ -334,10 +348,14 @@ def make_inputs(
     return {name: x.to(DEVICE, dtype) for name, x in tensors.items()} | {"layout": layout}
 
 
-@pytest.mark.parametrize("layout", SOME_LAYOUTS, ids=str)
+# of flex, whose mask is tested for all, each layout is compiled, which takes seconds
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    cases(SOME_LAYOUTS, lambda name, layout: name != "flex" or layout in FLEX_LAYOUTS),
+    ids=str,
+    indirect=["backend"],
+)
 def test_against_sdpa(backend: Backend, layout: BlockLayout) -> None:
-    if backend.name == "flex" and layout not in FLEX_LAYOUTS:
-        pytest.skip("a compilation for each layout takes seconds; its mask is tested for all")
     backend.check(make_inputs(layout, backend.dtypes[0]))
 
 
@@ -388,21 +406,20 @@ MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("memory", MEMORY)
+def takes(name: str, memory: str) -> bool:
+    """The packages refuse columns that are strided; flex is compiled for each, which takes seconds."""
+    return memory == "packed" or (name != "flex" and (memory != "strided columns" or not name.startswith(PACKAGES)))
+
+
+@pytest.mark.parametrize(("backend", "memory"), cases(MEMORY, takes), indirect=["backend"])
 def test_layouts_in_memory(backend: Backend, memory: str) -> None:
-    if memory == "strided columns" and backend.name in ("flash_attn", "xformers"):
-        pytest.skip("the package itself refuses them")
-    if backend.name == "flex" and memory != "packed":
-        pytest.skip("a compilation for each takes seconds")
     inputs = make_inputs(BlockLayout(4, 3, 2, text_length=3), backend.dtypes[0])
     tensors = {name: MEMORY[memory](inputs[name]) for name in "qkv"}
     backend.check(inputs | tensors, grads=MEMORY[memory] if memory in ("BLHD", "same heads") else torch.clone)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith(PACKAGES)], indirect=True)
 def test_compiles_whole(backend: Backend) -> None:
-    if backend.name in ("flash_attn", "xformers"):
-        pytest.skip("that is the package's own affair")
-
     def attend(q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, ...]:
         return backend(q, k, v, BlockLayout(4, 3, 2, text_length=text))
 
@@ -583,10 +600,7 @@ def test_integers_and_unknown_backends_are_refused() -> None:
 @pytest.mark.parametrize("backend_name", ["sdpa", "flex", "flash_attn", "xformers"])
 def test_at_the_size_of_ffhq_1024(backend_name: str) -> None:
     """A quarter of the heads, so that the dense reference fits beside."""
-    try:
-        dispatch.resolve("block_causal_attention", backend_name, DEVICE)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    need(backend_name)
     layout = BlockLayout(256, 16, 16)
     inputs = make_inputs(layout, torch.bfloat16, batch=1, heads=4, dim=64)
     results = []

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,21 @@ def test_a_library_that_breaks_diffusers_does_not_break_us(tmp_path: Path) -> No
     lines = run(environment, "-c", program).splitlines()
     (line,) = [line for line in lines if line.startswith("xformers ") and "  no " in line]
     assert "No module named 'flash_attn.flash_attn_interface'" in line or "does not load" in line
+
+
+@pytest.mark.parametrize("package", ["triton", "cpp"])
+def test_its_absence_is_announced_at_the_end_of_the_tests(package: str, request: pytest.FixtureRequest) -> None:
+    """By the very reason that the dispatcher gives, and so do tests that are skipped without it."""
+    missing = {"triton": "Triton is not installed", "cpp": "madformer._C is not built; an install with ..."}[package]
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
+    said: list[str] = []
+    reporter = SimpleNamespace(
+        stats={"skipped": [SimpleNamespace(longrepr=("test.py", 1, f"Skipped: {missing}"))] * 3},
+        section=lambda title, **_: said.append(title),
+        line=said.append,
+    )
+    conftest.pytest_terminal_summary(reporter)
+    assert len(said) == 2
+    assert said[0].endswith(" skipped")
+    assert said[1].startswith("3 tests")
+    assert said[1].split(": ")[1] in missing

@@ -57,6 +57,7 @@ def test_an_older_step(trainer: Trainer, tmp_path: Path) -> None:
     assert not torch.equal(older, newer)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_pipeline_is_whole_without_its_sources(config: TrainingConfig, tmp_path: Path) -> None:
     """Class names are in the data alone, and neither they nor the autoencoder need be there any more."""
     for index, image in enumerate(sorted(Path(config.data).iterdir())):
@@ -118,6 +119,7 @@ def test_released_with_text(tmp_path: Path) -> None:
     assert relative_error(logits, expected.logits) < 1e-5
 
 
+@pytest.mark.usefixtures("untraced")
 def test_there_and_back_with_text(config: TrainingConfig, tmp_path: Path) -> None:
     """A run, as a released checkpoint, converted and sampled by the commands: what the drop-in class draws from it."""
     model = config.model.replace(**{**RELEASED, "hidden_loss_input": "condition"}, text=TEXT)

@@ -133,6 +133,7 @@ def photos(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("as_latents", [False, True], ids=["images", "latents"])
 def test_one_command_for_a_folder_of_folders(
     config: TrainingConfig, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
@@ -181,6 +182,7 @@ def test_contradictions_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("untraced")
 def test_pictures_that_are_smaller(config: TrainingConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     model = tiny().replace(num_blocks=16)
     with caplog.at_level(logging.WARNING):

@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 
 from madformer.cli.main import main
-from madformer.config import tiny
 from madformer.files.atomic import atomic_path, locked, remove_leftovers
 from madformer.training import trainer as trainer_module
 from madformer.training.config import MAY_CHANGE, TrainingConfig
 from madformer.training.trainer import Trainer
-from training_run import losses, stop_after
+from training_run import MODEL, losses, stop_after
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -46,10 +45,10 @@ def unchanged(folder: Path) -> Iterator[None]:
         ({"learning_rate": 0.5}, "learning_rate=0.001, not 0.5"),
         ({"data": "elsewhere"}, "data='.*images', not 'elsewhere'"),
         ({"ema_decays": (0.9,)}, "ema_decays.1=0.5, not 'absent'"),
-        ({"model": tiny().replace(num_layers=4)}, "model.num_layers=3, not 4"),
+        ({"model": MODEL.replace(num_layers=4)}, "model.num_layers=2, not 4"),
         (
-            {"model": tiny().replace(unet=dataclasses.replace(tiny().unet, num_heads=2))},  # type: ignore[type-var]
-            "model.unet.num_heads=4, not 2",
+            {"model": MODEL.replace(unet=dataclasses.replace(MODEL.unet, num_heads=2))},  # type: ignore[type-var]
+            "model.unet.num_heads=8, not 2",
         ),
         ({"steps": 2}, "steps=2 is less than the 4"),
     ],

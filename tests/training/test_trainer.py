@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from madformer.config import TextConfig, tiny
+from madformer.config import TextConfig
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
 from madformer.training.data import draw_split
@@ -29,7 +29,7 @@ from training_run import ROUNDING, losses, metrics, stop_after
 
 def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:
     assert [record["step"] for record in metrics(unbroken)] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "image", "hidden", "grad_norm", "lr", "images_per_second"} <= metrics(unbroken)[0].keys()
+    assert {"loss", "image", "hidden", "grad_norm", "lr", "images_per_second", "mfu"} <= metrics(unbroken)[0].keys()
     assert [path.name for path in sorted((unbroken / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
     trainer = Trainer.from_folder(unbroken)
     pipeline = MADFormerPipeline.from_pretrained(unbroken / "model", dtype=torch.float32)
@@ -107,7 +107,7 @@ def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> Non
     """The released loop throws all micro-batches but the last away."""
     curves = []
     for steps in (1, 4):
-        config = dataclasses.replace(config, accumulation_steps=steps, save_every=6)
+        config = dataclasses.replace(config, accumulation_steps=steps, steps=3)
         Trainer(config, tmp_path / str(steps)).run()
         curves.append(losses(tmp_path / str(steps)))
     assert curves[1] == pytest.approx(curves[0], rel=ROUNDING)
@@ -285,7 +285,7 @@ def captioned(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) 
         target.parent.mkdir(exist_ok=True)
         shutil.copy(image, target)
         target.with_suffix(".txt").write_text(f"picture {index}")
-    model = tiny().replace(text=TextConfig(257, 10, 256), num_classes=2, time_conditioning="unet+adaln")
+    model = config.model.replace(text=TextConfig(257, 10, 256), num_classes=2, time_conditioning="unet+adaln")
     return dataclasses.replace(config, data=str(folder), model=model, text_loss_weight=0.1, caption_dropout=0.3)
 
 
@@ -305,7 +305,7 @@ def test_a_model_of_text_and_classes_trains_and_resumes(
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 def test_what_the_model_is_told_changes_the_losses(captioned: TrainingConfig, tmp_path: Path) -> None:
     """Nothing else differs between these runs: the losses would be the same if texts or labels were not read."""
     kept = {"text_loss_weight": 0.0, "caption_dropout": 0.0, "label_dropout": 0.0}
@@ -326,25 +326,25 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(captioned: TrainingC
         Trainer(config, tmp_path)
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 def test_an_elastic_model_trains_every_split(config: TrainingConfig, tmp_path: Path) -> None:
     """Its first step is that of a model of the split that was drawn."""
-    model = tiny().replace(elastic_diffusion_layers=(1, 2, 3))
+    model = config.model.replace(num_layers=3, elastic_diffusion_layers=(1, 2, 3))
     seeds = {draw_split(model, seed, 0): seed for seed in range(8)}
     assert seeds.keys() == {1, 2, 3}
     for split in (1, 3):
         elastic = dataclasses.replace(config, model=model, seed=seeds[split], steps=1)
         Trainer(elastic, tmp_path / f"elastic {split}").run()
-        fixed = dataclasses.replace(elastic, model=tiny().replace(diffusion_layers=split))
+        fixed = dataclasses.replace(elastic, model=config.model.replace(num_layers=3, diffusion_layers=split))
         Trainer(fixed, tmp_path / f"fixed {split}").run()
         assert losses(tmp_path / f"elastic {split}") == losses(tmp_path / f"fixed {split}")
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 @pytest.mark.parametrize("block_order", ["spiral", pytest.param("random", marks=pytest.mark.slow)])
 def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp_path: Path, block_order: str) -> None:
     """24 x 16 pixels, in six blocks; latents encoded before give the losses of images encoded in passing."""
-    model = tiny().replace(num_blocks=6, block_grid=(3, 2), block_order=block_order)
+    model = config.model.replace(num_blocks=6, block_grid=(3, 2), block_order=block_order)
     tall = dataclasses.replace(config, model=model, steps=2, sample_every=2, sample_images=2, sample_steps=2)
     assert tall.image_shape == (24, 16)
     found = {}
@@ -357,7 +357,7 @@ def test_images_that_are_no_squares_in_another_order(config: TrainingConfig, tmp
     assert pipeline(num_inference_steps=2).images[0].size == (16, 24)
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: TrainingConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(
         captioned, steps=1, sample_every=1, sample_images=4, sample_steps=2, sample_guidance=2.0
@@ -375,7 +375,7 @@ def test_samples_and_the_saved_pipeline_are_of_the_datas_prompts(captioned: Trai
     )
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -383,7 +383,7 @@ def test_a_run_samples_on_the_schedule_it_trains_on(
     config: TrainingConfig, tmp_path: Path, prediction_type: Any, beta_schedule: Any, zero_terminal_snr: bool
 ) -> None:
     changes = {"beta_schedule": beta_schedule, "zero_terminal_snr": zero_terminal_snr, "min_snr_gamma": 5.0, "steps": 1}
-    model = tiny().replace(prediction_type=prediction_type)
+    model = config.model.replace(prediction_type=prediction_type)
     if zero_terminal_snr and prediction_type == "epsilon":
         with pytest.raises(ValueError, match="zero_terminal_snr=True needs another prediction_type"):
             dataclasses.replace(config, model=model, **changes)
