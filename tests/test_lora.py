@@ -12,12 +12,11 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine_cases import FLAT
 from madformer import MADFormer, MADFormerPipeline
 from madformer.bulk.records import read_record
 from madformer.cli.main import main
 from madformer.cli.recorded import command as described
-from madformer.config import emoji64
+from madformer.config import emoji64, tiny
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
@@ -28,8 +27,8 @@ pytest.importorskip("peft")
 
 CONFIGS = {
     "three towers": emoji64().replace(num_layers=2, diffusion_layers=1, num_classes=0, time_conditioning="unet"),
-    "AdaLN": FLAT.replace(time_conditioning="unet+adaln"),
-    "GELU, shared": FLAT.replace(mlp="gelu", shared_towers=True),
+    "AdaLN": tiny().replace(time_conditioning="unet+adaln"),
+    "GELU, shared": tiny().replace(mlp="gelu", shared_towers=True),
 }
 
 

@@ -423,7 +423,7 @@ def tiny() -> MADFormerConfig:
         num_blocks=4,
         block_size=4,
         diffusion_layers=2,
-        unet=UNetConfig(block_out_channels=(16, 32), layers_per_block=(1, 1), num_heads=4, time_embed_dim=32),
+        unet=UNetConfig(block_out_channels=(16, 32), num_heads=4, time_embed_dim=32),
     )
 
 

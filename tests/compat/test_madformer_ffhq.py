@@ -58,8 +58,7 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
     assert relative_error(to_maps(output.condition), golden["condition"]) < OUTPUT_TOLERANCE
     if output.clean is not None:
         assert relative_error(to_maps(output.clean), golden["clean_tower"]) < OUTPUT_TOLERANCE
-    for scheduler in SCHEDULERS if case is BASELINE else ("dpmpp",):
-        make_scheduler = SCHEDULERS[scheduler]
+    for scheduler, make_scheduler in SCHEDULERS.items():
         noise = golden_samples(case)[f"sample_noise.{scheduler}"]
         plan = Sampler(native, make_scheduler()).plan(len(noise), case.steps)
         latents = plan.run(noise)

@@ -15,8 +15,7 @@ from testing import DEVICE
 
 CONFIG = tiny().replace(num_heads=3, hidden_size=192, num_blocks=4, block_size=4, num_layers=2)
 HEADS, HEAD_DIM, BLOCK = CONFIG.num_heads, CONFIG.head_dim, CONFIG.block_size
-needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not launch.HAS_TRITON, reason="no Triton"))]
 
 
 def make_cache(rows: int, backend: str, max_prefix: int = 0) -> ConditioningCache:

@@ -101,7 +101,7 @@ def test_a_digest_sees_every_bit(extension: bool, monkeypatch: pytest.MonkeyPatc
     if not extension:
         monkeypatch.setattr(packing, "_CONTENT_HASH", None)
     elif packing._CONTENT_HASH is None:
-        pytest.skip("madformer._C is not built, or is an older one, without content_hash")
+        pytest.skip("madformer._C has no content_hash")
     weight = torch.randn(75, generator=torch.Generator().manual_seed(0))
     content = weight.view(torch.uint8).numpy()
     seen = {digest(weight)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -56,17 +55,10 @@ def test_blocks_in_an_order_of_ones_choice(batch: int) -> None:
     assert relative_error(latents, Sampler(model, DDIMScheduler()).plan(batch, STEPS).run(noise)) > 0.01
 
 
+@pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
 @pytest.mark.parametrize(
-    ("name", "scheduler", "interval"),
-    [
-        *itertools.product(
-            ["text", "text, condition only", "text, block-local", "patches", "text and classes", "ACDiT", "DiT"],
-            [UniPCMultistepScheduler],
-            [(0, 1000)],
-        ),
-        *itertools.product(["text, block-local", "patches", "ACDiT"], [DDIMScheduler], [(0, 1000), (300, 800)]),
-        ("text and classes", UniPCMultistepScheduler, (300, 800)),
-    ],
+    "name", ["text", "text, condition only", "text, block-local", "patches", "text and classes", "ACDiT", "DiT"]
 )
 def test_guidance(name: str, scheduler: Callable[[], Any], interval: tuple[int, int]) -> None:
     """Two uncached passes a step, mixed by the formula; tabulated and through the scheduler's own step."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from engine_cases import FLAT, TEXT, draw_noise, draw_prompt, make_model
+from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import SHORT_NAMES, USABLE, check_name, check_scheduler, scheduler_class
@@ -40,8 +40,8 @@ def test_it_samples_or_says_why_not(name: str) -> None:
         assert "is none of the schedulers" not in str(raised.value), "a new class: decide, and say why"
         assert len(str(raised.value).splitlines()) == 1
         return
-    config = FLAT.replace(text=TEXT, num_blocks=2, block_grid=(1, 2))
-    model, noise, prompt = make_model(config), draw_noise(config), draw_prompt(config, guided=True)
+    model, noise = make_model(CASES["text"]), draw_noise(CASES["text"])
+    prompt = draw_prompt(CASES["text"], guided=True)
     scheduler = make_scheduler(name)
     check_scheduler(scheduler, "epsilon")
     keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}

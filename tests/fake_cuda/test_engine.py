@@ -12,8 +12,7 @@ from madformer.config import ffhq1024
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.sampler import Plan, Sampler
 
-# its widths and blocks; what one layer does, every other does
-ALL = {"ffhq1024": ffhq1024().replace(num_layers=4, diffusion_layers=2), **CASES}
+ALL = {"ffhq1024": ffhq1024(), **CASES}
 PASSES = ("first_block", "denoise", "next_block")
 FEW = ("ffhq1024", "both", "text and classes", "ACDiT", "one block, condition only")
 # All kinds of models in the dtype that a GPU is for; the others where it is not only a cast.

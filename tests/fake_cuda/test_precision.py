@@ -22,8 +22,7 @@ TRACED = {"fullgraph": True, "backend": "aot_eager"}  # Inductor's code would as
 def test_passes(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # compiled it is for real tensors: guards of PyTorch 2.11 take no fake one for the last one's like
     monkeypatch.setattr(precision, "_quantize_rows_fused", lambda: quantize_rows)
-    # its widths and blocks; what one layer does, every other does
-    model = apply(make_model(ffhq1024().replace(num_layers=4, diffusion_layers=2), torch.float32), name)
+    model = apply(make_model(ffhq1024(), torch.float32), name)
     assert unquantized(model) == [] or name != "fp8"
     assert model.downsampler.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     plan = Sampler(model, DPMSolverMultistepScheduler(), launcher=EagerLauncher()).plan(batch, 3)
