@@ -49,8 +49,8 @@ class Prepared:
             return launcher.prepare(f"{name}, batch {batch}", launch, passes.reset)
 
         first_block = prepare("first block", passes.first_block)
-        next_block = prepare("next block", passes.next_block) if passes.config.num_blocks > 1 else first_block
         denoise = prepare("denoising step", passes.denoise)
+        next_block = prepare("next block", passes.next_block) if passes.config.num_blocks > 1 else first_block
         reuse, step_round = denoise, denoise
         if every > 1:
             reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
