@@ -93,7 +93,8 @@ def idle(plan: Plan, repeats: int) -> dict[str, float]:
     same captured step: whether it records what a conditional node launches depends on the driver.
     """
     loop = time_loops({"loop": plan}, repeats)["loop"].median
-    spans = kernel_spans(EagerLauncher().loop(plan.warmup().denoise, len(plan.timesteps)), plan.model.device)
+    step = plan.warmup().prepared.denoise
+    spans = kernel_spans(EagerLauncher().loop(step, len(plan.timesteps)), plan.model.device)
     if not spans:
         raise CannotCompare("the profiler recorded no kernels")
     busy = busy_time(spans)

@@ -282,12 +282,10 @@ class Plan:
                 places, drawn = places_to_draw(self.config, given, blocks, order)
                 last = max(map(places.index, drawn))
                 kept = [place for place in places if place not in drawn]
-                for name, tensor, those in (
-                    ("noise", None if callable(noise) else noise, drawn),
-                    ("given", given, kept),
-                    ("out", out, ()),
-                ):
-                    check_latents(name, tensor, self.slots.canvas_RMLC.shape, those)
+                for name, tensor, those in (("noise", noise, drawn), ("given", given, kept), ("out", out, ())):
+                    absent = callable(tensor) if name == "noise" else tensor is None
+                    if not absent:
+                        check_latents(name, tensor, self.slots.canvas_RMLC.shape, those)
                 self._follow()
                 self._start(prompt, places)
                 laid_out = callback is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,16 +84,15 @@ def places_to_draw(
     return list(order or block_order(config)), sorted(range(config.num_blocks) if blocks is None else blocks)
 
 
-def check_latents(name: str, latents: Tensor | None, shape: torch.Size, places: Sequence[int] = ()) -> None:
+def check_latents(name: str, latents: Any, shape: torch.Size, places: Sequence[int] = ()) -> None:
     """Refuse what has another shape than ``(B, M, L, C)``, or numbers that are not finite in these places.
 
     Raises:
         NonFiniteInputError: there are some; names the first. ValueError: another shape, or no floating-point numbers.
     """
-    if latents is not None:
-        floats(name, latents, shape)
-        if places and (fault := first_fault(latents, places)) is not None:
-            raise NonFiniteInputError("{} is not finite: image {}, block {}".format(name, *fault))
+    floats(name, latents, shape)
+    if places and (fault := first_fault(latents, places)) is not None:
+        raise NonFiniteInputError("{} is not finite: image {}, block {}".format(name, *fault))
 
 
 def check_sound(slots: Slots, drawn: Sequence[int], steps: int, steps_made: int) -> None:
