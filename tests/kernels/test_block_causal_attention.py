@@ -314,6 +314,18 @@ def need(name: str) -> None:
         pytest.skip(str(error))
 
 
+def test_plain_pytorch_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("it cannot run here")
+
+    monkeypatch.setattr(dispatch, "resolve", refuse)
+    for name in ("reference", "sdpa"):
+        with pytest.raises(RuntimeError, match="it cannot run here"):
+            need(name)
+    with pytest.raises(pytest.skip.Exception):
+        need("flash_attn")
+
+
 def cases(values: Iterable[T], possible: Callable[[str, T], bool]) -> list[tuple[str, T]]:
     """Of every backend with every value, for the fixture ``backend`` and a parameter, those that can be run at all."""
     return [(name, value) for name in BACKENDS for value in values if possible(name, value)]

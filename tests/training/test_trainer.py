@@ -107,7 +107,7 @@ def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> Non
     """The released loop throws all micro-batches but the last away."""
     curves = []
     for steps in (1, 4):
-        config = dataclasses.replace(config, accumulation_steps=steps, steps=3)
+        config = dataclasses.replace(config, accumulation_steps=steps, save_every=6)
         Trainer(config, tmp_path / str(steps)).run()
         curves.append(losses(tmp_path / str(steps)))
     assert curves[1] == pytest.approx(curves[0], rel=ROUNDING)
