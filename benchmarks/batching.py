@@ -37,6 +37,7 @@ from torch import Tensor
 from madformer.benchmark.sampling import any_prompt
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
@@ -122,7 +123,7 @@ def serve_in_flight(batcher: InFlightBatcher, times: Sequence[float], steps: int
             now = max(now, waiting[0][1])
         while waiting and waiting[0][1] <= now:
             request, _ = waiting.pop(0)
-            future = batcher.submit(noise[request], steps, noise.prompt())
+            future = batcher.submit(noise[request], SamplingOptions(steps), noise.prompt())
             future.add_done_callback(lambda done, request=request: finish(request, done))  # type: ignore[misc]
         step_started = time.perf_counter()
         batcher.step()
@@ -170,7 +171,7 @@ def check(served: dict[str, Served], exact: Sequence[Tensor], dtype: torch.dtype
 
 def exact_images(model: MADFormer, scheduler: Any, steps: int, noise: Noise, count: int) -> list[Tensor]:
     """What a plan of the fp32 model draws of the first requests, one by one."""
-    plan = Sampler(model, scheduler).plan(1, steps)
+    plan = Sampler(model, scheduler).plan(1, SamplingOptions(steps))
     return [plan.run(noise[request][None], noise.prompt(1))[0] for request in range(count)]
 
 
@@ -191,7 +192,7 @@ def compare(
         CannotCompare: the policies' images disagree.
     """
     sampler = Sampler(model, scheduler)
-    plan = sampler.plan(slots, steps)
+    plan = sampler.plan(slots, SamplingOptions(steps))
     noise = Noise(plan)
     exact = exact_images(exact_model, scheduler, steps, noise, min(CHECKED, requests))
     batcher = InFlightBatcher(sampler, slots, max_steps=len(plan.timesteps), max_waiting=max(requests, 3 * slots))

@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from madformer.benchmark.bare import BareModel
 from madformer.benchmark.sampling import block_pairs
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from madformer.files.atomic import check_writable
 from madformer.model.blocks import to_maps
@@ -188,7 +189,7 @@ def with_best_attention(run: Run, backends: Mapping[str, Context], device: torch
 def time_sampling(models: Models, plan: Plan, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """Sampling of all three by name, and what a first call and half precision cost: seconds and relative error."""
     half = copy.deepcopy(models.native).to(torch.bfloat16)
-    half_plan = Sampler(half, make_scheduler()).plan(shape.batch, shape.steps)
+    half_plan = Sampler(half, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
     runs: dict[str, Run] = {
         "released fp32": lambda: sample_released(models.released, shape),
         "ours fp32": lambda: sample_ours(plan, shape),
@@ -197,7 +198,10 @@ def time_sampling(models: Models, plan: Plan, shape: Shape, repeats: int, device
     return {
         "spreads": interleaved(runs, repeats, device),
         "first_call_seconds": seconds(
-            lambda: sample_ours(Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps), shape), device
+            lambda: sample_ours(
+                Sampler(models.native, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps)), shape
+            ),
+            device,
         ),
         "bf16_relative_error": relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
         "overhead": {"fp32": overhead(plan, repeats), "bf16": overhead(half_plan, repeats)},
@@ -278,7 +282,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu":
         models.released.flex_attnmask = dense_mask(models.released, device)
     batch = Batch.draw(shape, device)
-    plan = Sampler(models.native, make_scheduler()).plan(shape.batch, shape.steps)
+    plan = Sampler(models.native, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
     with tf32(matmul=False, convolution=False):
         errors = compare(models, plan, batch, shape)
     max_error = check(errors)

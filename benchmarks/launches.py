@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import synchronize
 from madformer.model import MADFormer
@@ -51,7 +52,7 @@ def time_launches(model: MADFormer, shape: Shape, repeats: int) -> Launches:
     if "one launch" not in refused:
         ways["one launch"] = GraphLauncher(model.device, one_launch=True)
     plans = {
-        name: Sampler(model, make_scheduler(), launcher=way).plan(shape.batch, shape.steps)
+        name: Sampler(model, make_scheduler(), launcher=way).plan(shape.batch, SamplingOptions(shape.steps))
         for name, way in ways.items()
     }
     drawn = {name: sample_ours(plan, shape) for name, plan in plans.items()}
@@ -123,7 +124,7 @@ def time_unets(model: MADFormer, batch: int, steps: int, repeats: int) -> dict[s
     """Seconds of a captured step with the U-Net halves as they are, and compiled."""
     ways = {"channels-last, cuDNN": False, "torch.compile": True}
     plans = {
-        name: Sampler(model, make_scheduler(), compile_unet=compiled).plan(batch, steps)
+        name: Sampler(model, make_scheduler(), compile_unet=compiled).plan(batch, SamplingOptions(steps))
         for name, compiled in ways.items()
     }
     return {name: spread.median / steps for name, spread in time_loops(plans, repeats).items()}

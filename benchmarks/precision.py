@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.bulk import Prompts
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply, refusal
 from madformer.files.atomic import atomic_path, check_writable
 from madformer.pipeline import MADFormerPipeline
@@ -70,7 +71,7 @@ def draw(
     pipelines: Mapping[str, MADFormerPipeline],
     prompts: Prompts,
     num_images: int,
-    steps: int,
+    sampling: SamplingOptions,
     batch_size: int,
     seed: int,
 ) -> dict[str, Drawn]:
@@ -80,11 +81,12 @@ def draw(
     def batch(name: str, first: int) -> tuple[Tensor, Tensor, float]:
         drawn: list[Tensor] = []
         pipeline = pipelines[name]
-        options = prompts.options(range(first, min(first + batch_size, num_images)))
-        options |= {"seed": seed + first, "refresh_every": MODES[name][1], "output_type": "latent"}
+        options = replace(sampling, refresh_every=MODES[name][1]).keywords()
+        options |= prompts.options(range(first, min(first + batch_size, num_images)))
+        options |= {"seed": seed + first, "output_type": "latent"}
 
         def run() -> None:
-            latents = pipeline(num_inference_steps=steps, **options).images
+            latents = pipeline(**options).images
             drawn.extend((latents, pipeline.decode(latents, "pt")))
 
         taken = seconds(run, pipeline.transformer.device)
@@ -169,8 +171,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     refused = {mode: refusal(precision, device) for mode, (precision, _) in MODES.items()}
     pipelines = {mode: load(options.model, MODES[mode][0], device) for mode, why in refused.items() if why is None}
     texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
-    prompts = Prompts.of(pipelines[EXACT], texts, guidance_scale=options.guidance)
-    drawn = draw(pipelines, prompts, options.num_images, options.steps, options.batch_size, options.seed)
+    sampling = SamplingOptions(options.steps, options.guidance)
+    prompts = Prompts.of(pipelines[EXACT], texts, guided=sampling.guidance > 1)
+    drawn = draw(pipelines, prompts, options.num_images, sampling, options.batch_size, options.seed)
     if options.pictures:
         save_pictures(drawn, options.pictures)
     errors = {mode: compare(images, drawn[EXACT]) for mode, images in drawn.items() if mode != EXACT}
@@ -185,7 +188,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "batch_size": options.batch_size,
         "seed": options.seed,
-        "prompts": prompts.to_dict(),
+        "prompts": asdict(prompts) | {"guidance_scale": sampling.guidance},
         "scheduler": type(pipelines[EXACT].scheduler).__name__,
         "latent_peak": latent_peak(drawn[EXACT]),
         "errors": errors,

@@ -48,6 +48,7 @@ from madformer.benchmark.sampling import Roof, Row, sweep
 from madformer.benchmark.timing import Run, Spread, interleaved
 from madformer.config import ffhq1024, tiny
 from madformer.engine.memory import OutOfMemoryError
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import apply
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import seconds
@@ -145,7 +146,7 @@ class Bench:
         self.save(self)
 
     def plan(self, batch: int, steps: int) -> Plan:
-        return Sampler(self.model, make_scheduler()).plan(batch, steps)
+        return Sampler(self.model, make_scheduler()).plan(batch, SamplingOptions(steps))
 
     def add(self, name: str, batch: int, steps: int, spread: Spread) -> None:
         operations = batch * self.work.flops(steps) / self.roof.matmul_flops
@@ -196,7 +197,7 @@ def agreement(bench: Bench, steps: int = 2) -> dict[str, float]:
     shape = replace(bench.scale.shape, batch=1, steps=steps)
     with tf32(matmul=False, convolution=False):
         expected = sample_released(bench.released, shape)
-        plan = Sampler(bench.exact, make_scheduler()).plan(1, steps)
+        plan = Sampler(bench.exact, make_scheduler()).plan(1, SamplingOptions(steps))
         errors = {"ours, fp32": relative_error([sample_ours(plan, shape)], [expected])}
         check(errors)
         runs = samplers(bench, 1, steps)

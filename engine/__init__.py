@@ -12,6 +12,7 @@ from madformer.lazy import exporter
 if TYPE_CHECKING:
     from madformer.engine.batching import InFlightBatcher, QueueFullError
     from madformer.engine.memory import OutOfMemoryError
+    from madformer.engine.options import SamplingOptions
     from madformer.engine.plan import NoiseSource, Plan
     from madformer.engine.progress import Change, FinishedBlock, Progress
     from madformer.engine.prompts import Prompt
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
     from madformer.engine.running import InUseError, NonFiniteError
     from madformer.engine.sampler import Sampler, bytes_per_image
     from madformer.engine.schedule import ScheduleTable, tabulate
-    from madformer.engine.slots import Guidance
 
 __all__ = [
     "Change",
     "FinishedBlock",
-    "Guidance",
     "InFlightBatcher",
     "InUseError",
     "NoiseSource",
@@ -35,6 +34,7 @@ __all__ = [
     "Prompt",
     "QueueFullError",
     "Sampler",
+    "SamplingOptions",
     "ScheduleTable",
     "bytes_per_image",
     "sample_uncached",
@@ -46,7 +46,6 @@ __getattr__ = exporter(
     {
         "Change": "madformer.engine.progress",
         "FinishedBlock": "madformer.engine.progress",
-        "Guidance": "madformer.engine.slots",
         "InFlightBatcher": "madformer.engine.batching",
         "InUseError": "madformer.engine.running",
         "NoiseSource": "madformer.engine.plan",
@@ -57,6 +56,7 @@ __getattr__ = exporter(
         "Prompt": "madformer.engine.prompts",
         "QueueFullError": "madformer.engine.batching",
         "Sampler": "madformer.engine.sampler",
+        "SamplingOptions": "madformer.engine.options",
         "ScheduleTable": "madformer.engine.schedule",
         "bytes_per_image": "madformer.engine.sampler",
         "sample_uncached": "madformer.engine.reference",

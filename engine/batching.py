@@ -19,16 +19,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from madformer.arguments import floats, number, whole_number
+from madformer.arguments import floats, whole_number
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launchable, launcher_for
+from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
 from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.running import Exclusive, NonFiniteError, computing
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.blocks import block_order
 from madformer.model.madformer import MADFormer
@@ -147,19 +148,18 @@ class InFlightBatcher:
     def submit(
         self,
         noise_MLC: Tensor,
-        num_inference_steps: int,
+        options: SamplingOptions,
         prompt: Prompt | None = None,
         *,
-        guidance: float = 1.0,
         priority: int = 0,
     ) -> Future[Tensor]:
         """Ask for an image.
 
         Args:
             noise_MLC: standard normal, ``(M, L, C)``; it is copied, as the prompt is.
-            num_inference_steps: denoising steps of every block.
+            options: all but ``refresh_every``, which has no place among images at different steps.
             prompt: of one image, for a model with text or classes; where the batcher is guided, with a negative text
-                whatever the scale. guidance: the scale, 1 for none.
+                whatever the scale.
             priority: lower goes first; requests of one priority go in the order in which they came.
 
         Returns:
@@ -168,20 +168,22 @@ class InFlightBatcher:
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:
-            ValueError: noise or prompt of another kind or shape, a priority that is no whole number, or a step count or
-                guidance that the scheduler or this batcher does not have.
+            ValueError: noise or prompt of another kind or shape, a priority that is no whole number, or options that
+                the scheduler or this batcher does not have.
             QueueFullError: ``max_waiting`` requests wait.
         """
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
         floats("noise", noise_MLC, shape)
-        guidance = number("guidance", guidance)
-        if guidance != 1.0 and not self.guided:
-            raise ValueError(f"guidance={guidance} needs a batcher made with guided=True")
+        SamplingOptions.check(options)
+        if options.guided and not self.guided:
+            raise ValueError(f"guidance={options.guidance} needs a batcher made with guided=True")
+        if options.refresh_every != 1:
+            raise ValueError(f"refresh_every={options.refresh_every} has no place in in-flight batching")
         prompt = prompt or Prompt()
         prompt.check(self.config, (), guided=self.guided)
         order = whole_number("priority", priority)
         noise_MLC, prompt = noise_MLC.detach().clone(), prompt.clone()
-        schedule, sigma = self._schedule(num_inference_steps, guidance)
+        schedule, sigma = self._schedule(options)
         with self._lock:
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
@@ -191,13 +193,12 @@ class InFlightBatcher:
             heapq.heappush(self._waiting, job)
         return job.future
 
-    def _schedule(self, num_steps: int, guidance: float) -> tuple[ScheduleRows, float]:
-        """What a slot is given for ``num_steps`` steps, and the standard deviation of its noise."""
-        table = self._table(num_steps)
+    def _schedule(self, options: SamplingOptions) -> tuple[ScheduleRows, float]:
+        """What a slot is given, and the standard deviation of its noise."""
+        table = self._table(options.steps)
         if table.num_steps > self.max_steps:
             raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
-        guided = Guidance(guidance)
-        rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, guided)
+        rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, options)
         return rows, table.init_noise_sigma
 
     @property

@@ -18,6 +18,7 @@ from madformer.arguments import floats
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import EagerLauncher, Launcher, launcher_for
+from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
 from madformer.engine.passes import Passes
 from madformer.engine.plan_key import PlanKey
@@ -34,7 +35,7 @@ from madformer.engine.running import (
     places_to_draw,
 )
 from madformer.engine.schedule import Schedule
-from madformer.engine.slots import Guidance, ScheduleRows, Slots
+from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.blocks import block_order
 from madformer.model.madformer import MADFormer
@@ -68,18 +69,19 @@ class Plan:
     model: MADFormer
     _frozen: bool
 
-    def __init__(self, sampler: Sampler, key: PlanKey, schedule: Schedule, guidance: Guidance | None = None) -> None:
+    def __init__(self, sampler: Sampler, key: PlanKey, schedule: Schedule, options: SamplingOptions) -> None:
         self._alone = Exclusive("this plan is drawing already: of several runs at a time each needs a plan of its own")
         self._drawing, self._touched = False, False
         self._drawn: list[int] = []
         self._steps_made = 0
         self.packed = PackedWeights()
-        self.settle(sampler, schedule, guidance)
+        self.settle(sampler, schedule, options)
         self._allocate(key)
 
-    def settle(self, sampler: Sampler, schedule: Schedule, guidance: Guidance | None) -> None:
+    def settle(self, sampler: Sampler, schedule: Schedule, options: SamplingOptions) -> None:
         """Draw from now on with these, of a plan's own kind."""
-        self.sampler, self.schedule, self.guidance = sampler, schedule, guidance
+        self.sampler, self.schedule, self.options = sampler, schedule, options
+        self._options = options  # of the run at hand: a callback may change them
 
     def rest(self) -> None:
         """Let go of the model, until :meth:`settle`, as far as it was not captured."""
@@ -182,7 +184,7 @@ class Plan:
 
     def _rows(self) -> ScheduleRows:
         coefficients = None if self.schedule.table is None else self.schedule.table.coefficients
-        return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self.guidance)
+        return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self._options)
 
     def _tell(self, message: str) -> None:
         if message != self._told:
@@ -325,6 +327,7 @@ class Plan:
                 self._drawing = False
 
     def _start(self, prompt: Prompt, places: list[int]) -> None:
+        self._options = self.options
         self.slots.assign(self._rows(), self.model)
         self.slots.condition_on(prompt, self.model)
         if places != self._order:
@@ -425,11 +428,10 @@ class Plan:
             slots.canvas_RMLC.copy_(change.images_BMLC)
             slots.latents_RLC.copy_(slots.canvas_RMLC[:, place])
         if change.guidance is not None:
-            if self.guidance is None and change.guidance != 1:
+            if change.guidance != 1 and not self.key.guided:
                 raise ValueError(f"guidance={change.guidance} cannot begin within a run that was begun without")
-            if self.guidance is not None:
-                # what is looked at before the next pass
-                self.guidance = replace(self.guidance, scale=change.guidance)
+            # what is looked at before the next pass
+            self._options = replace(self._options, guidance=change.guidance)
 
     def _steps(self, generator: torch.Generator | list[torch.Generator] | None) -> Callable[[int], None]:
         """The denoising step of an index, which the scheduler's own ``step`` ends where it is not tabulated."""

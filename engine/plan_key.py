@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from madformer.config import MADFormerConfig
+from madformer.engine.options import SamplingOptions
 from madformer.engine.schedule import Schedule
 from madformer.engine.structure import dtype_and_device
 from madformer.model.madformer import MADFormer
@@ -52,7 +53,8 @@ class PlanKey:
     kind: ModelKind
 
     @classmethod
-    def of(cls, batch: int, schedule: Schedule, kind: ModelKind, *, guided: bool, refresh_every: int) -> PlanKey:
+    def of(cls, batch: int, schedule: Schedule, kind: ModelKind, options: SamplingOptions) -> PlanKey:
         steps, table = len(schedule.timesteps), schedule.table
         clip = None if table is None else table.clip
-        return cls(batch, steps, guided, min(refresh_every, steps), table is not None, clip, kind)
+        every = min(options.refresh_every, steps)
+        return cls(batch, steps, options.guided, every, table is not None, clip, kind)

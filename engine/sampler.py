@@ -8,7 +8,6 @@ condition through the autoregressive layers, and for each step the diffusion lay
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from madformer.arguments import whole_number
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.passes import Passes
 from madformer.engine.plan import NoiseSource, Plan
@@ -28,7 +28,7 @@ from madformer.engine.progress import Change, FinishedBlock, Progress
 from madformer.engine.prompts import check_guidable
 from madformer.engine.running import InUseError, NonFiniteError
 from madformer.engine.schedule import Schedule
-from madformer.engine.slots import Guidance, Slots
+from madformer.engine.slots import Slots
 from madformer.engine.structure import around_the_whole, over_the_same, unwrapped
 from madformer.model.madformer import MADFormer
 
@@ -115,50 +115,41 @@ class Sampler:
         return over_the_same(model, {**model._modules, **dict(zip(names, halves, strict=True))})
 
     def plan(
-        self,
-        batch: int,
-        num_inference_steps: int,
-        *,
-        guidance: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, math.inf),
-        refresh_every: int = 1,
-        reuse: Callable[[PlanKey], Plan | None] | None = None,
+        self, batch: int, options: SamplingOptions, *, reuse: Callable[[PlanKey], Plan | None] | None = None
     ) -> Plan:
-        """Allocate and tabulate for ``batch`` images of ``num_inference_steps`` steps a block.
+        """Allocate and tabulate for ``batch`` images.
 
         Args:
-            guidance: scale of classifier-free guidance; 1 is none. guidance_interval: first and last timestep at which
-                it applies (arXiv:2404.07724).
-            refresh_every: run the diffusion layers in every so many steps of a block. In the steps between, what they
-                added to the tokens is added again, and the U-Net alone sees the noise of the step (as DeepCache,
-                arXiv:2312.00858, has it for U-Nets). Faster, and not the same image.
             reuse: gives a plan of a kind that nobody uses, if there is one, to use in place of a new one.
 
         Raises:
-            ValueError: what is no number, a step count that the scheduler does not have, an empty batch, or guidance of
-                a model that has no condition to leave out.
+            ValueError: a step count that the scheduler does not have, an empty batch, or guidance of a model that has
+                no condition to leave out.
             OutOfMemoryError: the batch does not fit; the message names the largest one that does.
         """
-        batch, refresh_every = whole_number("batch", batch, 1), whole_number("refresh_every", refresh_every, 1)
-        guided: Guidance | None = Guidance(guidance, guidance_interval)
-        if guided is not None and guided.scale == 1:
-            guided = None
-        if guided is not None:
+        batch = whole_number("batch", batch, 1)
+        SamplingOptions.check(options)
+        if options.guided:
             check_guidable(self.source.config)
         device, kind = self.source.device, self.kind()
-        schedule = Schedule.of(self.scheduler, num_inference_steps, device)
-        options: dict[str, Any] = {"guided": guided is not None, "refresh_every": refresh_every}
+        schedule = Schedule.of(self.scheduler, options.steps, device)
 
         def make(size: int) -> Plan:
-            plan = Plan(self, PlanKey.of(size, schedule, kind, **options), schedule, guided)
+            plan = Plan(self, PlanKey.of(size, schedule, kind, options), schedule, options)
             if device.type == "cuda":
                 plan.try_passes()
             return plan
 
-        if reuse is not None and (plan := reuse(PlanKey.of(batch, schedule, kind, **options))) is not None:
-            plan.settle(self, schedule, guided)
+        if reuse is not None and (plan := reuse(PlanKey.of(batch, schedule, kind, options))) is not None:
+            plan.settle(self, schedule, options)
             return plan
-        per_image = bytes_per_image(self.source, len(schedule.timesteps), grid=self.grid, **options)
+        per_image = bytes_per_image(
+            self.source,
+            len(schedule.timesteps),
+            guided=options.guided,
+            refresh_every=options.refresh_every,
+            grid=self.grid,
+        )
         return memory.largest_fit(make, batch, per_image, device)
 
 

@@ -7,14 +7,13 @@ embedding, P tokens of a text.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from madformer.arguments import interval, number
 from madformer.config import MADFormerConfig
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.rows import put, take
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS
@@ -23,32 +22,6 @@ from madformer.model.blocks import block_order
 
 # Leaves a sample as it is: what a slot does that waits while others step.
 STAND_STILL = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance (arXiv:2207.12598), where ``interval`` has it (arXiv:2404.07724).
-
-    Attributes:
-        scale: 1 is none.
-        interval: first and last timestep at which it applies.
-
-    Raises:
-        ValueError: a scale that is no finite number, or an interval that is not two numbers or does not rise.
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, math.inf)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", number("guidance", self.scale))
-        object.__setattr__(self, "interval", interval("guidance_interval", self.interval))
-
-    def at(self, timesteps_T: Tensor) -> Tensor:
-        """The scale at each timestep, fp32."""
-        low, high = self.interval
-        inside_T = (timesteps_T >= low) & (timesteps_T <= high)
-        return torch.where(inside_T, self.scale, 1.0).float()
 
 
 @dataclass(frozen=True)
@@ -71,7 +44,7 @@ class ScheduleRows:
         timesteps: Tensor,
         coefficients: Tensor | None,
         max_steps: int,
-        guidance: Guidance | None = None,
+        options: SamplingOptions,
     ) -> ScheduleRows:
         """Rows of ``timesteps`` (S,), with a table's ``coefficients`` (S, 6) if there is one."""
         num_steps, num_rows = len(timesteps), num_rows_of(max_steps)
@@ -84,7 +57,7 @@ class ScheduleRows:
         # the released sampler embeds the clean block with the last timestep of the previous block's loop
         clean = timesteps[-1:] if config.clean_timestep == "noisy" else timesteps.new_zeros(1)
         timesteps_T = torch.cat((timesteps, timesteps.new_zeros(num_rows - num_steps - 1), clean))
-        return cls(num_steps, coefficients_T6, timesteps_T, (guidance or Guidance()).at(timesteps_T))
+        return cls(num_steps, coefficients_T6, timesteps_T, options.guidance_at(timesteps_T))
 
 
 def num_rows_of(max_steps: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save
 
 from madformer.bulk import Settings
+from madformer.engine.options import SamplingOptions
 
 NOTHING = save({})
 """A whole file of latents."""
@@ -14,8 +15,8 @@ NOTHING = save({})
 
 def settings(**changes: Any) -> Settings:
     values = {
-        "format": "png", "latents": True, "shard_size": None, "batch_size": 16, "seed": 0, "steps": 2,
-        "precision": "exact", "scheduler": {"class": "DDIMScheduler"}, "latent_shape": (4, 8, 8), "model": "0",
-        "vae": None, "vae_tile": None, "recorded": {"size": None},
+        "format": "png", "latents": True, "shard_size": None, "batch_size": 16, "seed": 0,
+        "sampling": SamplingOptions(2), "precision": "exact", "scheduler": {"class": "DDIMScheduler"},
+        "latent_shape": (4, 8, 8), "model": "0", "vae": None, "vae_tile": None, "recorded": {"size": None},
     }  # fmt: skip
     return Settings(**{**values, **changes})

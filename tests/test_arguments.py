@@ -15,6 +15,7 @@ from PIL import Image
 from madformer.arguments import interval, number, shown, whole_number
 from madformer.config import TextConfig, tiny
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
@@ -190,14 +191,20 @@ def test_of_the_engine() -> None:
     for name, value, message in (
         ("batch", "2", "batch='2' must be a whole number"),
         ("batch", 0, "batch=0 must be at least 1"),
-        ("num_inference_steps", 2.5, "num_inference_steps=2.5 must be a whole number"),
+        ("options", 25, "options=25 must be SamplingOptions(steps, ...)"),
+    ):
+        refused(sampler.plan, message, **{"batch": 2, "options": SamplingOptions(1), name: value})
+    for name, value, message in (
+        ("steps", 2.5, "steps=2.5 must be a whole number"),
+        ("steps", 0, "steps=0 must be at least 1"),
         ("guidance", "a", "guidance='a' must be a number"),
         ("guidance", math.nan, "guidance=nan must be finite"),
+        ("guidance", -1, "guidance=-1.0 must be at least 0"),
         ("guidance_interval", (5,), "guidance_interval=(5,) must be two numbers"),
         ("refresh_every", True, "refresh_every=True must be a whole number"),
     ):
-        refused(sampler.plan, message, **{"batch": 2, "num_inference_steps": 1, name: value})
-    plan = sampler.plan(2, 1)
+        refused(SamplingOptions, message, **{name: value})
+    plan = sampler.plan(2, SamplingOptions(1))
     for given, message in (
         (None, "noise must be a torch.Tensor"),
         (noise.numpy(), "got <ndarray"),
@@ -212,13 +219,13 @@ def test_of_the_engine() -> None:
     for name, value, message in (
         ("noise_MLC", noise[0].numpy(), "noise must be a torch.Tensor"),
         ("noise_MLC", noise[0].int(), "noise must hold floating-point numbers"),
-        ("num_inference_steps", "1", "must be a whole number"),
-        ("guidance", None, "guidance=None must be a number"),
+        ("options", 1, "options=1 must be SamplingOptions(steps, ...)"),
+        ("options", SamplingOptions(1, refresh_every=2), "refresh_every=2 has no place in in-flight batching"),
         ("priority", "high", "priority='high' must be a whole number"),
     ):
         refused(
             batcher.submit,
             message,
-            **{"noise_MLC": noise[0], "num_inference_steps": 1, "prompt": Prompt(), name: value},
+            **{"noise_MLC": noise[0], "options": SamplingOptions(1), "prompt": Prompt(), name: value},
         )
     assert batcher.num_waiting == 0

@@ -24,6 +24,7 @@ from madformer.benchmark.timing import Spread, Stopwatch
 from madformer.cli.main import main
 from madformer.config import MADFormerConfig, tiny
 from madformer.engine import memory
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Progress, Sampler, bytes_per_image
 from madformer.engine.schedulers import default_scheduler
 from madformer.pipeline import MADFormerPipeline
@@ -49,7 +50,7 @@ def make_sampler(config: MADFormerConfig) -> Sampler:
 def test_bare_passes_are_the_engines(name: str) -> None:
     """Before the first step of every block: the same condition and the same prediction from the same inputs."""
     config = CASES[name]
-    plan = make_sampler(config).plan(2, 2).warmup()
+    plan = make_sampler(config).plan(2, SamplingOptions(2)).warmup()
     bare = BareModel(plan.model, plan.cache)
     checked = []
 
@@ -113,7 +114,11 @@ def test_bytes_are_those_of_the_weights_that_a_step_reads() -> None:
             return func(*args, **(kwargs or {}))
 
     used: dict[int, Tensor] = {}
-    plan = Sampler(make_model(tiny()), default_scheduler("epsilon"), pack_weights=False).plan(1, 1).warmup()
+    plan = (
+        Sampler(make_model(tiny()), default_scheduler("epsilon"), pack_weights=False)
+        .plan(1, SamplingOptions(1))
+        .warmup()
+    )
     bare = BareModel(plan.model, plan.cache)
     with Recorder(), torch.no_grad():
         bare.denoise(1)
@@ -144,7 +149,7 @@ def test_stopwatch_adds_up_its_calls_and_no_others(monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_are_medians_whose_parts_add_up() -> None:
-    plan = make_sampler(tiny()).plan(2, 3)
+    plan = make_sampler(tiny()).plan(2, SamplingOptions(3))
     rounds = [
         {"total": 10.0, "ar": 1.0, "denoise": 6.0, "vae": 2.0, "unet": 4.0},
         {"total": 12.0, "ar": 1.5, "denoise": 7.0, "vae": 2.5, "unet": 4.0},
@@ -166,7 +171,7 @@ def test_rows_are_medians_whose_parts_add_up() -> None:
 @pytest.mark.parametrize("name", ["both", "text and classes", "ACDiT"])
 def test_a_row_is_measured_on_the_run_itself(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sampling, "PAIRS_SECONDS", float("inf"))
-    plan = make_sampler(CASES[name]).plan(2, 2).warmup()
+    plan = make_sampler(CASES[name]).plan(2, SamplingOptions(2)).warmup()
     prepared = plan.prepared
     row = sampling.measure(plan, ROOF, Work.of(plan.model), repeats=2)
     assert plan.prepared is prepared

@@ -22,6 +22,7 @@ from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
 from madformer.config import TextConfig
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import NonFiniteError, Plan
 from madformer.engine.schedulers import default_scheduler
 from madformer.files.resumable import first_difference
@@ -240,9 +241,9 @@ def test_batches_are_dealt_without_overlap_or_gap() -> None:
 
 def settings(**changes: Any) -> Settings:
     values = {
-        "format": "png", "latents": True, "shard_size": None, "batch_size": 2, "seed": 0, "steps": 2,
-        "precision": "exact", "scheduler": {"class": "DDIMScheduler"}, "latent_shape": (4, 8, 8), "model": "0",
-        "vae": None, "vae_tile": None,
+        "format": "png", "latents": True, "shard_size": None, "batch_size": 2, "seed": 0,
+        "sampling": SamplingOptions(2), "precision": "exact", "model": "0",
+        "scheduler": {"class": "DDIMScheduler"}, "latent_shape": (4, 8, 8), "vae": None, "vae_tile": None,
     }  # fmt: skip
     return Settings(**{**values, **changes})
 
@@ -582,7 +583,7 @@ def test_decoding_beside_sampling(model: Path, tmp_path: Path) -> None:
     """What the second stream decodes is what the first has sampled, bit for bit."""
     pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32, device=DEVICE)
     pipeline.set_progress_bar_config(disable=True)
-    run = Settings.of(pipeline, steps=2, precision="exact", batch_size=4)
+    run = Settings.of(pipeline, SamplingOptions(2), precision="exact", batch_size=4)
     with OutputFolder(tmp_path, run, 32).opened() as folder:
         assert draw_missing(pipeline, folder, progress=False) == 32
     for first in range(0, 32, 4):

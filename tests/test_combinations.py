@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from engine_cases import draw_noise, draw_prompt, make_model
 from madformer.config import MADFormerConfig, TextConfig, UNetConfig
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.training.losses import Batch, LossWeights, training_losses
 
@@ -109,5 +110,7 @@ def train_and_sample(config: MADFormerConfig) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), config
     for split in splits:
         guidance = 2.0 if config.can_be_guided else 1.0
-        plan = Sampler(model.set_split(split or config.diffusion_layers), DDIMScheduler()).plan(2, 1, guidance=guidance)
+        plan = Sampler(model.set_split(split or config.diffusion_layers), DDIMScheduler()).plan(
+            2, SamplingOptions(1, guidance=guidance)
+        )
         assert plan.run(noise, prompt).shape == noise.shape  # and finite, or it had raised

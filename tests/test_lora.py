@@ -17,6 +17,7 @@ from madformer.bulk.records import read_record
 from madformer.cli.main import main
 from madformer.cli.recorded import command as described
 from madformer.config import emoji64, tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
@@ -81,7 +82,7 @@ def drawn(model: MADFormer, sampler: Sampler | None = None) -> Tensor:
     sampler = sampler or Sampler(model, DDIMScheduler(clip_sample=False))
     given = inputs(model)
     prompt = Prompt(text=given["text_BT"]) if "text_BT" in given else None
-    return sampler.plan(2, 2).run(given["noisy_BMLC"].float(), prompt)
+    return sampler.plan(2, SamplingOptions(2)).run(given["noisy_BMLC"].float(), prompt)
 
 
 def assert_same(model: MADFormer, expected: MADFormer, bound: float = 2e-5, sampler: Sampler | None = None) -> None:

@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscr
 from PIL import Image
 
 from madformer.config import MADFormerConfig, TextConfig, tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
@@ -67,7 +68,7 @@ def by_the_engine(pipeline: MADFormerPipeline, seeds: list[int], prompt: Prompt,
     config = pipeline.transformer.config
     shape = (config.num_blocks, config.latents_per_block, config.latent_channels)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    plan = Sampler(pipeline.transformer, pipeline.scheduler).plan(len(seeds), 3, **options)
+    plan = Sampler(pipeline.transformer, pipeline.scheduler).plan(len(seeds), SamplingOptions(3, **options))
     return from_blocks(plan.run(noise, prompt), config)
 
 
@@ -597,7 +598,7 @@ def test_latents_are_the_noise_to_start_from(writing: MADFormerPipeline) -> None
         for scheduler in (own, EulerDiscreteScheduler.from_config(own.config)):
             writing.scheduler = scheduler
             drawn = latents(writing, 2, 3, prompt="cat", latents=noise)
-            plan = Sampler(writing.transformer, scheduler).plan(2, 3)
+            plan = Sampler(writing.transformer, scheduler).plan(2, SamplingOptions(3))
             expected = from_blocks(plan.run(to_blocks(noise, TEXT), Prompt(texts)), TEXT)
             assert torch.equal(drawn, expected)
         assert relative_error(latents(writing, 2, 3, prompt="cat", latents=noise.double()), drawn) < 1e-6

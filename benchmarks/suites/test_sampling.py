@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS, denoise_step
@@ -36,7 +37,7 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
 @pytest.fixture(scope="module")
 def plan(sampler: Sampler) -> Plan:
     """Drawn with once: its passes stand behind the last step of the last block."""
-    plan = sampler.plan(BATCH, STEPS)
+    plan = sampler.plan(BATCH, SamplingOptions(STEPS))
     plan.run(torch.randn(plan.slots.canvas_RMLC.shape))
     return plan
 
@@ -73,7 +74,7 @@ def test_in_flight_step(benchmark: Benchmark, sampler: Sampler) -> None:
 
     def keep_full() -> None:
         if batcher.num_running + batcher.num_waiting < BATCH:
-            batcher.submit(noise, STEPS)
+            batcher.submit(noise, SamplingOptions(STEPS))
             batcher.step()
 
     for _ in range(2 * BATCH):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -18,15 +19,15 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from madformer.arguments import choice, floats, function, number, shown, truth_value, whole_number
+from madformer.arguments import choice, floats, function, interval, number, shown, truth_value, whole_number
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
+from madformer.engine.options import SamplingOptions
 from madformer.engine.pool import PlanPool
 from madformer.engine.progress import Change
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedule import check_num_steps
 from madformer.engine.schedulers import check_scheduler
-from madformer.engine.slots import Guidance
 from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.pipeline_callbacks import Callback, CallbackPipeline, RunState, StepEnd, effective, tensor_inputs
@@ -124,7 +125,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         negative_prompt: str | list[str] | None = None,
         labels: int | str | list[int | str] | None = None,
         guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = Guidance.interval,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
         refresh_every: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -153,8 +154,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
                 same.
             guidance_scale: of classifier-free guidance; none up to 1. guidance_interval: lowest and highest timestep at
                 which it applies.
-            refresh_every: run the diffusion layers in every so many steps of a block, and reuse what they found in
-                between: faster, and not the same images; see :meth:`madformer.engine.sampler.Sampler.plan`.
+            refresh_every: see :class:`~madformer.engine.options.SamplingOptions`.
             height, width: in pixels, other than those that the model was trained on: positions beyond are extrapolated.
             image: keep it but for ``blocks``, by their places row by row, which are drawn anew: from those before them,
                 or from all others by a model of random block order. A picture of the size that is drawn, or latents
@@ -188,10 +188,10 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         inputs = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         function("on_block", on_block)
         scale = effective(number("guidance_scale", guidance_scale, 0))
-        Guidance(scale, guidance_interval)
+        guided_at = interval("guidance_interval", guidance_interval)
         num_steps = check_num_steps(self.scheduler, num_inference_steps)
-        whole_number("refresh_every", refresh_every, 1)
-        request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=scale != 1)
+        options = SamplingOptions(num_steps, scale, guided_at, refresh_every)
+        request, count = self.reader.read(prompt, negative_prompt, labels, num_images=each, guided=options.guided)
         generators = generators_of(count, seed, generator)
         grid = self.grid_of(height, width)
         config = self.transformer.config.at_grid(*grid)
@@ -208,14 +208,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         with (
             contextlib.ExitStack() as stack,
             self._onloaded(),
-            self._plans.plan(
-                sampler,
-                count,
-                num_steps,
-                guidance=scale,
-                guidance_interval=guidance_interval,
-                refresh_every=refresh_every,
-            ) as plan,
+            self._plans.plan(sampler, count, options) as plan,
             self.progress_bar(total=len(drawn) * len(plan.timesteps)) as bar,
         ):
             state = RunState(guidance_scale, len(drawn) * len(plan.timesteps))

@@ -14,6 +14,7 @@ from PIL import Image
 import precision as benchmark
 from madformer.bulk import Prompts
 from madformer.config import tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
@@ -92,7 +93,7 @@ def test_every_mode_draws_what_the_pipeline_draws(folder: Path) -> None:
     """In batches as at once, and fp8 is another model than default."""
     device = torch.device("cpu")
     pipelines = {mode: benchmark.load(str(folder), name, device) for mode, (name, _) in benchmark.MODES.items()}
-    images = benchmark.draw(pipelines, Prompts(), 3, 2, 2, seed=5)
+    images = benchmark.draw(pipelines, Prompts(), 3, SamplingOptions(2), 2, seed=5)
     alone = pipelines["exact"](num_inference_steps=2, seed=7, output_type="latent").images
     torch.testing.assert_close(images["exact"].latents[2:], alone, rtol=1e-4, atol=1e-4)
     errors = {mode: benchmark.compare(images[mode], images["exact"]) for mode in ("default", "fp8")}

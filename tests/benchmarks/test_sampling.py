@@ -18,6 +18,7 @@ from madformer.benchmark.bare import Work
 from madformer.benchmark.sampling import Roof
 from madformer.benchmark.timing import Spread
 from madformer.config import tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan
 from madformer.model import MADFormer
 from record import ROOT
@@ -139,7 +140,9 @@ def test_gate(monkeypatch: pytest.MonkeyPatch, factor: float, wrong: str | None)
 
     def released(model: Any, shape: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return factor * draw(sampling.Sampler(bench.exact, sampling.make_scheduler()).plan(1, 2), shape)
+            return factor * draw(
+                sampling.Sampler(bench.exact, sampling.make_scheduler()).plan(1, SamplingOptions(2)), shape
+            )
 
     monkeypatch.setattr(sampling, "sample_ours", draw)
     monkeypatch.setattr(sampling, "sample_released", released)

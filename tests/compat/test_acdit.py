@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from madformer.compat.acdit import ACDiT
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
@@ -63,7 +64,7 @@ def test_native_model(tmp_path: Path, scale: float) -> None:
         output = native(compat.to_latents(clean), compat.to_latents(noised), t, labels_B=label)
     assert relative_error(compat.to_tokens(output.prediction).flatten(1, 2), golden["prediction"]) < OUTPUT_TOLERANCE
     for scheduler, make_scheduler in SCHEDULERS.items():
-        plan = Sampler(native, make_scheduler()).plan(len(label), CASE.steps, guidance=scale)
+        plan = Sampler(native, make_scheduler()).plan(len(label), SamplingOptions(CASE.steps, guidance=scale))
         latents = plan.run(compat.to_latents(golden[f"sample_noise.{scheduler}"]), Prompt(label=label))
         expected = golden[f"sample.{scheduler}.cfg{scale:g}"]
         assert relative_error(compat.to_tokens(latents), expected) < SAMPLE_TOLERANCE

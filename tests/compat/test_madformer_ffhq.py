@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from madformer.compat.madformer_ffhq import MADFormer
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
@@ -60,7 +61,7 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
         assert relative_error(to_maps(output.clean), golden["clean_tower"]) < OUTPUT_TOLERANCE
     for scheduler, make_scheduler in SCHEDULERS.items():
         noise = golden_samples(case)[f"sample_noise.{scheduler}"]
-        plan = Sampler(native, make_scheduler()).plan(len(noise), case.steps)
+        plan = Sampler(native, make_scheduler()).plan(len(noise), SamplingOptions(case.steps))
         latents = plan.run(noise)
         assert relative_error(latents, golden_samples(case)[f"sample.{scheduler}"]) < SAMPLE_TOLERANCE
 

@@ -24,6 +24,7 @@ from diffusers import DDIMScheduler
 from madformer import from_released
 from madformer.compat.madformer_ffhq import read_model_config
 from madformer.compat.madformer_imagenet import MADFormer
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
@@ -57,7 +58,7 @@ def test_native_model_with_quirk_fields(case: GoldenCase, tmp_path: Path) -> Non
     assert relative_error(output.logits, golden["logits"]) < OUTPUT_TOLERANCE
     for scheduler, make_scheduler in SCHEDULERS.items():
         noise = golden[f"sample_noise.{scheduler}"]
-        drawn = Sampler(native, make_scheduler()).plan(len(noise), case.steps).run(noise, Prompt(text))
+        drawn = Sampler(native, make_scheduler()).plan(len(noise), SamplingOptions(case.steps)).run(noise, Prompt(text))
         error = relative_error(drawn, golden[f"sample.{scheduler}"])
         assert (error < SAMPLE_TOLERANCE) == (case.name != "denoising_mlp")
 

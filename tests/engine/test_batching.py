@@ -16,6 +16,7 @@ from engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Sampler
 from madformer.model import MADFormer
@@ -37,7 +38,7 @@ def make_batcher(model: MADFormer, slots: int, launcher: Launcher | None = None,
 
 def drawn_alone(model: MADFormer, noise_MLC: Tensor, steps: int) -> Tensor:
     scheduler = DPMSolverMultistepScheduler(prediction_type=model.config.prediction_type)
-    return Sampler(model, scheduler, pack_weights=False).plan(1, steps).run(noise_MLC[None])[0]
+    return Sampler(model, scheduler, pack_weights=False).plan(1, SamplingOptions(steps)).run(noise_MLC[None])[0]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_each_image_is_the_one_drawn_alone(name: str, launcher: str) -> None:
     noise = draw_noise(CASES[name], batch=5)
     batcher = make_batcher(model, 3, LAUNCHERS[launcher](), max_steps=4)
     steps = (3, 1, 4, 2, 3)
-    futures = [batcher.submit(noise[index], count) for index, count in enumerate(steps)]
+    futures = [batcher.submit(noise[index], SamplingOptions(count)) for index, count in enumerate(steps)]
     batcher.run_until_idle()
     for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
         assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], count)) < TOLERANCE
@@ -69,7 +70,8 @@ def test_guided_requests(name: str, launcher: str) -> None:
     batcher = make_batcher(model, 3, LAUNCHERS[launcher](), max_steps=3, guided=True)
     scales = (1.0, 2.0, 5.0, 2.0)
     futures = [
-        batcher.submit(noise[i], 2 + i % 2, one_of(prompts, i), guidance=scale) for i, scale in enumerate(scales)
+        batcher.submit(noise[i], SamplingOptions(2 + i % 2, guidance=scale), one_of(prompts, i))
+        for i, scale in enumerate(scales)
     ]
     batcher.run_until_idle()
     sampler = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False)
@@ -77,7 +79,7 @@ def test_guided_requests(name: str, launcher: str) -> None:
         alone = Prompt(*(None if ids is None else ids[None] for ids in vars(one_of(prompts, i)).values()))
         if scale == 1.0:
             alone = dataclasses.replace(alone, negative_text=None)
-        drawn = sampler.plan(1, 2 + i % 2, guidance=scale).run(noise[i : i + 1], alone)
+        drawn = sampler.plan(1, SamplingOptions(2 + i % 2, guidance=scale)).run(noise[i : i + 1], alone)
         assert relative_error(futures[i].result(timeout=0), drawn[0]) < TOLERANCE
 
 
@@ -87,8 +89,8 @@ def test_company_does_not_change_an_image() -> None:
     images = []
     for neighbour in (1, 2):
         batcher = make_batcher(model, 2)
-        future = batcher.submit(noise[0], 3)
-        batcher.submit(noise[neighbour], 3)
+        future = batcher.submit(noise[0], SamplingOptions(3))
+        batcher.submit(noise[neighbour], SamplingOptions(3))
         batcher.run_until_idle()
         images.append(future.result(timeout=0))
     assert torch.equal(*images)
@@ -97,9 +99,9 @@ def test_company_does_not_change_an_image() -> None:
 def test_joining_between_steps() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny())
     batcher = make_batcher(model, 2)
-    early = batcher.submit(noise[0], 3)
+    early = batcher.submit(noise[0], SamplingOptions(3))
     assert batcher.step() == 1
-    late = batcher.submit(noise[1], 3)
+    late = batcher.submit(noise[1], SamplingOptions(3))
     assert batcher.step() == 2
     while not early.done():
         batcher.step()
@@ -121,7 +123,7 @@ def test_priorities_then_arrival() -> None:
     batcher = make_batcher(make_model(tiny()), 1)
     noise = draw_noise(tiny(), batch=1)[0]
     priorities = {"late": 1, "first": 0, "urgent": -1, "second": 0}
-    futures = {name: batcher.submit(noise, 1, priority=value) for name, value in priorities.items()}
+    futures = {name: batcher.submit(noise, SamplingOptions(1), priority=value) for name, value in priorities.items()}
     assert order_of(futures, batcher) == ["urgent", "first", "second", "late"]
 
 
@@ -129,7 +131,7 @@ def test_cancelling_frees_the_slot() -> None:
     """One that waits never starts; one that is being drawn leaves at the next step, and its slot is drawn in anew."""
     model, noise = make_model(tiny()), draw_noise(tiny(), batch=3)
     batcher = make_batcher(model, 1)
-    running, waiting, kept = (batcher.submit(noise[index], 3) for index in range(3))
+    running, waiting, kept = (batcher.submit(noise[index], SamplingOptions(3)) for index in range(3))
     for _ in range(4):
         batcher.step()
     assert running.cancel()
@@ -146,11 +148,11 @@ def test_cancelling_frees_the_slot() -> None:
 def test_admission_limit() -> None:
     batcher = make_batcher(make_model(tiny()), 1, max_waiting=2)
     noise = draw_noise(tiny(), batch=1)[0]
-    futures = [batcher.submit(noise, 1) for _ in range(2)]
+    futures = [batcher.submit(noise, SamplingOptions(1)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait already"):
-        batcher.submit(noise, 1)
+        batcher.submit(noise, SamplingOptions(1))
     futures[0].cancel()
-    futures.append(batcher.submit(noise, 1))
+    futures.append(batcher.submit(noise, SamplingOptions(1)))
     batcher.run_until_idle()
     assert [future.cancelled() for future in futures] == [True, False, False]
 
@@ -159,7 +161,7 @@ def test_a_fault_is_one_images_own() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny())
     noise[0, 2, 0, 0] = torch.nan
     batcher = make_batcher(model, 2)
-    bad, good = (batcher.submit(noise[index], 3) for index in range(2))
+    bad, good = (batcher.submit(noise[index], SamplingOptions(3)) for index in range(2))
     batcher.run_until_idle()
     with pytest.raises(NonFiniteError, match="the image is not finite from block 2, step 0 on"):
         bad.result(timeout=0)
@@ -172,7 +174,7 @@ def test_new_weights_are_seen_once_nothing_runs() -> None:
     for scale in (1.0, 0.5):
         with torch.no_grad():
             model.downsampler.time_embedding.linear_2.weight.mul_(scale)
-        future = batcher.submit(noise, 2)
+        future = batcher.submit(noise, SamplingOptions(2))
         batcher.run_until_idle()
         assert relative_error(future.result(timeout=0), drawn_alone(model, noise, 2)) < TOLERANCE
 
@@ -181,7 +183,7 @@ def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.Monk
     """Not at every step: a step is a launch and nothing else."""
     batcher = make_batcher(make_model(tiny()), 2, RecordingLauncher(), max_steps=2).warmup()
     noise = draw_noise(tiny(), batch=2)
-    futures = [batcher.submit(noise[0], 2), batcher.submit(noise[1], 2)]
+    futures = [batcher.submit(noise[0], SamplingOptions(2)), batcher.submit(noise[1], SamplingOptions(2))]
     make, copied = torch.tensor, []
 
     def tensor(data: object, **options: object) -> Tensor:
@@ -194,7 +196,7 @@ def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.Monk
     assert [data for data in copied if data == [0, 1]] == [[0, 1]] * 3  # first block, denoise, next block
     monkeypatch.undo()
     futures[1].cancel()
-    later = batcher.submit(noise[1], 1)
+    later = batcher.submit(noise[1], SamplingOptions(1))
     batcher.run_until_idle()
     assert relative_error(futures[0].result(timeout=0), drawn_alone(batcher.sampler.source, noise[0], 2)) < TOLERANCE
     assert relative_error(later.result(timeout=0), drawn_alone(batcher.sampler.source, noise[1], 1)) < TOLERANCE
@@ -204,7 +206,7 @@ def test_a_request_touches_no_device() -> None:
     """It may come from any thread, while a pass is being captured in another."""
     batcher = make_batcher(make_model(tiny()), 1)
     batcher.device = torch.device("cuda:7")  # none that could be touched here
-    batcher.submit(draw_noise(tiny(), batch=1)[0], 2)
+    batcher.submit(draw_noise(tiny(), batch=1)[0], SamplingOptions(2))
     (job,) = batcher._waiting
     parts = (job.schedule.timesteps_T, job.schedule.guidance_T, job.schedule.coefficients_T6)
     assert {part.device.type for part in parts} == {"cpu"}
@@ -216,7 +218,7 @@ def test_captured_sizes() -> None:
     batcher = make_batcher(make_model(tiny()), 3, launcher, max_steps=1).warmup()
     sizes = [f"{name}, {size} slots" for size in (1, 2, 3) for name in ("first_block", "denoise", "next_block")]
     assert launcher.prepared == sizes
-    batcher.submit(draw_noise(tiny(), batch=1)[0], 1)
+    batcher.submit(draw_noise(tiny(), batch=1)[0], SamplingOptions(1))
     batcher.step()
     with pytest.raises(RuntimeError, match=r"warmup\(\) while 1 images are being drawn"):
         batcher.warmup()
@@ -226,15 +228,15 @@ def test_bad_requests() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
     batcher = make_batcher(model, 1, max_steps=5)
     with pytest.raises(ValueError, match=r"noise must have the shape \(4, 16, 4\), got \(3, 16, 4\)"):
-        batcher.submit(noise[:3], 1)
+        batcher.submit(noise[:3], SamplingOptions(1))
     with pytest.raises(ValueError, match="num_inference_steps=6 must be at most max_steps=5"):
-        batcher.submit(noise, 6)
-    with pytest.raises(ValueError, match="num_inference_steps=0 must be between 1 and"):
-        batcher.submit(noise, 0)
+        batcher.submit(noise, SamplingOptions(6))
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        batcher.submit(noise, SamplingOptions(0))
     with pytest.raises(ValueError, match=r"guidance=2\.0 needs a batcher made with guided=True"):
-        batcher.submit(noise, 1, guidance=2.0)
+        batcher.submit(noise, SamplingOptions(1, guidance=2.0))
     with pytest.raises(ValueError, match="text has no place in a model without text"):
-        batcher.submit(noise, 1, Prompt(torch.zeros(5, dtype=torch.int64)))
+        batcher.submit(noise, SamplingOptions(1), Prompt(torch.zeros(5, dtype=torch.int64)))
     assert batcher.num_waiting == 0
     with pytest.raises(ValueError, match="guidance needs a model with text"):
         make_batcher(model, 1, guided=True)
@@ -249,9 +251,9 @@ def test_packed_weights_and_ddim() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny())
     sampler = Sampler(model, DDIMScheduler())
     batcher = InFlightBatcher(sampler, 2)
-    futures = [batcher.submit(noise[index], 3) for index in range(2)]
+    futures = [batcher.submit(noise[index], SamplingOptions(3)) for index in range(2)]
     batcher.run_until_idle()
-    expected = sampler.plan(2, 3).run(noise)
+    expected = sampler.plan(2, SamplingOptions(3)).run(noise)
     for index, future in enumerate(futures):
         assert relative_error(future.result(timeout=0), expected[index]) < TOLERANCE
 
@@ -278,7 +280,7 @@ def test_what_a_step_raises_ends_the_images_it_was_drawing(call: int) -> None:
     noise, model = draw_noise(config, batch=3), make_model(config)
     batcher = make_batcher(model, 2, max_steps=1)
     fail_at(model, call)
-    futures = [batcher.submit(noise_MLC, 1) for noise_MLC in noise]
+    futures = [batcher.submit(noise_MLC, SamplingOptions(1)) for noise_MLC in noise]
     with pytest.raises(Failure):
         batcher.run_until_idle()
     batcher.run_until_idle()
@@ -293,7 +295,7 @@ def test_a_model_of_another_dtype_ends_what_was_asked_for() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
     batcher = make_batcher(model, 1, max_steps=1)
     model.bfloat16()
-    future = batcher.submit(noise, 1)
+    future = batcher.submit(noise, SamplingOptions(1))
     message = "the model is not what this batcher was made for: dtype=torch.bfloat16, not torch.float32"
     with pytest.raises(RuntimeError, match=message):
         batcher.step()
@@ -307,9 +309,9 @@ def test_a_request_is_what_it_was_when_it_was_made() -> None:
     model, noise = make_model(config), draw_noise(config, batch=2)
     batcher = make_batcher(model, 1, max_steps=1)
     prompt = one_of(draw_prompt(config, 1), 0)
-    expected = batcher.submit(noise[0].clone(), 1, prompt.clone())
+    expected = batcher.submit(noise[0].clone(), SamplingOptions(1), prompt.clone())
     batcher.run_until_idle()
-    future = batcher.submit(noise[0], 1, prompt)
+    future = batcher.submit(noise[0], SamplingOptions(1), prompt)
     noise[0] = noise[1]
     for ids in (prompt.text, prompt.label):
         assert ids is not None

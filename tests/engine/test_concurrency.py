@@ -19,6 +19,7 @@ from torch import Tensor
 from engine_cases import draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.pool import PlanPool
 from madformer.engine.running import InUseError
 from madformer.engine.sampler import Sampler
@@ -46,13 +47,13 @@ def in_threads(work: Callable[[int], Tensor], count: int = 4) -> list[Tensor]:
 def test_plans_of_one_sampler_in_threads(scheduler: Callable[[], Any]) -> None:
     """Schedulers that remember their steps, too; and a pool's plans, each used by several threads in turn."""
     sampler, pool = Sampler(make_model(CONFIG), scheduler()), PlanPool()
-    alone = [sampler.plan(1, STEPS).run(noise) for noise in NOISE]
+    alone = [sampler.plan(1, SamplingOptions(STEPS)).run(noise) for noise in NOISE]
 
     def pooled(index: int) -> Tensor:
-        with pool.plan(sampler, 1, STEPS) as plan:
+        with pool.plan(sampler, 1, SamplingOptions(STEPS)) as plan:
             return plan.run(NOISE[index])
 
-    for work in (lambda index: sampler.plan(1, STEPS).run(NOISE[index]), pooled):
+    for work in (lambda index: sampler.plan(1, SamplingOptions(STEPS)).run(NOISE[index]), pooled):
         assert all(map(torch.equal, in_threads(work), alone))
 
 
@@ -60,8 +61,8 @@ def test_plans_of_one_sampler_in_threads(scheduler: Callable[[], Any]) -> None:
 def test_runs_that_take_turns(scheduler: Callable[[], Any]) -> None:
     """Block by block, of one sampler; and one that begins and ends within another's callback."""
     sampler = Sampler(make_model(CONFIG), scheduler())
-    alone = [sampler.plan(1, STEPS).run(noise) for noise in NOISE[:2]]
-    drawing = [sampler.plan(1, STEPS).blocks(noise) for noise in NOISE[:2]]
+    alone = [sampler.plan(1, SamplingOptions(STEPS)).run(noise) for noise in NOISE[:2]]
+    drawing = [sampler.plan(1, SamplingOptions(STEPS)).blocks(noise) for noise in NOISE[:2]]
     ends: list[Tensor] = []
     while len(ends) < 2:
         for run in drawing:
@@ -71,7 +72,9 @@ def test_runs_that_take_turns(scheduler: Callable[[], Any]) -> None:
                 ends.append(end.value)
     assert all(map(torch.equal, ends, alone))
     inner: list[Tensor] = []
-    outer = sampler.plan(1, STEPS).run(NOISE[0], callback=lambda _: inner.append(sampler.plan(1, STEPS).run(NOISE[1])))
+    outer = sampler.plan(1, SamplingOptions(STEPS)).run(
+        NOISE[0], callback=lambda _: inner.append(sampler.plan(1, SamplingOptions(STEPS)).run(NOISE[1]))
+    )
     assert torch.equal(outer, alone[0])
     assert all(torch.equal(other, alone[1]) for other in inner)
 
@@ -79,7 +82,7 @@ def test_runs_that_take_turns(scheduler: Callable[[], Any]) -> None:
 def test_a_plan_that_draws_refuses_to_draw() -> None:
     """From a callback, from another thread, in the middle of its blocks; and goes on as if nothing had been asked."""
     sampler = Sampler(make_model(CONFIG), DDIMScheduler())
-    plan, refused = sampler.plan(1, STEPS), "this plan is drawing already"
+    plan, refused = sampler.plan(1, SamplingOptions(STEPS)), "this plan is drawing already"
     alone = plan.run(NOISE[0])
 
     def ask(_: object) -> None:
@@ -99,7 +102,7 @@ def test_a_plan_that_draws_refuses_to_draw() -> None:
 
 
 def test_a_plan_is_free_after_an_error() -> None:
-    plan = Sampler(make_model(CONFIG), DDIMScheduler()).plan(1, STEPS)
+    plan = Sampler(make_model(CONFIG), DDIMScheduler()).plan(1, SamplingOptions(STEPS))
     alone = plan.run(NOISE[0])
 
     def fail(*_: object) -> None:
@@ -122,14 +125,14 @@ def test_a_pool_keeps_what_was_used_last() -> None:
     pool, sampler = PlanPool(most_idle=2), Sampler(make_model(CONFIG), DDIMScheduler())
     seen = []
     for steps in (1, 2, 3, 2, 1):
-        with pool.plan(sampler, 1, steps) as plan:
+        with pool.plan(sampler, 1, SamplingOptions(steps)) as plan:
             seen.append(plan)
     assert seen[3] is seen[1]
     assert seen[4] is not seen[0]
-    with pool.plan(sampler, 1, 2) as one, pool.plan(sampler, 1, 2) as other:
+    with pool.plan(sampler, 1, SamplingOptions(2)) as one, pool.plan(sampler, 1, SamplingOptions(2)) as other:
         assert one is not other
     pool.clear()
-    with pool.plan(sampler, 1, 2) as plan:
+    with pool.plan(sampler, 1, SamplingOptions(2)) as plan:
         assert plan not in seen
 
 
@@ -145,15 +148,15 @@ def test_a_pool_gives_a_plan_other_schedules_and_models() -> None:
     for model in models:
         for scheduler in schedulers:
             sampler = Sampler(model, scheduler)
-            with pool.plan(sampler, 1, STEPS) as plan:
+            with pool.plan(sampler, 1, SamplingOptions(STEPS)) as plan:
                 used.add(plan)
-                assert torch.equal(plan.run(NOISE[0]), sampler.plan(1, STEPS).run(NOISE[0]))
+                assert torch.equal(plan.run(NOISE[0]), sampler.plan(1, SamplingOptions(STEPS)).run(NOISE[0]))
     assert len(used) == 1
 
 
 def test_an_idle_plan_holds_no_model() -> None:
     pool, model = PlanPool(), make_model(CONFIG)
-    with pool.plan(Sampler(model, DDIMScheduler()), 1, STEPS) as plan:
+    with pool.plan(Sampler(model, DDIMScheduler()), 1, SamplingOptions(STEPS)) as plan:
         plan.run(NOISE[0])
     gone = weakref.ref(model)
     del model
@@ -163,11 +166,11 @@ def test_an_idle_plan_holds_no_model() -> None:
 
 def test_a_copy_of_a_pool_is_empty() -> None:
     pool, sampler = PlanPool(most_idle=3), Sampler(make_model(CONFIG), DDIMScheduler())
-    with pool.plan(sampler, 1, STEPS) as plan:
+    with pool.plan(sampler, 1, SamplingOptions(STEPS)) as plan:
         plan.run(NOISE[0])
     for other in (copy.copy(pool), copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
         assert other.most_idle == 3
-        with other.plan(sampler, 1, STEPS) as another:
+        with other.plan(sampler, 1, SamplingOptions(STEPS)) as another:
             assert another is not plan
 
 
@@ -222,11 +225,11 @@ def test_requests_from_threads() -> None:
     batcher = InFlightBatcher(Sampler(make_model(CONFIG), DDIMScheduler()), 2, max_steps=STEPS)
     alone = []
     for noise in NOISE:
-        future = batcher.submit(noise[0], STEPS)
+        future = batcher.submit(noise[0], SamplingOptions(STEPS))
         batcher.run_until_idle()
         alone.append(future.result())
     with ThreadPoolExecutor(3) as threads:
-        futures = list(threads.map(lambda noise: batcher.submit(noise[0], STEPS), NOISE))
+        futures = list(threads.map(lambda noise: batcher.submit(noise[0], SamplingOptions(STEPS)), NOISE))
     batcher.run_until_idle()
     for future, expected in zip(futures, alone, strict=True):
         assert torch.allclose(future.result(), expected, atol=1e-4)
@@ -235,17 +238,17 @@ def test_requests_from_threads() -> None:
 def test_a_batcher_steps_once_at_a_time() -> None:
     """A future's callback may ask for more, and not step."""
     batcher = InFlightBatcher(Sampler(make_model(CONFIG), DDIMScheduler()), 2, max_steps=STEPS)
-    expected = batcher.submit(NOISE[1][0], STEPS)
+    expected = batcher.submit(NOISE[1][0], SamplingOptions(STEPS))
     batcher.run_until_idle()
     more, refused = [], []
 
     def done(_: object) -> None:
-        more.append(batcher.submit(NOISE[1][0], STEPS))
+        more.append(batcher.submit(NOISE[1][0], SamplingOptions(STEPS)))
         with pytest.raises(InUseError, match="at a step already") as error:
             batcher.step()
         refused.append(error)
 
-    batcher.submit(NOISE[0][0], STEPS).add_done_callback(done)
+    batcher.submit(NOISE[0][0], SamplingOptions(STEPS)).add_done_callback(done)
     batcher.run_until_idle()
     assert len(refused) == 1
     assert torch.equal(more[0].result(), expected.result())
@@ -256,7 +259,7 @@ def test_a_stochastic_scheduler_in_threads() -> None:
 
     def draw(index: int) -> Tensor:
         generator = [torch.Generator().manual_seed(index)]
-        return sampler.plan(1, STEPS).run(NOISE[index], generator=generator)
+        return sampler.plan(1, SamplingOptions(STEPS)).run(NOISE[index], generator=generator)
 
     alone = [draw(index) for index in range(4)]
     assert all(map(torch.equal, in_threads(draw), alone))

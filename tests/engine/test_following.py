@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.plan import Plan
 from madformer.engine.progress import Progress
@@ -154,7 +155,7 @@ def no_clamp() -> DDIMScheduler:
 
 def make_plan(model: MADFormer, way: str, scheduler: Callable[[], Any] = no_clamp) -> Plan:
     launcher = RecordingLauncher() if way == "recorded" else None
-    plan = Sampler(model, scheduler(), pack_weights=way == "packed", launcher=launcher).plan(1, STEPS)
+    plan = Sampler(model, scheduler(), pack_weights=way == "packed", launcher=launcher).plan(1, SamplingOptions(STEPS))
     if launcher is not None:
         plan.cache.on_host = False  # as on a GPU, where nothing is
     return plan
@@ -314,21 +315,21 @@ def test_the_model_stays_as_it_is() -> None:
 def test_a_change_of_kind() -> None:
     """Another dtype, split or backend: followed by the next run, refused within one."""
     model, noise = make_model(tiny().replace(elastic_diffusion_layers=(1, 2, 3))), draw_noise(tiny(), 1)
-    plan = Sampler(model, DDIMScheduler()).plan(1, STEPS)
+    plan = Sampler(model, DDIMScheduler()).plan(1, SamplingOptions(STEPS))
     plan.run(noise)
     for change in (lambda: model.set_split(3), lambda: model.double(), lambda: model.set_backend("reference")):
         change()
-        expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, STEPS).run(noise)
+        expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, SamplingOptions(STEPS)).run(noise)
         assert relative_error(plan.run(noise), expected) < 1e-5
     with pytest.raises(RuntimeError, match="configuration, dtype, device or backend changed while it was drawing"):
         plan.run(noise, callback=lambda _: model.set_split(1))
-    expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, STEPS).run(noise)
+    expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, SamplingOptions(STEPS)).run(noise)
     assert relative_error(plan.run(noise), expected) < 1e-5
 
 
 def test_what_may_change_unseen_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     model, launcher = make_model(CONFIG), RecordingLauncher()
-    plan = Sampler(model, no_clamp(), launcher=launcher).plan(1, STEPS)
+    plan = Sampler(model, no_clamp(), launcher=launcher).plan(1, SamplingOptions(STEPS))
     plan.cache.on_host = False
     draw(plan)
     assert len(launcher.prepared) == 3
@@ -390,11 +391,11 @@ def test_a_batcher_follows(name: str) -> None:
         batcher = InFlightBatcher(Sampler(model, DDIMScheduler(), pack_weights=pack), 2, max_steps=STEPS)
         prompt = draw_prompt(CONFIG, 1)
         alone = type(prompt)(*(None if ids is None else ids[0] for ids in vars(prompt).values()))
-        futures = [batcher.submit(noise, STEPS, alone) for noise in draw_noise(CONFIG, 2)]
+        futures = [batcher.submit(noise, SamplingOptions(STEPS), alone) for noise in draw_noise(CONFIG, 2)]
         for _ in range(3):
             batcher.step()
         CHANGES[name](model)
-        futures.append(batcher.submit(draw_noise(CONFIG, 3)[2], STEPS, alone))
+        futures.append(batcher.submit(draw_noise(CONFIG, 3)[2], SamplingOptions(STEPS), alone))
         batcher.run_until_idle()
         return [future.result() for future in futures]
 

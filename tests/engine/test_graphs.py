@@ -8,6 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.engine.graphs import EagerLauncher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from recording import HostReadError, RecordingLauncher
 
@@ -18,7 +19,7 @@ def make_plan(
     config = CASES[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
     sampler = Sampler(make_model(config), scheduler, pack_weights=False, launcher=launcher)
-    plan = sampler.plan(BATCH, STEPS, guidance=guidance, refresh_every=refresh_every)
+    plan = sampler.plan(BATCH, SamplingOptions(STEPS, guidance=guidance, refresh_every=refresh_every))
     plan.cache.on_host = False  # as on a GPU, where nothing is
     return plan
 
@@ -84,7 +85,9 @@ def test_weights_that_move_are_captured_anew() -> None:
     """A graph reads the memory that it was captured with: replaced weights need another."""
     launcher = RecordingLauncher()
     model = make_model(CASES["both"])
-    plan = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False, launcher=launcher).plan(BATCH, STEPS)
+    plan = Sampler(model, DPMSolverMultistepScheduler(), pack_weights=False, launcher=launcher).plan(
+        BATCH, SamplingOptions(STEPS)
+    )
     plan.cache.on_host = False
     noise = draw_noise(CASES["both"])
     first = plan.run(noise)

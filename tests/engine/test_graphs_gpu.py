@@ -14,6 +14,7 @@ from engine_cases import BATCH, CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from testing import DEVICE, relative_error
 
@@ -37,7 +38,7 @@ def make_plan(name: str, launcher: Launcher | None, dtype: torch.dtype = torch.f
     config = CASES[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
     model = make_model(config).to(DEVICE, dtype)
-    return Sampler(model, scheduler, launcher=launcher).plan(BATCH, STEPS)
+    return Sampler(model, scheduler, launcher=launcher).plan(BATCH, SamplingOptions(STEPS))
 
 
 def launcher(kind: str) -> Launcher:
@@ -109,7 +110,7 @@ def test_layers_in_every_second_step(kind: str, steps: int) -> None:
     drawn = []
     for how in (launcher(kind), EagerLauncher()):
         sampler = Sampler(make_model(tiny()).to(DEVICE), DDIMScheduler(), launcher=how)
-        drawn.append(sampler.plan(len(noise), steps, refresh_every=2).run(noise))
+        drawn.append(sampler.plan(len(noise), SamplingOptions(steps, refresh_every=2)).run(noise))
     assert_same(*drawn, FP32_BUDGET, f"{steps} steps")
 
 
@@ -121,8 +122,8 @@ def test_in_flight(name: str) -> None:
     batcher = InFlightBatcher(sampler, 3, max_steps=4).warmup()
     noise = draw_noise(config, batch=5)
     steps = (3, 1, 4, 2, 3)
-    futures = [batcher.submit(noise[index], count) for index, count in enumerate(steps)]
+    futures = [batcher.submit(noise[index], SamplingOptions(count)) for index, count in enumerate(steps)]
     batcher.run_until_idle()
     for index, (future, count) in enumerate(zip(futures, steps, strict=True)):
-        alone: Tensor = sampler.plan(1, count).run(noise[index : index + 1])[0]
+        alone: Tensor = sampler.plan(1, SamplingOptions(count)).run(noise[index : index + 1])[0]
         assert relative_error(future.result(timeout=0), alone) < FP32_BUDGET

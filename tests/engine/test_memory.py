@@ -13,6 +13,7 @@ from madformer.config import tiny
 from madformer.engine import memory
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.memory import OutOfMemoryError
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler, bytes_per_image
 from testing import DEVICE
 
@@ -24,18 +25,18 @@ def test_the_system_is_asked_before_it_is_filled(monkeypatch: pytest.MonkeyPatch
     per_image = bytes_per_image(sampler.source, STEPS)
     monkeypatch.setattr(memory, "available", lambda device: 3 * per_image + per_image // 2)
     with pytest.raises(OutOfMemoryError, match=r"^batch=4 does not fit in the memory of cpu: the largest .* is 3$"):
-        sampler.plan(4, STEPS)
+        sampler.plan(4, SamplingOptions(STEPS))
     with pytest.raises(OutOfMemoryError, match="batch=9 does not fit"):
         InFlightBatcher(sampler, 9, max_steps=STEPS)
-    sampler.plan(3, STEPS).run(draw_noise(tiny(), batch=3))
+    sampler.plan(3, SamplingOptions(STEPS)).run(draw_noise(tiny(), batch=3))
     monkeypatch.setattr(memory, "available", lambda device: per_image - 1)
     with pytest.raises(OutOfMemoryError, match="not even a batch of 1 fits"):
-        sampler.plan(1, STEPS)
+        sampler.plan(1, SamplingOptions(STEPS))
 
 
 def test_bytes_are_what_a_plan_allocates() -> None:
     sampler = Sampler(make_model(tiny()), DDIMScheduler())
-    plan = sampler.plan(5, STEPS)
+    plan = sampler.plan(5, SamplingOptions(STEPS))
     assert plan.cache.nbytes + plan.slots.nbytes == 5 * bytes_per_image(sampler.source, STEPS)
 
 
@@ -83,6 +84,6 @@ def little_memory() -> Iterator[None]:
 def test_a_gpu_stays_usable(little_memory: None) -> None:
     sampler = Sampler(make_model(tiny()).to(DEVICE), DDIMScheduler())
     with pytest.raises(OutOfMemoryError, match=r"the largest batch that fits is [1-9]"):
-        sampler.plan(1 << 24, STEPS)
+        sampler.plan(1 << 24, SamplingOptions(STEPS))
     noise = draw_noise(tiny())
-    assert sampler.plan(2, STEPS).run(noise).isfinite().all()
+    assert sampler.plan(2, SamplingOptions(STEPS)).run(noise).isfinite().all()

@@ -10,6 +10,7 @@ from torch import nn
 
 from madformer.config import tiny
 from madformer.engine import packing
+from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedConv2d, PackedLinear, can_pack, digest, packed
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
@@ -72,17 +73,20 @@ def test_a_packed_model_shares_the_parameters() -> None:
 def test_samples_are_the_same(dtype: torch.dtype) -> None:
     model = make_model(dtype)
     noise = torch.randn(2, 4, 16, 4, generator=torch.Generator().manual_seed(0))
-    plain, fast = (Sampler(model, DDIMScheduler(), pack_weights=pack).plan(2, 3).run(noise) for pack in (False, True))
+    plain, fast = (
+        Sampler(model, DDIMScheduler(), pack_weights=pack).plan(2, SamplingOptions(3)).run(noise)
+        for pack in (False, True)
+    )
     assert relative_error(fast, plain) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_a_plan_follows_the_weights() -> None:
     """Written to in place, or loaded anew: the next run uses them."""
     model, noise = make_model(), torch.randn(1, 4, 16, 4, generator=torch.Generator().manual_seed(0))
-    plan = Sampler(model, DDIMScheduler()).plan(1, 2)
+    plan = Sampler(model, DDIMScheduler()).plan(1, SamplingOptions(2))
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
-        fresh = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, 2)
+        fresh = Sampler(model, DDIMScheduler(), pack_weights=False).plan(1, SamplingOptions(2))
         return plan.run(noise), fresh.run(noise)
 
     before, _ = both()

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.reference import sample_uncached
-from madformer.engine.sampler import NonFiniteError, Progress, Sampler
+from madformer.engine.sampler import Change, NonFiniteError, Progress, Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput
 from testing import relative_error
 
@@ -38,7 +39,7 @@ def test_cached_equals_uncached(name: str) -> None:
     prompt = draw_prompt(config)
     order = [3, 4, 5, 2, 1, 0] if name == "spiral" else range(config.num_blocks)
     expected = sample_uncached(model, scheduler, STEPS, noise[:, order], prompt)
-    latents = Sampler(model, scheduler).plan(BATCH, STEPS).run(noise, prompt)
+    latents = Sampler(model, scheduler).plan(BATCH, SamplingOptions(STEPS)).run(noise, prompt)
     for number, place in enumerate(order):
         assert relative_error(latents[:, place], expected[:, number]) < TOLERANCE, f"block {number}"
 
@@ -48,11 +49,13 @@ def test_blocks_in_an_order_of_ones_choice(batch: int) -> None:
     """Of a model for every order; without its text, as the uncached loop has it with the tables of that order."""
     config, order = CASES["any order"], [2, 0, 3, 1]
     model, noise = make_model(config), draw_noise(config, batch)
-    latents = Sampler(model, DDIMScheduler()).plan(batch, STEPS).run(noise, order=order)
+    latents = Sampler(model, DDIMScheduler()).plan(batch, SamplingOptions(STEPS)).run(noise, order=order)
     told = functools.partial(model, order_BM=torch.tensor([order] * batch))
     expected = sample_uncached(told, DDIMScheduler(), STEPS, noise[:, order])
     assert relative_error(latents[:, order], expected) < TOLERANCE
-    assert relative_error(latents, Sampler(model, DDIMScheduler()).plan(batch, STEPS).run(noise)) > 0.01
+    assert (
+        relative_error(latents, Sampler(model, DDIMScheduler()).plan(batch, SamplingOptions(STEPS)).run(noise)) > 0.01
+    )
 
 
 @pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
@@ -69,7 +72,7 @@ def test_guidance(name: str, scheduler: Callable[[], Any], interval: tuple[int, 
         return 2.5 if interval[0] <= t <= interval[1] else 1.0
 
     expected = sample_uncached(model, scheduler(), STEPS, noise, prompt, scale)
-    plan = Sampler(model, scheduler()).plan(BATCH, STEPS, guidance=2.5, guidance_interval=interval)
+    plan = Sampler(model, scheduler()).plan(BATCH, SamplingOptions(STEPS, guidance=2.5, guidance_interval=interval))
     assert relative_error(plan.run(noise, prompt), expected) < TOLERANCE
 
 
@@ -79,16 +82,25 @@ def test_guidance_of_one_is_none(name: str) -> None:
     guided = draw_prompt(CASES[name], guided=True)
     prompt = dataclasses.replace(guided, negative_text=None)
     sampler = Sampler(model, DDIMScheduler())
-    plain = sampler.plan(BATCH, STEPS).run(noise, prompt)
-    assert torch.equal(sampler.plan(BATCH, STEPS, guidance=1.0).run(noise, prompt), plain)
-    never = sampler.plan(BATCH, STEPS, guidance=4.0, guidance_interval=(1001, 1002))
+    plain = sampler.plan(BATCH, SamplingOptions(STEPS)).run(noise, prompt)
+    assert torch.equal(sampler.plan(BATCH, SamplingOptions(STEPS, guidance=1.0)).run(noise, prompt), plain)
+    never = sampler.plan(BATCH, SamplingOptions(STEPS, guidance=4.0, guidance_interval=(1001, 1002)))
     assert relative_error(never.run(noise, guided), plain) < TOLERANCE
+
+
+def test_guidance_that_a_callback_changes_is_of_one_run() -> None:
+    model, noise = make_model(CASES["text"]), draw_noise(CASES["text"])
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS, guidance=4.0))
+    prompt = draw_prompt(CASES["text"], guided=True)
+    first = plan.run(noise, prompt)
+    assert not torch.equal(plan.run(noise, prompt, callback=lambda _: Change(guidance=1.0)), first)
+    assert torch.equal(plan.run(noise, prompt), first)
 
 
 def test_prompts_that_have_no_place() -> None:
     model, noise, text = make_model(CASES["text"]), draw_noise(CASES["text"]), draw_prompt(CASES["text"]).text
     assert text is not None
-    plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     for given, message in (
         (Prompt(), r"text must be ids of the shape \(2, 5\), got none"),
         (Prompt(text[:, 1:]), r"text must be ids of the shape \(2, 5\), got the shape \(2, 4\)"),
@@ -99,19 +111,19 @@ def test_prompts_that_have_no_place() -> None:
         with pytest.raises(ValueError, match=message):
             plan.run(noise, given)
     with pytest.raises(ValueError, match="text has no place in a model without text"):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).run(noise, Prompt(text))
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(noise, Prompt(text))
     with pytest.raises(ValueError, match=r"label must be ids of the shape \(2,\), got none"):
-        Sampler(make_model(ACDIT), DDIMScheduler()).plan(BATCH, STEPS).run(draw_noise(ACDIT))
+        Sampler(make_model(ACDIT), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(draw_noise(ACDIT))
     config = ACDIT.replace(null_class=False)
-    plan = Sampler(make_model(config), DDIMScheduler()).plan(1, 1)
+    plan = Sampler(make_model(config), DDIMScheduler()).plan(1, SamplingOptions(1))
     with pytest.raises(ValueError, match="label must hold ids from 0 to 6, got -1 to -1"):
         plan.run(draw_noise(config, 1), Prompt(label=torch.tensor([-1])))
     with pytest.raises(ValueError, match="guidance needs a model with text or classes"):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS, guidance=2.0)
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS, guidance=2.0))
     with pytest.raises(ValueError, match="must be the lower timestep, then the higher"):
-        Sampler(model, DDIMScheduler()).plan(1, STEPS, guidance=2.0, guidance_interval=(3, 2))
+        Sampler(model, DDIMScheduler()).plan(1, SamplingOptions(STEPS, guidance=2.0, guidance_interval=(3, 2)))
     with pytest.raises(ValueError, match="guidance=nan must be finite"):
-        Sampler(model, DDIMScheduler()).plan(1, STEPS, guidance=float("nan"))
+        Sampler(model, DDIMScheduler()).plan(1, SamplingOptions(STEPS, guidance=float("nan")))
 
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -130,13 +142,13 @@ def test_any_scheduler(name: str) -> None:
     model = make_model(tiny())
     noise = draw_noise(tiny())
     expected = sample_uncached(model, SCHEDULERS[name](), 4, noise)
-    latents = Sampler(model, SCHEDULERS[name]()).plan(BATCH, 4).run(noise)
+    latents = Sampler(model, SCHEDULERS[name]()).plan(BATCH, SamplingOptions(4)).run(noise)
     assert relative_error(latents, expected) < TOLERANCE
 
 
 def test_a_stochastic_scheduler_draws_from_the_generators() -> None:
     model, noise = make_model(tiny()), draw_noise(tiny())
-    plan = Sampler(model, EulerAncestralDiscreteScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(model, EulerAncestralDiscreteScheduler()).plan(BATCH, SamplingOptions(STEPS))
 
     def draw(seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -153,7 +165,7 @@ def test_a_plan_is_reused(context: str) -> None:
     """A second request, with other inputs in between, leaves no trace in the cache."""
     config = tiny().replace(context=context)
     model = make_model(config)
-    plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     noise, other = draw_noise(config), draw_noise(config, seed=2)
     first = plan.run(noise)
     different = plan.run(other)
@@ -166,7 +178,7 @@ def test_the_users_scheduler_and_weights_are_untouched() -> None:
     model, scheduler = make_model(tiny()), DDIMScheduler()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = dict(scheduler.config)
-    Sampler(model, scheduler).plan(1, STEPS).run(draw_noise(tiny(), 1))
+    Sampler(model, scheduler).plan(1, SamplingOptions(STEPS)).run(draw_noise(tiny(), 1))
     assert scheduler.num_inference_steps is None
     assert dict(scheduler.config) == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -182,7 +194,7 @@ def test_progress_tells_every_step() -> None:
         if progress.step == STEPS - 1:
             last.append(progress.latents_BLC.clone())
 
-    latents = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS).run(noise, callback=callback)
+    latents = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(noise, callback=callback)
     assert seen == [(block, step) for block in range(4) for step in range(STEPS)]
     assert torch.equal(torch.stack(last, dim=1), latents)
 
@@ -190,30 +202,33 @@ def test_progress_tells_every_step() -> None:
 def test_bf16_follows_fp32() -> None:
     """Each layer rounds to 8 bits; what the model says must survive that."""
     config, noise = tiny(), draw_noise(tiny())
-    exact = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, STEPS).run(noise)
+    exact = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(noise)
     low = make_model(config).to(torch.bfloat16)
-    latents = Sampler(low, DDIMScheduler()).plan(BATCH, STEPS).run(noise)
+    latents = Sampler(low, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(noise)
     assert latents.dtype == torch.float32
     assert relative_error(latents, exact) < 0.05
 
 
-@pytest.mark.parametrize("steps", [0, -3, 1001])
+@pytest.mark.parametrize("steps", [0, -3])
 def test_nonsensical_step_counts(steps: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"num_inference_steps={steps} must be between 1 and num_train_timesteps=1000"
-    ):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(1, steps)
+    with pytest.raises(ValueError, match=rf"steps={steps} must be at least 1"):
+        SamplingOptions(steps)
+
+
+def test_more_steps_than_the_scheduler_has() -> None:
+    with pytest.raises(ValueError, match="num_inference_steps=1001 must be between 1 and num_train_timesteps=1000"):
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(1, SamplingOptions(1001))
 
 
 def test_empty_batch() -> None:
     with pytest.raises(ValueError, match="batch=0 must be at least 1"):
-        Sampler(make_model(tiny()), DDIMScheduler()).plan(0, 1)
+        Sampler(make_model(tiny()), DDIMScheduler()).plan(0, SamplingOptions(1))
 
 
 @pytest.mark.parametrize(("block", "step"), [(0, 0), (1, 2), (3, 1)])
 def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names where they began; what was drawn before is not blamed."""
-    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS).warmup()
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).warmup()
     calls, predict = iter(range(1000)), plan.passes.predict
 
     def faulty(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -228,7 +243,7 @@ def test_numbers_that_are_not_finite_stop_the_run(block: int, step: int, monkeyp
 
 
 def test_warmup_says_what_it_made_ready(caplog: pytest.LogCaptureFixture) -> None:
-    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     with caplog.at_level("INFO", "madformer.engine"):
         plan.warmup()
     assert [record.message.split(":")[0] for record in caplog.records[:3]] == [
@@ -253,8 +268,8 @@ def test_a_compiled_unet_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=backend, **options))
     model, noise = make_model(tiny()), draw_noise(tiny())
-    expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(BATCH, STEPS).run(noise)
-    actual = Sampler(model, DDIMScheduler(), compile_unet=True).plan(BATCH, STEPS).run(noise)
+    expected = Sampler(model, DDIMScheduler(), pack_weights=False).plan(BATCH, SamplingOptions(STEPS)).run(noise)
+    actual = Sampler(model, DDIMScheduler(), compile_unet=True).plan(BATCH, SamplingOptions(STEPS)).run(noise)
     assert relative_error(actual, expected) < TOLERANCE
     assert len(graphs) == 2
     assert model.downsampler._compiled_call_impl is None
@@ -294,24 +309,24 @@ def sample_refreshing(model: MADFormer, scheduler: Any, steps: int, noise: Tenso
 @pytest.mark.parametrize("name", ["both", "clean only", "one block"])
 def test_layers_run_in_every_so_many_steps(name: str, steps: int, every: int, scheduler: Callable[[], Any]) -> None:
     model, noise = make_model(CASES[name]), draw_noise(CASES[name])
-    drawn = Sampler(model, scheduler()).plan(BATCH, steps, refresh_every=every).run(noise)
+    drawn = Sampler(model, scheduler()).plan(BATCH, SamplingOptions(steps, refresh_every=every)).run(noise)
     assert relative_error(drawn, sample_refreshing(model, scheduler(), steps, noise, every)) < TOLERANCE
-    assert relative_error(drawn, Sampler(model, scheduler()).plan(BATCH, steps).run(noise)) > TOLERANCE
+    assert relative_error(drawn, Sampler(model, scheduler()).plan(BATCH, SamplingOptions(steps)).run(noise)) > TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_steps_that_make_no_whole_round(steps: int) -> None:
     """The first of a block runs the layers; told or not, each is one step."""
     model, noise = make_model(tiny()), draw_noise(tiny())
-    plan = Sampler(model, DDIMScheduler()).plan(BATCH, steps, refresh_every=3)
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(steps, refresh_every=3))
     calls: list[int] = []
     drawn = plan.run(noise)
     assert torch.equal(plan.run(noise, callback=lambda progress: calls.append(progress.step)), drawn)
     assert calls == [*range(steps)] * 4
     if steps == 1:
-        assert torch.equal(drawn, Sampler(model, DDIMScheduler()).plan(BATCH, 1).run(noise))
+        assert torch.equal(drawn, Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(1)).run(noise))
     with pytest.raises(ValueError, match="refresh_every=0 must be at least 1"):
-        Sampler(model, DDIMScheduler()).plan(BATCH, 2, refresh_every=0)
+        Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(2, refresh_every=0))
 
 
 # Changing images block by block
@@ -323,7 +338,7 @@ def test_blocks_are_drawn_anew_from_what_is_before_them(name: str, blocks: Colle
     """From their own noise, what was drawn comes again; from other noise, they alone change."""
     config = CASES[name]
     model, noise, prompt = make_model(config), draw_noise(config), draw_prompt(config)
-    plan = Sampler(model, DPMSolverMultistepScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(model, DPMSolverMultistepScheduler()).plan(BATCH, SamplingOptions(STEPS))
     image = plan.run(noise, prompt)
     again = plan.run(noise, prompt, given=image, blocks=blocks)
     assert relative_error(again, image) < TOLERANCE
@@ -341,7 +356,7 @@ def test_a_block_is_drawn_anew_from_all_others() -> None:
     """By a model for every order: what it is depends on blocks before and behind it, and they stay."""
     config = CASES["any order"]
     model, noise, image = make_model(config), draw_noise(config), draw_noise(config, seed=7)
-    plan = Sampler(model, DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     order = [0, 2, 3, 1]
     drawn = plan.run(noise, given=image, blocks=[1], order=order)
     assert torch.equal(drawn[:, [0, 2, 3]], image[:, [0, 2, 3]])
@@ -355,7 +370,7 @@ def test_a_block_is_drawn_anew_from_all_others() -> None:
 
 def test_blocks_that_cannot_be_drawn_anew() -> None:
     noise = draw_noise(tiny())
-    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(make_model(tiny()), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     for options, message in (
         ({"blocks": [1]}, r"blocks=\[1\]: what the others hold must be given"),
         ({"blocks": [], "given": noise}, r"blocks=\[\] must be some of 0 to 3"),
@@ -367,6 +382,6 @@ def test_blocks_that_cannot_be_drawn_anew() -> None:
         with pytest.raises(ValueError, match=message):
             plan.run(noise, **options)
     config = CASES["condition only"]
-    plan = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, STEPS)
+    plan = Sampler(make_model(config), DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS))
     with pytest.raises(ValueError, match="context='condition' reads blocks as it drew them"):
         plan.run(noise, given=noise, blocks=[1])

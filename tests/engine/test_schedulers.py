@@ -11,6 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engine_cases import CASES, draw_noise, draw_prompt, make_model
+from madformer.engine.options import SamplingOptions
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import SHORT_NAMES, USABLE, check_name, check_scheduler, scheduler_class
@@ -46,7 +47,7 @@ def test_it_samples_or_says_why_not(name: str) -> None:
     check_scheduler(scheduler, "epsilon")
     keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}
     expected = sample_uncached(model, make_scheduler(name), STEPS, noise, prompt, lambda _: 2.5, **keywords)
-    plan = Sampler(model, scheduler).plan(len(noise), STEPS, guidance=2.5)
+    plan = Sampler(model, scheduler).plan(len(noise), SamplingOptions(STEPS, guidance=2.5))
     assert expected.isfinite().all()
     assert relative_error(plan.run(noise, prompt, generator=generator()), expected) < 1e-3
 

@@ -10,6 +10,7 @@ from engine_cases import CASES
 from fake_gpu import GPU, Watch, make_model
 from madformer.config import ffhq1024
 from madformer.engine.graphs import EagerLauncher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 
 ALL = {"ffhq1024": ffhq1024(), **CASES}
@@ -24,7 +25,7 @@ def make_plan(name: str, dtype: torch.dtype) -> Plan:
     config = ALL[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
     sampler = Sampler(make_model(config, dtype), scheduler, launcher=EagerLauncher())
-    return sampler.plan(2, 3, guidance=2.0 if config.can_be_guided else 1.0)
+    return sampler.plan(2, SamplingOptions(3, guidance=2.0 if config.can_be_guided else 1.0))
 
 
 @pytest.mark.usefixtures("mode")

@@ -10,6 +10,7 @@ from fake_gpu import GPU, Watch, make_model
 from madformer.config import ffhq1024, tiny
 from madformer.engine import precision
 from madformer.engine.graphs import EagerLauncher
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import apply, quantize_rows, unquantized
 from madformer.engine.sampler import Sampler
 
@@ -25,7 +26,7 @@ def test_passes(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = apply(make_model(ffhq1024(), torch.float32), name)
     assert unquantized(model) == [] or name != "fp8"
     assert model.downsampler.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    plan = Sampler(model, DPMSolverMultistepScheduler(), launcher=EagerLauncher()).plan(batch, 3)
+    plan = Sampler(model, DPMSolverMultistepScheduler(), launcher=EagerLauncher()).plan(batch, SamplingOptions(3))
     for each in (plan.passes.first_block, plan.passes.denoise, plan.passes.next_block):
         with torch.inference_mode(), Watch() as watch:
             each(None)

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from madformer.config import MADFormerConfig, tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.kernels import launch
 from madformer.kernels.dispatch import BackendUnavailableError
@@ -87,7 +88,7 @@ def test_sampling(case: str) -> None:
     images = []
     for chosen, update in ((on_triton(copy.deepcopy(model)), "triton"), (model, "reference")):
         sampler = Sampler(chosen, DPMSolverMultistepScheduler(), backend=update)
-        images.append(sampler.plan(1, 2).run(noise))
+        images.append(sampler.plan(1, SamplingOptions(2)).run(noise))
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 

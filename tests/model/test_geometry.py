@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 
 from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.config import MADFormerConfig, tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model.blocks import block_order, from_blocks, from_maps, in_order, order_around, to_blocks, to_maps
 from madformer.model.rope import rope_tables, token_positions
@@ -88,7 +89,10 @@ def test_a_larger_image_is_cached_as_it_is_trained(name: str) -> None:
     larger = make_model(config).set_grid(3, 1)
     expected = make_model(config.replace(num_blocks=3, block_grid=(3, 1), rope_base=100))
     noise, prompt = draw_noise(larger.config), draw_prompt(config)
-    drawn = [Sampler(model, DDIMScheduler()).plan(BATCH, STEPS).run(noise, prompt) for model in (larger, expected)]
+    drawn = [
+        Sampler(model, DDIMScheduler()).plan(BATCH, SamplingOptions(STEPS)).run(noise, prompt)
+        for model in (larger, expected)
+    ]
     assert torch.equal(*drawn)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine_cases import draw_noise, draw_prompt
 from madformer import MADFormer, MADFormerConfig
 from madformer.config import emoji64, tiny
+from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from testing import perturb, relative_error
 
@@ -231,7 +232,7 @@ def test_layerwise_casting_to_a_more_precise_dtype_than_the_weights(
 def draw(model: MADFormer) -> Tensor:
     """A sample, of fixed noise and prompt."""
     config, scheduler = model.config, DDIMScheduler(clip_sample=False)
-    return Sampler(model, scheduler).plan(2, 2).run(draw_noise(config), draw_prompt(config))
+    return Sampler(model, scheduler).plan(2, SamplingOptions(2)).run(draw_noise(config), draw_prompt(config))
 
 
 def test_sequential_offload_of_accelerate() -> None:

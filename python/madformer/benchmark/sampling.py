@@ -43,6 +43,7 @@ from madformer.benchmark.timing import Run, Spread, Stopwatch
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
@@ -146,7 +147,7 @@ def sweep(
                 result.not_measured.append(f"batch {batch}, {steps} steps")
                 continue
             try:
-                row = measure(sampler.plan(batch, steps), roof, work, vae=vae, repeats=repeats)
+                row = measure(sampler.plan(batch, SamplingOptions(steps)), roof, work, vae=vae, repeats=repeats)
             except (memory.OutOfMemoryError, torch.OutOfMemoryError) as error:
                 result.stopped.append(f"{steps} steps: {_one_line(error, batch)}")
                 break

@@ -62,9 +62,7 @@ class Drawing:
         # a smaller batch is planned anew, and while CUDA captures a graph no other thread may call it
         if self._behind is not None and (self._behind.done() or len(span) < settings.batch_size):
             self.wait()
-        options = settings.prompts.options(span) | {"refresh_every": settings.refresh_every}
-        seed = settings.seed + span[0]
-        latents = self.pipeline(num_inference_steps=settings.steps, seed=seed, output_type="latent", **options).images
+        latents = self.pipeline(**settings.options(span), output_type="latent").images
         images, sound, ready = self._to_host(latents)
         self.wait()
         self._behind = self._writer.submit(self._write, batch, images, sound, ready)

@@ -256,7 +256,7 @@ class OutputFolder:
         self.settings = replace(self.settings, recorded={})
         if self.settings.seed + self.num_images > 1 << 32:
             raise ValueError(f"{self.path} was begun when seeds from 2^32 on drew others' images: take another folder")
-        if self.settings.prompts.guidance_scale < 1:
+        if self.settings.sampling.guidance < 1:
             raise ValueError(f"{self.path} was begun when guidance below 1 was some: take another folder")
 
     def _first_file(self) -> str | None:

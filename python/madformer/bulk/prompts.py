@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
-
-from madformer.engine.slots import Guidance
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -21,15 +19,12 @@ class Prompts:
     Attributes:
         texts: for a model with text. negative_text: what guidance leads away from; None for the empty text.
         labels: for a model with classes.
-        guidance_scale: 1 is none. guidance_interval: lowest and highest timestep at which it applies; None for all.
         token_ids: 16 hexadecimal digits of SHA-256 over what the tokenizer made of the texts.
     """
 
     texts: tuple[str, ...] = ()
     negative_text: str | None = None
     labels: tuple[int, ...] = ()
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
     token_ids: str | None = None
 
     @classmethod
@@ -40,24 +35,20 @@ class Prompts:
         classes: Sequence[int | str] = (),
         *,
         negative_text: str | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
+        guided: bool = False,
     ) -> Self:
         """Those of a pipeline, which reads them once.
 
         Raises:
-            ValueError: what :meth:`~madformer.prompting.PromptReader.read` refuses, or guidance that is not finite.
+            ValueError: what :meth:`~madformer.prompting.PromptReader.read` refuses.
         """
-        Guidance(guidance_scale, guidance_interval or Guidance.interval)  # to refuse what is none
         some_class = classes[0] if classes else None
-        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guidance_scale > 1)
+        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guided)
         ids = [x.numpy().tobytes() for x in (encoded.text, encoded.negative_text) if x is not None]
         return cls(
             tuple(texts),
             negative_text,
             tuple(pipeline.reader.class_number(entry) for entry in classes),
-            guidance_scale,
-            guidance_interval,
             hashlib.sha256(b"".join(ids)).hexdigest()[:16] if ids else None,
         )
 
@@ -76,9 +67,4 @@ class Prompts:
         entries = [self.entry(image) for image in images]
         options: dict[str, Any] = {name: [entry[name] for entry in entries] for name in entries[0]}
         options["num_images"] = 1 if options else len(images)
-        options |= {"negative_prompt": self.negative_text, "guidance_scale": self.guidance_scale}
-        return options | ({"guidance_interval": self.guidance_interval} if self.guidance_interval else {})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Empty for a model without."""
-        return {} if self == Prompts() else asdict(self)
+        return options | {"negative_prompt": self.negative_text}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import madformer
 from madformer.arguments import whole_number
 from madformer.bulk.prompts import Prompts
+from madformer.engine.options import SamplingOptions
 from madformer.files.weights import fingerprint
 from madformer.seeds import check_seed
 from madformer.vae import downscale, tile_of
@@ -37,7 +38,7 @@ class Settings:
         latent_shape: channels, rows and columns.
         model, vae: what :func:`fingerprint` says of them. vae_tile: see :func:`madformer.vae.set_tile`. None for
             latents.
-        prompts: what the images are of. refresh_every: see :meth:`madformer.engine.sampler.Sampler.plan`.
+        prompts: what the images are of. sampling: how they are drawn.
         recorded: what pictures say of themselves besides the above: ``size`` (rows and columns of pixels, None for
             latents), ``class_names`` of the prompts' labels, ``diffusion_layers`` of an elastic model, ``lora`` that
             was merged into ``model``. Empty for a folder that was begun before pictures said anything; those added to
@@ -49,19 +50,18 @@ class Settings:
     shard_size: int | None
     batch_size: int
     seed: int
-    steps: int
     precision: str
     scheduler: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     model: str
     vae: str | None
     vae_tile: int | None
+    sampling: SamplingOptions
     prompts: Prompts = field(default_factory=Prompts)
-    refresh_every: int = 1
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "shard_size", "refresh_every"):
+        for name in ("batch_size", "shard_size"):
             if not (name == "shard_size" and self.shard_size is None):
                 whole_number(name, getattr(self, name), 1)
         check_seed(self.seed)
@@ -72,15 +72,14 @@ class Settings:
     def of(
         cls,
         pipeline: MADFormerPipeline,
+        sampling: SamplingOptions,
         *,
-        steps: int,
         precision: str,
         seed: int = 0,
         batch_size: int = 16,
         latents: bool = False,
         shard_size: int | None = None,
         prompts: Prompts | None = None,
-        refresh_every: int = 1,
         lora: Mapping[str, Any] | None = None,
     ) -> Settings:
         """Those of a pipeline; with a ``shard_size`` it will write shards.
@@ -97,21 +96,20 @@ class Settings:
             shard_size=shard_size,
             batch_size=batch_size,
             seed=seed,
-            steps=steps,
             precision=precision,
             scheduler=_scheduler_settings(pipeline.scheduler),
             latent_shape=config.latent_shape,
             model=fingerprint(pipeline.transformer, config.changes()),
             vae=None if vae is None else fingerprint(vae, vae.config),
             vae_tile=None if vae is None else tile_of(vae),
+            sampling=sampling,
             prompts=prompts or Prompts(),
-            refresh_every=refresh_every,
             recorded=_recorded(pipeline, prompts or Prompts(), latents) | ({"lora": dict(lora)} if lora else {}),
         )
 
     def record(self, images: range) -> dict[str, Any]:
         """How an image was drawn, or a sheet of several, in JSON's types."""
-        prompts, several = self.prompts, len(images) > 1
+        prompts, sampling, several = self.prompts, self.sampling, len(images) > 1
         names = self.recorded.get("class_names", ())
         lists = {"prompt": prompts.texts, "labels": prompts.labels, "class": names}
         entries = {name: list(values[: len(images)]) for name, values in lists.items() if values}
@@ -121,8 +119,8 @@ class Settings:
         tiled = self.vae_tile and height and max(height, width) > self.vae_tile
         optional = {
             "negative_prompt": prompts.negative_text,
-            "guidance_interval": prompts.guidance_interval and list(prompts.guidance_interval),
-            "refresh_every": self.refresh_every if self.refresh_every > 1 else None,
+            "guidance_interval": sampling.guidance_interval and list(sampling.guidance_interval),
+            "refresh_every": sampling.refresh_every if sampling.refresh_every > 1 else None,
             "diffusion_layers": self.recorded.get("diffusion_layers"),
             "lora": self.recorded.get("lora"),
             "height": height,
@@ -135,8 +133,8 @@ class Settings:
             "seed": self.seed + images[0],
             **({"num_images": len(images)} if several else {}),
             **entries,
-            "guidance_scale": prompts.guidance_scale,
-            "steps": self.steps,
+            "guidance_scale": sampling.guidance,
+            "steps": sampling.steps,
             "scheduler": self.scheduler["class"],
             "precision": self.precision,
             "batch_size": self.batch_size,
@@ -144,11 +142,20 @@ class Settings:
             **{name: value for name, value in optional.items() if value is not None},
         }
 
+    def options(self, images: range) -> dict[str, Any]:
+        """What the pipeline is called with for these images."""
+        return self.sampling.keywords() | self.prompts.options(images) | {"seed": self.seed + images[0]}
+
     def to_dict(self) -> dict[str, Any]:
+        """As a folder's manifest has them: options of sampling by their own names, guidance with the prompts."""
         values = {own.name: getattr(self, own.name) for own in fields(self)}
         if not self.recorded:
             del values["recorded"]
-        return {**values, "prompts": self.prompts.to_dict()}
+        sampling, prompts = asdict(values.pop("sampling")), asdict(self.prompts)
+        guidance = {"guidance_scale": sampling.pop("guidance"), "guidance_interval": sampling.pop("guidance_interval")}
+        if self.prompts == Prompts() and guidance == {"guidance_scale": 1.0, "guidance_interval": None}:
+            return {**values, **sampling, "prompts": {}}
+        return {**values, **sampling, "prompts": {**prompts, **guidance}}
 
 
 def _recorded(pipeline: MADFormerPipeline, prompts: Prompts, latents: bool) -> dict[str, Any]:

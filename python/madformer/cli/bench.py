@@ -47,6 +47,7 @@ class Bench(Request):
         _check(self)
         from madformer.benchmark import report
         from madformer.benchmark.sampling import Roof, sweep
+        from madformer.engine.options import SamplingOptions
         from madformer.engine.sampler import Sampler
         from madformer.files.atomic import write_json
 
@@ -56,7 +57,7 @@ class Bench(Request):
         steps = sorted(set(request.steps))
         sampler = Sampler(model, pipeline.scheduler)
         for number in steps:
-            sampler.plan(1, number)  # to refuse a step count before minutes of work
+            sampler.plan(1, SamplingOptions(number))  # to refuse a step count before minutes of work
         roof = Roof.measure(model.device, model.dtype)
         record = _head(request, pipeline, roof)
         show = (lambda text: None) if request.json else (lambda text: print(text, flush=True))

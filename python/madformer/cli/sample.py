@@ -80,24 +80,19 @@ def _sample(request: Sample) -> None:
         request = _with_whole_paths(request)
     pipeline, lora = _load(request if request.ray is None else dataclasses.replace(request, device="cpu"))
     tabulate(pipeline.scheduler, request.steps)  # to refuse a step count before anything is written
+    sampling = request.sampling
     prompts = Prompts.of(
-        pipeline,
-        texts,
-        request.classes,
-        negative_text=request.negative_prompt,
-        guidance_scale=request.guidance,
-        guidance_interval=request.guidance_interval,
+        pipeline, texts, request.classes, negative_text=request.negative_prompt, guided=sampling.guidance > 1
     )
     settings = Settings.of(
         pipeline,
-        steps=request.steps,
+        sampling,
         precision=request.precision,
         seed=request.seed,
         batch_size=request.batch_size,
         latents=request.latents,
         shard_size=(request.shard_size or SHARD_SIZE) if request.format == "wds" else None,
         prompts=prompts,
-        refresh_every=request.refresh_every,
         lora=lora,
     )
     if request.grid:
@@ -153,8 +148,7 @@ def _pictures(pipeline: MADFormerPipeline, settings: Settings, request: Sample) 
     with tqdm(total=request.num_images, desc="sampling", unit="image", disable=not shown) as bar:
         for first in range(0, request.num_images, request.batch_size):
             batch = range(first, min(first + request.batch_size, request.num_images))
-            options = settings.prompts.options(batch) | {"refresh_every": request.refresh_every}
-            yield from pipeline(num_inference_steps=request.steps, seed=request.seed + first, **options).images
+            yield from pipeline(**settings.options(batch)).images
             bar.update(len(batch))
 
 
@@ -286,22 +280,22 @@ def _report(
     seconds: float,
 ) -> None:
     """What is there, and what this process did for it."""
-    prompts = settings.prompts
+    prompts, sampling = settings.prompts, settings.sampling
     written = [str(path) for path in (request.out, request.grid) if path]
     each = seconds / drawn if drawn else None
     if request.json:
         record = {
             "model": request.model,
             "num_images": request.num_images,
-            "num_inference_steps": request.steps,
+            "num_inference_steps": sampling.steps,
             "batch_size": request.batch_size,
             "seed": request.seed,
             "prompts": prompts.texts,
             "negative_prompt": prompts.negative_text,
             "labels": prompts.labels,
-            "guidance_scale": prompts.guidance_scale,
-            "guidance_interval": prompts.guidance_interval,
-            "refresh_every": request.refresh_every,
+            "guidance_scale": sampling.guidance,
+            "guidance_interval": sampling.guidance_interval,
+            "refresh_every": sampling.refresh_every,
             "scheduler": type(pipeline.scheduler).__name__,
             "precision": settings.precision,
             "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),

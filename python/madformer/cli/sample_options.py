@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from madformer.cli.request import Precision, Request
+from madformer.engine.options import SamplingOptions
 from madformer.engine.schedulers import SHORT_NAMES, scheduler_class
 from madformer.machine import this_process
 from madformer.seeds import check_seed
@@ -20,13 +21,11 @@ MAX_BATCH = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(Request):
+class SampleOptions(SamplingOptions, Request):
     model: str  # folder (or hub id) that save_pretrained or convert wrote
     num_images: int = 1  # how many to draw; with several prompts or classes they take them in turn
-    steps: int = 25  # denoising steps of every block: more is slower, and finer up to a point (the released code: 250)
     seed: int = 0  # seed of the first image, from 0 to 2^63 - 1; every next image has the next seed
     batch_size: int = 16  # images drawn at once: more is faster on a GPU, as long as its memory lasts
-    refresh_every: int = 1  # run the diffusion layers in every so many steps alone: 2 or 3 is faster, and coarser
     diffusion_layers: int | None = None  # where to split an elastic model: fewer is faster; unless given, as trained
     height: int | None = None  # pixels of the images; unless given, as trained: others are extrapolated
     width: int | None = None  # pixels of the images, likewise
@@ -48,10 +47,7 @@ class SampleOptions(Request):
     prompts: Path | None = None  # what to draw, from a file with one prompt a line, in UTF-8; - reads standard input
     # what to draw, for a model with classes: a name or a number; may be repeated
     classes: Annotated[UseAppendAction[tuple[str, ...]], arg(name="class", metavar="NAME")] = ()
-    guidance: float = 1.0  # scale of classifier-free guidance: from 2 to 5 follows the prompt more closely; 1 is none
     negative_prompt: str | None = None  # what guidance leads away from; unless given, the empty text
-    # LOW,HIGH: guide these timesteps alone, of 0 to 999, for more variety; unless given, all
-    guidance_interval: tuple[float, float] | None = None
     tokenizer: str | None = None  # in place of the model's own: bytes, a folder or a hub id
 
     out: Path | None = None  # folder for the images, named by their seeds; the same command goes on where it stopped
@@ -63,10 +59,23 @@ class SampleOptions(Request):
     json: bool = False  # print one JSON object at the end and no progress bar, for programs
     ray: int | None = None  # draw on so many actors of Ray Data; without a number on one for every GPU of the cluster
 
+    def __post_init__(self) -> None:
+        """Nothing is refused before all options are known: :func:`check` does, by their names."""
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """Raises ``ValueError`` where they are not to be had."""
+        return SamplingOptions(**{field.name: getattr(self, field.name) for field in fields(SamplingOptions)})
+
 
 def check(request: SampleOptions) -> None:
     """Everything that can be wrong with the arguments, before minutes of work."""
-    at_least_one = ("num_images", "steps", "batch_size", "shard_size", "refresh_every")
+    try:
+        sampling = request.sampling
+    except ValueError as error:
+        name, _, rest = str(error).partition("=")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
+    at_least_one = ("num_images", "batch_size", "shard_size")
     for name, low in (*((name, 1) for name in at_least_one), ("ray", 0)):
         value = getattr(request, name)
         if value is not None and value < low:
@@ -77,8 +86,6 @@ def check(request: SampleOptions) -> None:
         )
     if request.scheduler is not None:
         scheduler_class(request.scheduler)
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
-        raise ValueError(f"--guidance {request.guidance} must be a finite number from 0")
     check_seed(request.seed, request.num_images)
     if request.lora_strength is not None and not math.isfinite(request.lora_strength):
         raise ValueError(f"--lora-strength {request.lora_strength} must be finite")
@@ -97,8 +104,8 @@ def check(request: SampleOptions) -> None:
         "--ray deals the work itself: run it without torchrun": request.ray is not None and several,
         "PROMPT, --prompt and --prompts are ways to say what to draw: give one": len(told) > 1,
         "--lora-strength is for --lora": request.lora_strength is not None and request.lora is None,
-        "--negative-prompt is for --guidance": request.negative_prompt is not None and request.guidance <= 1,
-        "--guidance-interval is for --guidance": request.guidance_interval and request.guidance <= 1,
+        "--negative-prompt is for --guidance": request.negative_prompt is not None and sampling.guidance <= 1,
+        "--guidance-interval is for --guidance": sampling.guidance_interval and sampling.guidance <= 1,
         "several processes share a folder: give --out": several and not request.out,
         "several processes have no pictures in common: leave out --grid": several and request.grid,
         "several processes would remove each other's images: leave out --overwrite": several and request.overwrite,

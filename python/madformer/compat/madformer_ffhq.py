@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
 from madformer.compat.parts import Names, Released, reorder
 from madformer.config import Context, MADFormerConfig, UNetConfig
+from madformer.engine.options import SamplingOptions
 from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.files.weights import load_weights
@@ -392,7 +393,7 @@ def draw(
         drawn = randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)
         return (drawn if to_latents is None else to_latents(drawn))[:, 0]
 
-    plan = Sampler(native, scheduler, **options).plan(images, num_inference_steps, guidance=guidance)
+    plan = Sampler(native, scheduler, **options).plan(images, SamplingOptions(num_inference_steps, guidance))
     return plan.run(noise, prompt, generator=generator).to(dtype)
 
 
