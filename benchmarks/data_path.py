@@ -38,7 +38,7 @@ from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.machine import environment
-from madformer.training.data import BatchStream
+from madformer.training.data import BatchStream, Draws, Share
 from record import CannotCompare, finish, results_folder
 
 
@@ -102,16 +102,8 @@ def rates(data: LatentDataset, config: MADFormerConfig, options: argparse.Namesp
         raise CannotCompare(f"{len(data)} samples are less than two batches of --micro-batch {batch}")
 
     def stream(workers: int) -> BatchStream:
-        return BatchStream(
-            data,
-            None,
-            config=config,
-            global_batch=batch,
-            micro_batch=batch,
-            seed=0,
-            num_workers=workers,
-            flip=data.flips,
-        )
+        draws = Draws(seed=0, flip=data.flips)
+        return BatchStream(data, None, config, Share(batch, batch), draws, num_workers=workers)
 
     with_workers = stream(options.workers)
     check(with_workers, stream(0))

@@ -51,7 +51,7 @@ from madformer.pipeline import MADFormerPipeline
 from madformer.tokenizer import load_tokenizer
 from madformer.training.checkpoint import whole_checkpoints
 from madformer.training.config import RUN_CONFIG, TrainingConfig, emoji64
-from madformer.training.data import BatchStream, Conditioning
+from madformer.training.data import BatchStream, Conditioning, Draws, Share
 from madformer.training.losses import Batch, LossWeights, training_losses
 from madformer.training.trainer import Trainer
 from madformer.vae import decode, encode, load_vae
@@ -172,15 +172,9 @@ def train(config: TrainingConfig, folder: Path) -> None:
 
 def fixed_batches(data: LatentDataset, config: TrainingConfig, options: argparse.Namespace) -> list[Batch]:
     """What the loss is measured on; drawn with another seed than training's."""
-    stream = BatchStream(
-        data,
-        None,
-        config=config.model,
-        global_batch=options.batch_size,
-        micro_batch=options.batch_size,
-        seed=options.seed + 1,
-        conditioning=Conditioning(load_tokenizer(config.tokenizer)),
-    )
+    share = Share(options.batch_size, options.batch_size)
+    draws = Draws(options.seed + 1, conditioning=Conditioning(load_tokenizer(config.tokenizer)))
+    stream = BatchStream(data, None, config.model, share, draws)
     batches = list(itertools.islice(stream, options.samples // options.batch_size))
     stream.close()
     return batches

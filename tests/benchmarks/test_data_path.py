@@ -14,7 +14,7 @@ import pytest
 import data_path
 from madformer.config import tiny
 from madformer.data.latents import LatentDataset
-from madformer.training.data import BatchStream
+from madformer.training.data import BatchStream, Draws, Share
 from madformer.training.losses import Batch
 
 ARGUMENTS = ["--preset", "tiny", "--samples", "8", "--micro-batch", "2", "--workers", "1", "--epochs", "3"]
@@ -49,7 +49,7 @@ def test_a_clock_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches_that_disagree_are_no_rate(latents: LatentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def stream(seed: int) -> BatchStream:
-        return BatchStream(latents, None, config=tiny(), global_batch=2, micro_batch=2, seed=seed)
+        return BatchStream(latents, None, tiny(), Share(2, 2), Draws(seed))
 
     data_path.check(stream(1), stream(1))
     with pytest.raises(data_path.CannotCompare, match="no rates: clean_BMLC"):

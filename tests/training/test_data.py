@@ -31,7 +31,9 @@ from madformer.training.data import (
     BatchStream,
     CachedLatents,
     Conditioning,
+    Draws,
     EpochOrder,
+    Share,
     cache_latents,
     draw_split,
 )
@@ -85,10 +87,12 @@ def sources(folder: Path, vae: AutoencoderKL) -> dict[str, Data]:
 
 
 def stream(data: Data | TensorDataset, vae: AutoencoderKL | None, **options: Any) -> BatchStream:
-    settings: dict[str, Any] = {
-        "config": CONFIG, "global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH, "seed": 3, **options
-    }  # fmt: skip
-    return BatchStream(data, vae, **settings)
+    options = {"config": CONFIG, "global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH, "seed": 3, **options}
+    share, draws = (
+        cls(**{own.name: options.pop(own.name) for own in dataclasses.fields(cls) if own.name in options})
+        for cls in (Share, Draws)
+    )
+    return BatchStream(data, vae, share=share, draws=draws, **options)
 
 
 def take(batches: BatchStream, count: int) -> list[Batch]:
@@ -400,7 +404,7 @@ def test_nonsense_is_refused(
 def test_geometry_must_fit(sources: dict[str, Data], vae: AutoencoderKL, source: str, what: str) -> None:
     config = dataclasses.replace(CONFIG, num_blocks=16)
     with pytest.raises(ValueError, match=rf"{what}: latents are 4 x 8 x 8, the model takes 4 x 16 x 16"):
-        BatchStream(sources[source], vae, config=config, global_batch=1, micro_batch=1, seed=0)
+        BatchStream(sources[source], vae, config, Share(1, 1), Draws(0))
 
 
 def test_workers_leave_interrupts_to_the_run(sources: dict[str, Data]) -> None:
@@ -434,10 +438,8 @@ TOLD = CONFIG.replace(text=TextConfig(128, 9), num_classes=2, time_conditioning=
 
 def told(folder: Path, steps: int, **options: Any) -> list[Batch]:
     data, vae = open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
-    stream = BatchStream(
-        data, vae, config=TOLD, global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH, seed=0,
-        conditioning=Conditioning(Spelling(), **options),
-    )  # fmt: skip
+    draws = Draws(0, conditioning=Conditioning(Spelling(), **options))
+    stream = BatchStream(data, vae, TOLD, Share(GLOBAL_BATCH, GLOBAL_BATCH), draws)
     return [next(stream) for _ in range(steps)]
 
 
@@ -469,7 +471,7 @@ def test_captions_and_labels_are_left_out_as_often_as_asked(folder: Path) -> Non
 def test_labels_that_the_model_does_not_have(folder: Path) -> None:
     data, vae = open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
     config = CONFIG.replace(num_classes=1, time_conditioning="adaln")
-    stream = BatchStream(data, vae, config=config, global_batch=14, micro_batch=14, seed=0)
+    stream = BatchStream(data, vae, config, Share(14, 14), Draws(0))
     with pytest.raises(ValueError, match=r"sample b/\d+\.png has the label 1, and the model's are 0 to 0"):
         next(stream)
 

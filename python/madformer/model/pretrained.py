@@ -64,7 +64,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
     def config(self, config: MADFormerConfig) -> None:
         self._config = config
         # where diffusers looks for names that are asked of the model and are its configuration's
-        self._internal_dict = FrozenDict(config)
+        self._internal_dict = FrozenDict(config.items())
 
     def register_to_config(self, **values: Any) -> None:
         """Put values into the configuration: fields change it, others are kept beside them."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
+from madformer.arguments import choice, whole_number
 from madformer.config import MADFormerConfig
 from madformer.data.images import NO_LABEL
 from madformer.data.workers import fetch_batches
@@ -130,12 +131,77 @@ class Conditioning:
         return str(sample["label"]) if self.caption == "label" else sample["caption"]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A process's part of every optimiser step.
+
+    With ``W`` processes and micro-batches of ``b``, a step has ``A = global_batch / (W * b)`` of them for each; number
+    ``a`` of rank ``r`` holds positions ``step * global_batch + (a * W + r) * b`` and the ``b - 1`` that follow.
+
+    Attributes:
+        global_batch: samples of a step. micro_batch: of one batch here.
+        rank, world_size: which of how many processes this is.
+
+    Raises:
+        ValueError: a number out of range, or micro-batches that do not make up a step.
+    """
+
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number("micro_batch", self.micro_batch, 1)
+        whole_number("global_batch", self.global_batch, 1)
+        if self.global_batch % (self.micro_batch * self.world_size):
+            raise ValueError(
+                f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch} "
+                f"x world_size={self.world_size}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} must be from 0 to world_size - 1 = {self.world_size - 1}")
+
+    def micro_batches(self, first_step: int) -> Iterator[range]:
+        """Their positions, step after step."""
+        for step in itertools.count(first_step):
+            first, last = step * self.global_batch, (step + 1) * self.global_batch
+            for start in range(first + self.rank * self.micro_batch, last, self.world_size * self.micro_batch):
+                yield range(start, start + self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How samples are drawn.
+
+    Attributes:
+        seed: from 0 to 2^63 - 1.
+        num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
+        flip: mirror every second sample, by chance.
+        conditioning: what the model is told of a sample.
+        order: ``uniform`` permutations, or ``shards`` for disks that seek slowly: shards are permuted, and the samples
+            within each :data:`WINDOW` of them.
+
+    Raises:
+        ValueError: a number out of range, or an order that there is not.
+    """
+
+    seed: int
+    num_timesteps: int = 1000
+    flip: bool = False
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    order: Order = "uniform"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        whole_number("num_timesteps", self.num_timesteps, 1)
+        choice("order", self.order, get_args(Order))
+
+
 class BatchStream:
     """Endless micro-batches of one process, in order: those of step ``first_step``, of the next step, and so on.
 
-    With ``W`` processes and micro-batches of ``b``, a step has ``A = global_batch / (W * b)`` of them for each; number
-    ``a`` of rank ``r`` holds positions ``step * global_batch + (a * W + r) * b`` and the ``b - 1`` that follow. All of
-    them together are bit for bit what one process would get (with images on a GPU, to the VAE's rounding).
+    All processes' together are bit for bit what one process would get (with images on a GPU, to the VAE's rounding).
 
     Random numbers are drawn in the workers: there is one stream of Philox for a pair of seed and position. In it stand,
     in this order, the flip, the posterior's noise, the timesteps, the noise, whether caption and label are left out,
@@ -146,70 +212,39 @@ class BatchStream:
             and deviations): no VAE is called. Or images, which the VAE encodes in passing, in this process.
         vae: as stored; of latents on the disk it is asked whether it made them. None will do for latents.
         config: gives blocks and geometry.
-        global_batch: samples of an optimiser step. micro_batch: of one batch here.
-        seed: from 0 to 2^63 - 1. first_step: where to begin, or to go on.
+        first_step: where to begin, or to go on.
         num_workers: processes that read and draw, beside this one; with 0 this one does.
-        num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
-        flip: mirror every second sample, by chance.
-        conditioning: what the model is told of a sample.
-        order: ``uniform`` permutations, or ``shards`` for disks that seek slowly: shards are permuted, and the samples
-            within each :data:`WINDOW` of them.
 
     Raises:
-        ValueError: an argument out of range; data that do not fit the model, or the VAE; flips or shards where there
-            are none. Later: data that are damaged, or too many unreadable images.
+        ValueError: a number out of range; data that do not fit the model, or the VAE; flips or shards where there are
+            none. Later: data that are damaged, or too many unreadable images.
     """
 
     def __init__(
         self,
         data: TrainingData | TensorDataset,
         vae: AutoencoderKL | None,
-        *,
         config: MADFormerConfig,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int,
+        share: Share,
+        draws: Draws,
+        *,
         first_step: int = 0,
         num_workers: int = 0,
-        num_timesteps: int = 1000,
-        flip: bool = False,
-        conditioning: Conditioning | None = None,
-        order: Order = "uniform",
     ) -> None:
-        for name, value, low in (
-            ("micro_batch", micro_batch, 1),
-            ("global_batch", global_batch, 1),
-            ("num_timesteps", num_timesteps, 1),
-            ("first_step", first_step, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < low:
-                raise ValueError(f"{name}={value} must be at least {low}")
-        check_seed(seed)
-        if global_batch % (micro_batch * world_size):
-            raise ValueError(
-                f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x world_size={world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-        if order not in ("uniform", "shards"):
-            raise ValueError(f"order={order!r} must be 'uniform' or 'shards'")
+        whole_number("first_step", first_step, 0)
+        whole_number("num_workers", num_workers, 0)
         if isinstance(data, TensorDataset) and not isinstance(data, CachedLatents):
             means, deviations = data.tensors
             data = CachedLatents(means, deviations)
-        data.check(config, vae, flip=flip)
+        data.check(config, vae, flip=draws.flip)
         self.vae, self.config = vae, config
-        if order == "shards" and data.shard_lengths is None:
+        if draws.order == "shards" and data.shard_lengths is None:
             raise ValueError("order='shards' needs data in .tar shards")
-        lengths = data.shard_lengths if order == "shards" else None
+        order = EpochOrder(len(data), draws.seed, data.shard_lengths if draws.order == "shards" else None)
+        places = ([(place, order[place]) for place in places] for places in share.micro_batches(first_step))
         # one loader for the whole run: its workers live as long
         self._draws = fetch_batches(
-            _Draws(data, config, seed, num_timesteps, flip, conditioning or Conditioning()),
-            _places(EpochOrder(len(data), seed, lengths), global_batch, micro_batch, rank, world_size, first_step),
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
+            _Reader(data, config, draws), places, num_workers=num_workers, pin_memory=torch.cuda.is_available()
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -268,27 +303,14 @@ _Place = tuple[int, int]  # position, and the sample that stands there
 _Draw = tuple[Batch, Tensor | None]
 
 
-def _places(
-    order: EpochOrder, global_batch: int, micro_batch: int, rank: int, world_size: int, first_step: int
-) -> Iterator[list[_Place]]:
-    """Of a process, a micro-batch at a time."""
-    for step in itertools.count(first_step):
-        first, last = step * global_batch, (step + 1) * global_batch
-        for start in range(first + rank * micro_batch, last, world_size * micro_batch):
-            yield [(position, order[position]) for position in range(start, start + micro_batch)]
-
-
 @dataclass(frozen=True)
-class _Draws:
+class _Reader:
     """What a worker makes of places: a batch and None. Or, of images, their pixels, and the batch has the posterior's
     noise in place of clean latents."""
 
     data: TrainingData
     config: MADFormerConfig
-    seed: int
-    num_timesteps: int
-    flip: bool
-    conditioning: Conditioning
+    draws: Draws
 
     def __call__(self, places: Sequence[_Place]) -> _Draw:
         samples = [self._draw(*place) for place in places]
@@ -302,16 +324,16 @@ class _Draws:
             [sample["caption"] for sample in samples],
             order_BM=order,
         )
-        if self.config.text is not None and self.conditioning.tokenizer is not None:
-            batch.text_BP = self.conditioning.tokenizer.encode(batch.captions, self.config.text.length)
+        if self.config.text is not None and self.draws.conditioning.tokenizer is not None:
+            batch.text_BP = self.draws.conditioning.tokenizer.encode(batch.captions, self.config.text.length)
         images = [sample["image"] for sample in samples if "image" in sample]
         return batch, torch.stack(images) if images else None
 
     def _draw(self, position: int, index: int) -> dict[str, Any]:
-        config, random = self.config, _generator(self.seed, position, _SAMPLE_STREAM)
-        flipped = bool(random.random() < 0.5) and self.flip
+        config, random = self.config, _generator(self.draws.seed, position, _SAMPLE_STREAM)
+        flipped = bool(random.random() < 0.5) and self.draws.flip
         posterior_CHW = _normal(random, *config.latent_shape)
-        timestep_M = torch.from_numpy(random.integers(0, self.num_timesteps, config.num_blocks))
+        timestep_M = torch.from_numpy(random.integers(0, self.draws.num_timesteps, config.num_blocks))
         noise_MLC = _normal(random, config.num_blocks, config.latents_per_block, config.latent_channels)
         sample = self.data.read(index, flipped=flipped)
         sample |= self._condition(sample, *(random.random(2)))
@@ -326,10 +348,10 @@ class _Draws:
         if classes and not 0 <= label < classes:
             known = "none" if label == NO_LABEL else str(label)
             raise ValueError(f"sample {sample['key']} has the label {known}, and the model's are 0 to {classes - 1}")
-        left_out = caption_chance < self.conditioning.caption_dropout
+        left_out = caption_chance < self.draws.conditioning.caption_dropout
         return {
-            "caption": "" if left_out else self.conditioning.text_of(sample),
-            "label": NO_LABEL if label_chance < self.conditioning.label_dropout else label,
+            "caption": "" if left_out else self.draws.conditioning.text_of(sample),
+            "label": NO_LABEL if label_chance < self.draws.conditioning.label_dropout else label,
         }
 
 

@@ -29,7 +29,7 @@ from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights
-from madformer.training.data import BatchStream, Conditioning, cache_latents, draw_split
+from madformer.training.data import BatchStream, Conditioning, Draws, Share, cache_latents, draw_split
 from madformer.training.fitting import check_fit, describe, fit, open_data, too_small
 from madformer.training.folder import RunFolder
 from madformer.training.initial import adapted, merge, with_initial_model
@@ -224,21 +224,12 @@ class Trainer:
 
     def _batches(self) -> BatchStream:
         config, world = self.config, self.world
+        micro_batch = config.batch_size // (config.accumulation_steps * world.size)
+        share = Share(config.batch_size, micro_batch, world.rank, world.size)
+        num_timesteps = self.noise_schedule.config.num_train_timesteps
+        draws = Draws(config.seed, num_timesteps, config.flip, self.conditioning, config.data_order)
         return BatchStream(
-            self.data,
-            self.vae,
-            config=config.model,
-            global_batch=config.batch_size,
-            micro_batch=config.batch_size // (config.accumulation_steps * world.size),
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            first_step=self.step,
-            num_workers=config.num_workers,
-            num_timesteps=self.noise_schedule.config.num_train_timesteps,
-            flip=config.flip,
-            conditioning=self.conditioning,
-            order=config.data_order,
+            self.data, self.vae, config.model, share, draws, first_step=self.step, num_workers=config.num_workers
         )
 
     def _fetch(self, batches: BatchStream) -> list[Batch]:
