@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 from madformer.benchmark.sampling import any_prompt
+from madformer.conditioning.prompt import Prompt
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.machine import default_dtype, environment, seconds, synchronize

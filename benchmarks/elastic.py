@@ -42,13 +42,13 @@ from torch import Tensor
 
 from madformer import config as models
 from madformer.benchmark.bare import Work
+from madformer.conditioning.tokenizer import load_tokenizer
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.files.atomic import atomic_path
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import load_tokenizer
 from madformer.training.checkpoint import whole_checkpoints
 from madformer.training.config import RUN_CONFIG, TrainingConfig, emoji64
 from madformer.training.data import BatchStream, Conditioning, Draws, Share

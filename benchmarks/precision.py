@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     pipelines = {mode: load(options.model, MODES[mode][0], device) for mode, why in refused.items() if why is None}
     texts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else ()
     sampling = SamplingOptions(options.steps, options.guidance)
-    prompts = Prompts.of(pipelines[EXACT], texts, guided=sampling.guidance > 1)
+    prompts = Prompts.of(pipelines[EXACT].reader, texts, guided=sampling.guidance > 1)
     drawn = draw(pipelines, prompts, options.num_images, sampling, options.batch_size, options.seed)
     if options.pictures:
         save_pictures(drawn, options.pictures)

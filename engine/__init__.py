@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from madformer.lazy import exporter
 
 if TYPE_CHECKING:
+    from madformer.conditioning.prompt import Prompt
     from madformer.engine.batching import InFlightBatcher, QueueFullError
     from madformer.engine.memory import OutOfMemoryError
     from madformer.engine.options import SamplingOptions
     from madformer.engine.plan import NoiseSource, Plan
     from madformer.engine.progress import Change, FinishedBlock, Progress
-    from madformer.engine.prompts import Prompt
     from madformer.engine.reference import sample_uncached
     from madformer.engine.running import InUseError, NonFiniteError
     from madformer.engine.sampler import Sampler, bytes_per_image
@@ -53,7 +53,7 @@ __getattr__ = exporter(
         "OutOfMemoryError": "madformer.engine.memory",
         "Plan": "madformer.engine.plan",
         "Progress": "madformer.engine.progress",
-        "Prompt": "madformer.engine.prompts",
+        "Prompt": "madformer.conditioning.prompt",
         "QueueFullError": "madformer.engine.batching",
         "Sampler": "madformer.engine.sampler",
         "SamplingOptions": "madformer.engine.options",

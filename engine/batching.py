@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from madformer.arguments import floats, whole_number
+from madformer.conditioning.prompt import Prompt, check_guidable
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launchable, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
-from madformer.engine.prompts import Prompt, check_guidable
 from madformer.engine.running import Exclusive, NonFiniteError, computing
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from madformer.arguments import floats
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import EagerLauncher, Launcher, launcher_for
@@ -24,7 +25,6 @@ from madformer.engine.passes import Passes
 from madformer.engine.plan_key import PlanKey
 from madformer.engine.prepared import Prepared
 from madformer.engine.progress import Change, FinishedBlock, Progress, stops
-from madformer.engine.prompts import Prompt
 from madformer.engine.running import (
     Exclusive,
     NonFiniteInputError,

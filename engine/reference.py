@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.engine.prompts import Prompt
+from madformer.conditioning.prompt import Prompt
 from madformer.model import MADFormerOutput
 
 __all__ = ["sample_uncached"]

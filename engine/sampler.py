@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from madformer.arguments import whole_number
+from madformer.conditioning.prompt import check_guidable
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launcher
@@ -25,7 +26,6 @@ from madformer.engine.passes import Passes
 from madformer.engine.plan import NoiseSource, Plan
 from madformer.engine.plan_key import ModelKind, PlanKey
 from madformer.engine.progress import Change, FinishedBlock, Progress
-from madformer.engine.prompts import check_guidable
 from madformer.engine.running import InUseError, NonFiniteError
 from madformer.engine.schedule import Schedule
 from madformer.engine.slots import Slots

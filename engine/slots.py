@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.rows import put, take
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS
 from madformer.model import MADFormer

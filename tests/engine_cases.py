@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig, TextConfig, tiny
-from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer
 from testing import perturb
 

@@ -13,15 +13,15 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from madformer.arguments import interval, number, shown, whole_number
+from madformer.conditioning.prompt import Prompt
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import small_vae
 
 CONFIG = tiny().replace(

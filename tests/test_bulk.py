@@ -21,6 +21,7 @@ from killing import Kill, statuses
 from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import NonFiniteError, Plan
@@ -29,7 +30,6 @@ from madformer.files.resumable import first_difference
 from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import DEVICE, perturb, relative_error, small_config, small_vae
 
 NUM_IMAGES = 7
@@ -339,10 +339,10 @@ def test_another_tokenizer_is_another_run(prompted: MADFormerPipeline) -> None:
         def encode(self, texts: Sequence[str], length: int) -> torch.Tensor:
             return super().encode([text[::-1] for text in texts], length)
 
-    own = Prompts.of(prompted, ["abc"], [0])
-    assert own == Prompts.of(prompted, ["abc"], ["Flags"])
+    own = Prompts.of(prompted.reader, ["abc"], [0])
+    assert own == Prompts.of(prompted.reader, ["abc"], ["Flags"])
     pipeline = MADFormerPipeline(prompted.transformer, None, prompted.scheduler, Backwards())
-    other = settings(prompts=Prompts.of(pipeline, ["abc"], [0]))
+    other = settings(prompts=Prompts.of(pipeline.reader, ["abc"], [0]))
     assert str(first_difference(other.to_dict(), settings(prompts=own).to_dict())).startswith("prompts.token_ids=")
 
 

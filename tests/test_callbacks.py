@@ -16,12 +16,12 @@ from diffusers.callbacks import (
     SDXLControlnetCFGCutoffCallback,
 )
 
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import to_blocks
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_vae
 
 CONFIG = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from madformer.cli.main import main
 from madformer.cli.request import Precision
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.engine.precision import PRECISIONS, apply
 from madformer.engine.schedulers import default_scheduler
 from madformer.kernels import launch
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 
 FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"

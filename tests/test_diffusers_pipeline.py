@@ -16,10 +16,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_vae
 
 CLONE = os.environ.get("MADFORMER_DIFFUSERS")

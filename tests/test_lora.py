@@ -16,9 +16,9 @@ from madformer import MADFormer, MADFormerPipeline
 from madformer.bulk.records import read_record
 from madformer.cli.main import main
 from madformer.cli.recorded import command as described
+from madformer.conditioning.prompt import Prompt
 from madformer.config import emoji64, tiny
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
 from madformer.pipeline_lora import WEIGHTS

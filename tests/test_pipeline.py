@@ -18,18 +18,18 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
+from madformer.conditioning.prompt import Prompt
+from madformer.conditioning.reader import PromptReader
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import MADFormerConfig, TextConfig, tiny
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks
 from madformer.pipeline import MADFormerPipeline
-from madformer.prompting import PromptReader
 from madformer.sheets import image_grid
 from madformer.streaming import reports
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, relative_error, small_vae
 
 TEXT = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))

@@ -16,11 +16,11 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from madformer import pipeline_files
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, relative_error
 from vae_cases import CLASSES, make_vae
 

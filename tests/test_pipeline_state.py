@@ -23,9 +23,9 @@ from diffusers import (
 from torch import Tensor
 
 from engine_cases import make_model
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import relative_error
 
 CONFIG = tiny().replace(num_blocks=2, block_grid=(1, 2))

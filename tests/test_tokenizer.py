@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from madformer.conditioning.tokenizer import ByteTokenizer, PretrainedTokenizer, check_tokenizer, load_tokenizer
 from madformer.config import TextConfig
-from madformer.tokenizer import ByteTokenizer, PretrainedTokenizer, check_tokenizer, load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[END]", "red", "heart", "flag"]
 

@@ -21,9 +21,9 @@ from madformer.lazy import exporter
 if TYPE_CHECKING:
     from madformer.compat.accelerate import accelerate, restore
     from madformer.compat.released import from_released
+    from madformer.conditioning.tokenizer import ByteTokenizer, PretrainedTokenizer
     from madformer.model import MADFormer, MADFormerOutput
     from madformer.pipeline import MADFormerPipeline
-    from madformer.tokenizer import ByteTokenizer, PretrainedTokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,8 +46,8 @@ __getattr__ = exporter(
         "MADFormer": "madformer.model",
         "MADFormerOutput": "madformer.model",
         "MADFormerPipeline": "madformer.pipeline",
-        "ByteTokenizer": "madformer.tokenizer",
-        "PretrainedTokenizer": "madformer.tokenizer",
+        "ByteTokenizer": "madformer.conditioning.tokenizer",
+        "PretrainedTokenizer": "madformer.conditioning.tokenizer",
         "accelerate": "madformer.compat.accelerate",
         "from_released": "madformer.compat.released",
         "restore": "madformer.compat.accelerate",

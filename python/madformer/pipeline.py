@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.arguments import choice, floats, function, interval, number, shown, truth_value, whole_number
+from madformer.conditioning.reader import PromptReader
+from madformer.conditioning.tokenizer import Tokenizer, as_tokenizer, check_tokenizer
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
 from madformer.engine.options import SamplingOptions
@@ -36,9 +38,7 @@ from madformer.pipeline_inputs import check_no_embeddings, generators_of, images
 from madformer.pipeline_keywords import keywords_checked
 from madformer.pipeline_lora import LoraLoaderMixin
 from madformer.pipeline_memory import OffloadingPipeline
-from madformer.prompting import PromptReader
 from madformer.streaming import reports
-from madformer.tokenizer import Tokenizer, as_tokenizer, check_tokenizer
 from madformer.vae import USABLE, check_finite, check_vae, decode, downscale, encode, finite, to_uint8
 
 logger = logging.getLogger("madformer.pipeline")
@@ -148,7 +148,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         far as the matrix library's results do not depend on the batch size, else to rounding.
 
         Args:
-            prompt, negative_prompt, labels: see :meth:`~madformer.prompting.PromptReader.read`.
+            prompt, negative_prompt, labels: see :meth:`~madformer.conditioning.reader.PromptReader.read`.
             num_inference_steps: denoising steps of every block.
             num_images_per_prompt: or per class, one prompt's after the other's; B where there is none. num_images: the
                 same.

@@ -18,9 +18,9 @@ from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallb
 from torch import Tensor
 
 from madformer.arguments import function, number, shown
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.progress import Change, Progress
-from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, to_blocks
 

@@ -22,12 +22,18 @@ from diffusers.utils import is_accelerate_available
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 
+from madformer.conditioning.tokenizer import (
+    ByteTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+)
 from madformer.engine.schedulers import check_name
 from madformer.files.atomic import atomic_path, umask, write_json
 from madformer.files.hub import CONFIG_NAME, resolve_folder
 from madformer.model import MADFormer
 from madformer.model.pretrained import WEIGHTS_FILE
-from madformer.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from madformer.vae import load_vae
 
 MODEL_INDEX = "model_index.json"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import batching
+from madformer.conditioning.prompt import Prompt
 from madformer.engine.batching import InFlightBatcher
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan
 
 SECONDS_A_BATCH = 4.0

@@ -14,12 +14,12 @@ from PIL import Image
 
 from madformer.bulk.records import read_record
 from madformer.cli.main import main
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.sheets import MAX_PIXELS, check_grid, grid_shape, image_grid
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_config, small_vae
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 import madformer
 from madformer.cli.main import main
 from madformer.cli.recorded import command
+from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler
 from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.tokenizer import ByteTokenizer
 from testing import perturb, small_config, small_vae
 
 PROMPTS = ["Käse 🧀 'mit' \"Loch\"", "--a cat; $(rm -rf ~)"]

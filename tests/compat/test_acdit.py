@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from madformer.compat.acdit import ACDiT
+from madformer.conditioning.prompt import Prompt
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from testing import relative_error

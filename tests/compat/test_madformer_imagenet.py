@@ -24,8 +24,8 @@ from diffusers import DDIMScheduler
 from madformer import from_released
 from madformer.compat.madformer_ffhq import read_model_config
 from madformer.compat.madformer_imagenet import MADFormer
+from madformer.conditioning.prompt import Prompt
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps

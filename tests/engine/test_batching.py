@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from torch import Tensor
 
 from engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
+from madformer.conditioning.prompt import Prompt
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import NonFiniteError, Sampler
 from madformer.model import MADFormer
 from recording import RecordingLauncher

@@ -20,9 +20,9 @@ from diffusers import (
 from torch import Tensor
 
 from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from madformer.conditioning.prompt import Prompt
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Change, NonFiniteError, Progress, Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput

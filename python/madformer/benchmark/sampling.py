@@ -40,11 +40,11 @@ from torch import Tensor
 
 from madformer.benchmark.bare import BareModel, Work
 from madformer.benchmark.timing import Run, Spread, Stopwatch
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
 from madformer.model.blocks import from_blocks

@@ -2,7 +2,7 @@
 
 from madformer.bulk.drawing import Drawing, draw_missing
 from madformer.bulk.folder import OutputFolder
-from madformer.bulk.prompts import Prompts
 from madformer.bulk.settings import Settings
+from madformer.conditioning.dealt import Prompts
 
 __all__ = ["Drawing", "OutputFolder", "Prompts", "Settings", "draw_missing"]

@@ -33,9 +33,9 @@ class Convert(Request):
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         from madformer.compat.released import from_released
+        from madformer.conditioning.tokenizer import load_tokenizer
         from madformer.files.atomic import check_writable
         from madformer.pipeline import MADFormerPipeline
-        from madformer.tokenizer import load_tokenizer
         from madformer.vae import load_vae
 
         check_writable(self.out)

@@ -82,7 +82,7 @@ def _sample(request: Sample) -> None:
     tabulate(pipeline.scheduler, request.steps)  # to refuse a step count before anything is written
     sampling = request.sampling
     prompts = Prompts.of(
-        pipeline, texts, request.classes, negative_text=request.negative_prompt, guided=sampling.guidance > 1
+        pipeline.reader, texts, request.classes, negative_text=request.negative_prompt, guided=sampling.guidance > 1
     )
     settings = Settings.of(
         pipeline,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from madformer.compat.madformer_ffhq import check_target, draw
 from madformer.compat.parts import Names, Released, names
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
-from madformer.engine.prompts import Prompt
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import GELU, TransformerLayer
 from madformer.model.patches import PatchDecoder, PatchEmbedding

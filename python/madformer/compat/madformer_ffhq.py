@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
 from madformer.compat.parts import Names, Released, reorder
+from madformer.conditioning.prompt import Prompt
 from madformer.config import Context, MADFormerConfig, UNetConfig
 from madformer.engine.options import SamplingOptions
-from madformer.engine.prompts import Prompt
 from madformer.engine.sampler import Sampler
 from madformer.files.weights import load_weights
 from madformer.model import MADFormer as NativeMADFormer

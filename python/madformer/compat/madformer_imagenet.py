@@ -28,11 +28,11 @@ from madformer.compat.madformer_ffhq import (
     training_pass,
 )
 from madformer.compat.parts import Names
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig, TextConfig
 from madformer.engine.cache import CacheView
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.passes import Passes
-from madformer.engine.prompts import Prompt
 from madformer.engine.rows import take
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import Attention, Projections, Streams

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
 from madformer.arguments import choice, whole_number
+from madformer.conditioning.tokenizer import Tokenizer
 from madformer.config import MADFormerConfig
 from madformer.data.images import NO_LABEL
 from madformer.data.workers import fetch_batches
 from madformer.model.blocks import in_order, to_blocks
 from madformer.seeds import check_seed
-from madformer.tokenizer import Tokenizer
 from madformer.training.losses import Batch
 from madformer.vae import encode
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from madformer.conditioning.tokenizer import load_tokenizer
 from madformer.config import MADFormerConfig, TextConfig
 from madformer.data import open_dataset
 from madformer.data.fields import DataSummary
 from madformer.data.images import ImageDataset
 from madformer.data.latents import LatentDataset, holds_latents
 from madformer.files.text import printable
-from madformer.tokenizer import load_tokenizer
 from madformer.training.config import TrainingConfig
 
 CAPTION_TOKENS = 48

@@ -19,13 +19,13 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from madformer.conditioning.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.data.images import ImageDataset
 from madformer.engine.schedulers import default_scheduler
 from madformer.machine import default_dtype, environment, matmul_rate
 from madformer.pipeline import MADFormerPipeline
 from madformer.pipeline_files import MODEL_INDEX
 from madformer.sheets import image_grid
-from madformer.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.training.checkpoint import Checkpoints, RunState
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of, loss_weights

@@ -6,10 +6,9 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-if TYPE_CHECKING:
-    from madformer.pipeline import MADFormerPipeline
+from madformer.conditioning.reader import PromptReader
 
 
 @dataclass(frozen=True)
@@ -30,25 +29,25 @@ class Prompts:
     @classmethod
     def of(
         cls,
-        pipeline: MADFormerPipeline,
+        reader: PromptReader,
         texts: Sequence[str] = (),
         classes: Sequence[int | str] = (),
         *,
         negative_text: str | None = None,
         guided: bool = False,
     ) -> Self:
-        """Those of a pipeline, which reads them once.
+        """Have a pipeline's reader read them once.
 
         Raises:
-            ValueError: what :meth:`~madformer.prompting.PromptReader.read` refuses.
+            ValueError: what :meth:`~madformer.conditioning.reader.PromptReader.read` refuses.
         """
         some_class = classes[0] if classes else None
-        encoded, _ = pipeline.reader.read(list(texts) or None, negative_text, some_class, guided=guided)
+        encoded, _ = reader.read(list(texts) or None, negative_text, some_class, guided=guided)
         ids = [x.numpy().tobytes() for x in (encoded.text, encoded.negative_text) if x is not None]
         return cls(
             tuple(texts),
             negative_text,
-            tuple(pipeline.reader.class_number(entry) for entry in classes),
+            tuple(reader.class_number(entry) for entry in classes),
             hashlib.sha256(b"".join(ids)).hexdigest()[:16] if ids else None,
         )
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from madformer.arguments import as_whole, shown
+from madformer.conditioning.prompt import Prompt, check_guidable
+from madformer.conditioning.tokenizer import Tokenizer
 from madformer.config import MADFormerConfig
-from madformer.engine.prompts import Prompt, check_guidable
-from madformer.tokenizer import Tokenizer
 
 FEW_NAMES = 20
 

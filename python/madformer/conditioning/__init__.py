@@ -1,0 +1,1 @@
+"""What images are conditioned on: texts and class names, and the token ids and class numbers that they become."""
