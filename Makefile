@@ -57,7 +57,7 @@ checks: kernel-check lint cuda-check oldest-check docs
 # Every Triton kernel as it would be launched, compiled for sm_80, sm_90 and sm_100: no GPU, no spills, all fit.
 # KERNEL_CHECK='--sm 90 --dtype bf16' make kernel-check  is the short form.
 kernel-check: install
-	$(BIN)/python benchmarks/kernel_check.py $(KERNEL_CHECK)
+	$(BIN)/python -m benchmarks.kernel_check $(KERNEL_CHECK)
 
 # Every csrc/*.cu for sm_80, sm_90a and sm_100, linked into the extension: no GPU, no warnings, no spills. Where torch has
 # no CUDA the result is complete but for torch's own streams, and is not run.
@@ -100,7 +100,7 @@ matrix:
 GPU_BUNDLE_PYTHON ?= $(or $(MATRIX_VENVS),build/matrix)/venv-oldest/bin/python
 gpu-bundle: package-tree
 	@test -x $(GPU_BUNDLE_PYTHON) || { echo "gpu-bundle: no $(GPU_BUNDLE_PYTHON): make matrix makes it"; exit 1; }
-	$(GPU_BUNDLE_PYTHON) benchmarks/gpu_bundle.py make $(GPU_BUNDLE)
+	$(GPU_BUNDLE_PYTHON) -m benchmarks.gpu_bundle make $(GPU_BUNDLE)
 
 # On a machine with a GPU: the extension into the links, out of build/gpu-bundle or compiled, then the stages of
 # docs/gpu-visit.md. It needs no install where $(PYTHON) and the bundle have what it imports and builds with.
@@ -108,9 +108,9 @@ gpu-bundle: package-tree
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: export PYTHONPATH := $(CURDIR)/build/package:$(PYTHONPATH):$(CURDIR)/build/gpu-site
 gpu-check: package-tree
-	$(GPU_PYTHON) benchmarks/gpu_bundle.py use || MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} \
+	$(GPU_PYTHON) -m benchmarks.gpu_bundle use || MADFORMER_EXTENSION=$${MADFORMER_EXTENSION:-require} \
 		$(GPU_PYTHON) setup.py --quiet build_ext --build-lib build/package
-	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # A source distribution, and of it, which proves it whole, the wheel for this Python. The ops use torch's stable ABI, so that
 # one wheel serves every PyTorch from 2.11 on; its module is pybind11's, which has no stable ABI of Python's: one wheel for

@@ -1,6 +1,6 @@
 """How long requests wait under Poisson arrivals: in-flight batching against batches that start full.
 
-    python benchmarks/batching.py [--model FOLDER | --preset NAME] [--slots 8] [--steps 10] [--requests 200]
+    python -m benchmarks.batching [--model FOLDER | --preset NAME] [--slots 8] [--steps 10] [--requests 200]
 
 The same requests come to the same engine three times: to :class:`~madformer.engine.batching.InFlightBatcher`; to a plan
 for as many images that starts when it is idle and that many wait; and to the same plan when it starts as soon as it is
@@ -34,7 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.benchmark.sampling import any_prompt
+from benchmarks import ROOT
+from benchmarks.record import CannotCompare, finish, results_folder
+from benchmarks.released import relative_error
 from madformer.conditioning.prompt import Prompt
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
@@ -43,11 +45,10 @@ from madformer.engine.precision import PRECISIONS, apply
 from madformer.engine.sampler import Plan, Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.machine import default_dtype, environment, seconds, synchronize
+from madformer.measuring.sampling import any_prompt
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.seeds import generator_of
-from record import ROOT, CannotCompare, finish, results_folder
-from released import relative_error
 
 LIMIT_FP32 = 1e-3
 """Relative error that rounding alone may make between batches of different sizes."""

@@ -1,6 +1,6 @@
 """Our speed against the released implementation's, on the same machine, with the same weights and seeds.
 
-    python benchmarks/compare_released.py --released PATH [--device cuda] [--out RECORD.json]
+    python -m benchmarks.compare_released --released PATH [--device cuda] [--out RECORD.json]
 
 ``PATH`` is your own clone of ``Junhaoo-Chen/MADFormer`` (branch ``main``); running it needs ``pip install transformers
 einops``. Nothing is timed before both implementations agree on samples, outputs, losses and gradients in fp32.
@@ -9,7 +9,7 @@ What is timed, interleaved in one process:
 
 * sampling: the released ``sample`` in fp32, in which its ``sample.py`` runs it; our engine in fp32, and with bf16
   weights. Our plan is made and used once outside the timed region; what a first call takes is reported by itself, and
-  so is what the engine takes beyond the network's passes called directly (madformer.benchmark.sampling says how).
+  so is what the engine takes beyond the network's passes called directly (madformer.measuring.sampling says how).
 * a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
   which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
   which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one.
@@ -39,16 +39,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from madformer.benchmark.bare import BareModel
-from madformer.benchmark.sampling import block_pairs
-from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
-from madformer.files.atomic import check_writable
-from madformer.model.blocks import to_maps
-from madformer.training.losses import Batch as LossBatch
-from madformer.training.losses import LossWeights, training_losses
-from record import CannotCompare, environment, finish, git_commit
-from released import (
+from benchmarks.record import CannotCompare, environment, finish, git_commit
+from benchmarks.released import (
     FFHQ_1024,
     MAX_RELATIVE_ERROR,
     SEED,
@@ -67,7 +59,15 @@ from released import (
     sample_released,
     tf32,
 )
-from timing import Run, Spread, interleaved, seconds
+from benchmarks.timing import Run, Spread, interleaved, seconds
+from madformer.engine.options import SamplingOptions
+from madformer.engine.sampler import Plan, Sampler
+from madformer.files.atomic import check_writable
+from madformer.measuring.bare import BareModel
+from madformer.measuring.sampling import block_pairs
+from madformer.model.blocks import to_maps
+from madformer.training.losses import Batch as LossBatch
+from madformer.training.losses import LossWeights, training_losses
 
 HIDDEN_WEIGHT = 0.1
 

@@ -1,6 +1,6 @@
 """How many images a second training gets from latents on the disk, against how many the model can take.
 
-    python benchmarks/data_path.py [--preset ffhq1024] [--workers 2] [--appetite 16] [--data LATENTS]
+    python -m benchmarks.data_path [--preset ffhq1024] [--workers 2] [--appetite 16] [--data LATENTS]
 
 Images with random pixels are encoded by a small autoencoder that does not downsample, so that latents of the model's
 geometry, with flips, are written by the writer that users have; ``--data`` takes a folder of ``madformer data latents``
@@ -33,13 +33,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from benchmarks.record import CannotCompare, finish, results_folder
 from madformer.config import MADFormerConfig, preset
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.machine import environment
 from madformer.training.data import BatchStream, Draws, Share
-from record import CannotCompare, finish, results_folder
 
 
 def make_latents(folder: Path, config: MADFormerConfig, count: int) -> LatentDataset:

@@ -1,6 +1,6 @@
 """The split between autoregressive and diffusion layers, chosen in training or when sampling: quality against cost.
 
-    python benchmarks/elastic.py --runs runs/elastic --steps 1200 [--splits 1 3 5] [--only NAME] [--evaluate]
+    python -m benchmarks.elastic --runs runs/elastic --steps 1200 [--splits 1 3 5] [--only NAME] [--evaluate]
 
 Trains one model for each split (``fixed-1``, ...) and one that is ``elastic`` over all of them, which are told the
 caption alone and differ in nothing else: data, noise and number of steps are the same. The data are encoded once, into
@@ -40,13 +40,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from benchmarks.record import CannotCompare, environment, finish, results_folder
+from benchmarks.timing import Spread, interleaved
 from madformer import config as models
-from madformer.benchmark.bare import Work
 from madformer.conditioning.tokenizer import load_tokenizer
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
 from madformer.files.atomic import atomic_path
+from madformer.measuring.bare import Work
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.checkpoint import whole_checkpoints
@@ -55,8 +57,6 @@ from madformer.training.data import BatchStream, Conditioning, Draws, Share
 from madformer.training.losses import Batch, LossWeights, training_losses
 from madformer.training.trainer import Trainer
 from madformer.vae import decode, encode, load_vae
-from record import CannotCompare, environment, finish, results_folder
-from timing import Spread, interleaved
 
 ELASTIC, AUTOENCODER = "elastic", "autoencoder"
 NEAREST = 10

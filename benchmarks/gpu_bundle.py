@@ -1,7 +1,7 @@
 """What a GPU machine without a network lacks, in one folder: ``make gpu-bundle`` fills it, ``make gpu-check`` uses it.
 
-    python benchmarks/gpu_bundle.py make   # with the Python and PyTorch of the GPU machine
-    python benchmarks/gpu_bundle.py use    # there; exit status 1: the extension has to be compiled
+    python -m benchmarks.gpu_bundle make   # with the Python and PyTorch of the GPU machine
+    python -m benchmarks.gpu_bundle use    # there; exit status 1: the extension has to be compiled
 
 It holds wheels, of which ``use`` unpacks those that are missing; the extension, which it takes where Python, PyTorch
 and sources are those it was compiled from; a Triton cache; and the released implementation's source, if
@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 BUNDLE = ROOT / "build" / "gpu-bundle"
 SITE = ROOT / "build" / "gpu-site"
 """Where wheels are unpacked; ``make gpu-check`` puts it on the path behind all that is installed."""
@@ -88,7 +89,7 @@ def make(bundle: Path = BUNDLE, released: Path | None = None, seconds: float = 9
 def fill_cache(folder: Path, seconds: float) -> None:
     """What our kernels are compiled to for the GPU: a machine with other versions finds none of it, and compiles."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, "benchmarks/triton_cache.py", "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.triton_cache", "--seconds", str(seconds)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 

@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_bundle import BUNDLE
-from kernel_record import ROOT, WHOLE, record_of, source_of
-from visit import Entry, Stage, Visit
+from benchmarks import ROOT
+from benchmarks.gpu_bundle import BUNDLE
+from benchmarks.kernel_record import WHOLE, record_of, source_of
+from benchmarks.visit import Entry, Stage, Visit
 
 BENCHMARKS = ROOT / "benchmarks"
 RELEASED, CACHE = BUNDLE / "released", BUNDLE / "triton"
@@ -33,17 +34,18 @@ def stages(released: Path | None) -> list[Stage]:
     """In the order of their worth. Together their limits are more than a visit: what ends early leaves its time."""
 
     def own(name: str, limit: float, least: float = 15) -> Stage:
-        return Stage(name, (sys.executable, str(BENCHMARKS / "gpu_stages.py"), name), limit, least, restarts=3)
+        return Stage(name, (sys.executable, "-m", "benchmarks.gpu_stages", name), limit, least, restarts=3)
 
-    def script(name: str, file: str, limit: float, *options: str) -> Stage:
+    def script(name: str, module: str, limit: float, *options: str) -> Stage:
         where = ["--released", str(released)] if released is not None else []
         budget = ["--budget", f"{limit - 5:.0f}"]
-        return Stage(name, (sys.executable, str(BENCHMARKS / f"{file}.py"), *where, *budget, *options), limit, 30)
+        return Stage(name, (sys.executable, "-m", f"benchmarks.{module}", *where, *budget, *options), limit, 30)
 
     def tests(name: str, marker: str, limit: float) -> Stage:
         processes = ["-n", "8", "--dist", "load"] if importlib.util.find_spec("xdist") else []
-        command = (sys.executable, "-m", "pytest", "-p", "gpu_tests", "-q", "--tb=short", "-m", marker, *processes)
-        return Stage(name, (*command, "--rootdir", str(ROOT), *(str(ROOT / folder) for folder in TESTS)), limit)
+        options = ("-p", "benchmarks.gpu_tests", "-q", "--tb=short", "-m", marker, *processes, "--rootdir", str(ROOT))
+        folders = (str(ROOT / folder) for folder in TESTS)
+        return Stage(name, (sys.executable, "-m", "pytest", *options, *folders), limit)
 
     training = [script("training", "training", 100)] if released is not None else []
     return [
@@ -162,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.stages or ()) - {stage.name for stage in everything}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in everything)}")
     chosen = [stage for stage in everything if not options.stages or stage.name in options.stages]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])  # of gpu_tests.py
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of the stages
     os.environ.pop("TRITON_INTERPRET", None)
     if CACHE.is_dir():
         os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))

@@ -1,6 +1,6 @@
 """What the stages of ``gpu_check.py`` do on the GPU; each run is one stage, in a process of its own.
 
-python benchmarks/gpu_stages.py canaries|kernels|peers|tiles
+python -m benchmarks.gpu_stages canaries|kernels|peers|tiles
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-import kernel_speed
-import layer
-from kernel_record import line, source_of
+from benchmarks import kernel_speed, layer
+from benchmarks.kernel_record import line, source_of
+from benchmarks.ops.case import Case, every_case
+from benchmarks.record import environment
+from benchmarks.visit import Entry, emit, known, seconds_left
 from madformer.kernels import dispatch
-from ops.case import Case, every_case
-from record import environment
-from visit import Entry, emit, known, seconds_left
 
 PACKAGES = ("triton", "numpy", "diffusers", "flash-attn", "flash-attn-4", "xformers", "liger-kernel")
 # Six rows of the hundred and more of cached attention say what it does; the others are for the last stage.
@@ -101,11 +100,11 @@ def canaries(device: torch.device) -> None:
 
 
 def _launches(device: torch.device) -> None:
-    import launches
+    from benchmarks import launches
+    from benchmarks.released import FFHQ_1024
     from madformer.config import ffhq1024
     from madformer.engine.precision import apply
     from madformer.model import MADFormer
-    from released import FFHQ_1024
 
     torch.manual_seed(0)
     model = apply(MADFormer(ffhq1024()).to(device).eval(), "default")
@@ -147,9 +146,9 @@ def tiles(device: torch.device) -> None:
     """Attention's forward pass with other tiles: what ``kernels/block_causal_attention/op.py`` might choose."""
     from unittest import mock
 
+    from benchmarks.ops.block_causal_attention import FFHQ_1024 as FFHQ_LAYOUT
     from madformer.kernels.block_causal_attention import op
     from madformer.kernels.block_causal_attention.forward import Tile
-    from ops.block_causal_attention import FFHQ_1024 as FFHQ_LAYOUT
 
     case = next(case for case in cases() if case.op == "block_causal_attention")
     chosen = op.choose_settings(64, torch.bfloat16, FFHQ_LAYOUT, 90)

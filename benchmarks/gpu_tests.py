@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kernel_record import source_of
-from visit import emit, known
+from benchmarks.kernel_record import source_of
+from benchmarks.visit import emit, known
 
 SOURCE = source_of("all that computes and all tests")
 

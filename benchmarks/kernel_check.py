@@ -27,16 +27,15 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # Read when Triton is imported: here kernels are compiled.
 
-import static_model
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import ROOT, static_model
+from benchmarks.ops.case import Case, every_case, in_dtype, leaves_of, tensors_of
 from madformer.kernels.launch import Target, compiling_for
-from ops.case import Case, every_case, in_dtype, leaves_of, tensors_of
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "static" / "kernel_check.json"
 REPORTS = ROOT / "build" / "kernel_check"
 """What the assembler said of compiled kernels, by Triton's hash of them."""
@@ -284,7 +283,7 @@ def _bound(bound: static_model.Bound) -> str:
 
 
 def save(results: Sequence[Compiled], path: Path) -> None:
-    from record import environment, write_json  # Not at the top: the check itself needs no model.
+    from benchmarks.record import environment, write_json  # Not at the top: the check itself needs no model.
 
     rows = [{"key": result.key, **asdict(result)} for result in results]
     if path.exists():

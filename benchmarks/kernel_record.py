@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 SHARED = ("kernels/launch.py", "kernels/dispatch.py", "kernels/norm_common", "benchmarks/timing.py")
 """What every kernel is launched and timed by."""
 NO_OPS = ("__init__", "checks", "dispatch", "interpreter", "launch", "norm_common", "optional")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_record import source_of
-from ops.case import Case, leaves_of, tensors_of
-from timing import Captured, calls_for, capture, rounds
+from benchmarks.kernel_record import source_of
+from benchmarks.ops.case import Case, leaves_of, tensors_of
+from benchmarks.timing import Captured, calls_for, capture, rounds
 
 OURS = "triton"
 SECONDS_A_ROW = 0.4

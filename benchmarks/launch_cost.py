@@ -5,7 +5,7 @@ driver that launches nothing (``stub_driver/libcuda.c``). Tensors are on the CPU
 the system for memory, as CUDA's caching one does not. Figures are CPU time of the one thread, the least of many short
 runs, so that other work on the machine shows little.
 
-    python benchmarks/launch_cost.py [--op swiglu] [--out benchmarks/results/<device>/launch_cost.json]
+    python -m benchmarks.launch_cost [--op swiglu] [--out benchmarks/results/<device>/launch_cost.json]
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 STUB = ROOT / "build" / "stub_driver"
 CALLS, RUNS = 5, 100
 """Calls of a run, and runs of which the fastest counts."""
@@ -46,7 +47,7 @@ def enter_stub_driver() -> None:
         "MALLOC_TOP_PAD_": str(1 << 28),
         "OMP_NUM_THREADS": "1",
     }
-    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def microseconds(*calls: Callable[[], Any]) -> list[float]:
@@ -101,7 +102,7 @@ def rows_of(case: Any) -> list[dict[str, Any]]:
     """Forward for inference, forward and backward for training of one case."""
     import torch
 
-    from ops.case import leaves_of, tensors_of
+    from benchmarks.ops.case import leaves_of, tensors_of
 
     inputs = case.inputs(torch.device("cpu"))
 
@@ -181,9 +182,9 @@ def measure(ops: list[str] | None) -> dict[str, Any]:
     import torch
     import triton
 
+    from benchmarks.ops.case import every_case
     from madformer.kernels.launch import standing_in
     from madformer.machine import environment
-    from ops.case import every_case
 
     triton.runtime.driver.set_active(StubDriver())
     first = {case.op: case for case in reversed(list(every_case())) if not case.op.endswith("variants")}
@@ -217,8 +218,8 @@ def main() -> int:
     arguments = parser.parse_args()
     enter_stub_driver()
     global TARGET
+    from benchmarks.record import finish
     from madformer.kernels.launch import Target
-    from record import finish
 
     TARGET = Target(90, num_sms=132)
     return finish("launch_cost", lambda: measure(arguments.op), arguments.out)

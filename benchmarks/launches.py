@@ -9,13 +9,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from madformer.benchmark.timing import Run, Spread, Stopwatch, interleaved
+from benchmarks.released import CannotCompare, Shape, check, make_scheduler, relative_error, sample_ours
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import synchronize
+from madformer.measuring.timing import Run, Spread, Stopwatch, interleaved
 from madformer.model import MADFormer
-from released import CannotCompare, Shape, check, make_scheduler, relative_error, sample_ours
 
 
 def refusals(device: torch.device) -> dict[str, str]:

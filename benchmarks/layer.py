@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.ops.case import Case, random
 from madformer.config import MADFormerConfig, ffhq1024
 from madformer.kernels.block_causal_attention import BlockLayout
 from madformer.model.layer import TransformerLayer, masked_attention, set_backend
 from madformer.model.rope import RotaryEmbedding
-from ops.case import Case, random
 
 STREAMS = ("clean", "noise")
 

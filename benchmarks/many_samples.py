@@ -1,6 +1,6 @@
 """What the number of samples costs: an item, an unreadable one, the memory of the names, and opening.
 
-    python benchmarks/many_samples.py [--counts 10000,1000000,10000000] [--files 20000]
+    python -m benchmarks.many_samples [--counts 10000,1000000,10000000] [--files 20000]
 
 A source of one small picture stands for a data set of ``--counts`` samples, so what is timed is what
 :class:`~madformer.data.images.ImageDataset` adds to decoding. Opening is timed on ``--files`` real ones. Times are of
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.record import CannotCompare, finish, results_folder
 from madformer.data.fields import DataSummary
 from madformer.data.images import ImageDataset, open_dataset
 from madformer.data.sources import RawSample
 from madformer.files.shards import write_index, write_shards
 from madformer.files.text import PackedStrings
 from madformer.machine import environment
-from record import CannotCompare, finish, results_folder
 
 NAME = "class-{:04d}/picture-{:08d}.png"
 

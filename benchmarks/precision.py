@@ -1,6 +1,6 @@
 """What modes that are faster cost in quality, and what they take: each against ``exact``, on the same seeds.
 
-    python benchmarks/precision.py [--model FOLDER] [--prompts FILE] [--num-images 64] [--out RECORD.json]
+    python -m benchmarks.precision [--model FOLDER] [--prompts FILE] [--num-images 64] [--out RECORD.json]
 
 The modes are the precisions, and ``exact`` with the diffusion layers in every second and every third step alone
 (``refresh_every``). Every mode draws the same images through the pipeline, its autoencoder in the mode's dtype. Two
@@ -26,14 +26,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import ROOT
+from benchmarks.record import environment, results_folder, write_json
+from benchmarks.timing import Spread, seconds
 from madformer.bulk import Prompts
 from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply, refusal
 from madformer.files.atomic import atomic_path, check_writable
 from madformer.pipeline import MADFormerPipeline
 from madformer.vae import to_uint8
-from record import ROOT, environment, results_folder, write_json
-from timing import Spread, seconds
 
 EXACT = "exact"
 MODES: dict[str, tuple[str, int]] = {

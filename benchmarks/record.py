@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from kernel_record import WHOLE, source_of
+from benchmarks import ROOT
+from benchmarks.kernel_record import WHOLE, source_of
+from benchmarks.visit import PIPE, emit
 from madformer.files.atomic import write_json
 from madformer.machine import device_name, environment, git_commit
-from visit import PIPE, emit
 
 __all__ = [
     "RESULTS",
-    "ROOT",
     "CannotCompare",
     "environment",
     "finish",
@@ -29,7 +29,6 @@ __all__ = [
     "write_json",
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 

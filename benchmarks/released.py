@@ -23,9 +23,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from benchmarks.record import CannotCompare
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.engine.sampler import Plan
-from record import CannotCompare
 
 MAX_RELATIVE_ERROR = 3e-3
 LATENT_CHANNELS = 4

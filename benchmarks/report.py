@@ -1,7 +1,7 @@
 """Turns the records under ``benchmarks/results`` into the README's table and into plots.
 
-python benchmarks/report.py            # rewrites the tables between their markers, and docs/images/kernels-*.png
-python benchmarks/report.py --check    # exit status 1 where a table is not what the records say
+python -m benchmarks.report            # rewrites the tables between their markers, and docs/images/kernels-*.png
+python -m benchmarks.report --check    # exit status 1 where a table is not what the records say
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernel_record import gain, median
-from record import RESULTS, ROOT
+from benchmarks import ROOT
+from benchmarks.kernel_record import gain, median
+from benchmarks.record import RESULTS
 
 BEGIN, END = "<!-- kernels: written by benchmarks/report.py -->", "<!-- end of kernels -->"
 PAGES = ("README.md", "kernels/README.md")
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = [page for page, text in pages.items() if replaced(text, new) != text]
     if options.check:
         for page in stale:
-            print(f"report: {page.relative_to(ROOT)} does not show the records; run python benchmarks/report.py")
+            print(f"report: {page.relative_to(ROOT)} does not show the records; run python -m benchmarks.report")
         return bool(stale)
     for page in stale:
         page.write_text(replaced(pages[page], new))

@@ -1,6 +1,6 @@
 """Whether the released ``train.py`` goes on from its own checkpoint with our class in place of its own.
 
-    python benchmarks/resume_released.py --released PATH [--steps 5] [--out RECORD.json]
+    python -m benchmarks.resume_released --released PATH [--steps 5] [--out RECORD.json]
 
 ``PATH`` is your own clone of ``Junhaoo-Chen/MADFormer``, branch ``main`` or ``imagenet``; running it needs
 ``pip install transformers einops``. Its ``train.py`` takes twice as many steps with its own model, and leaves a
@@ -34,10 +34,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import madformer
+from benchmarks.record import CannotCompare, environment, finish, git_commit
+from benchmarks.released import SEED, Shape, load_released, positive
+from benchmarks.train_released import SMALL, TINY, Factory, Run, load_script, train
 from madformer.compat import madformer_ffhq, madformer_imagenet
-from record import CannotCompare, environment, finish, git_commit
-from released import SEED, Shape, load_released, positive
-from train_released import SMALL, TINY, Factory, Run, load_script, train
 
 MAX_LOSS_DIFFERENCE = 1e-5
 TEXT = {"vocab_size": 11, "pad_token_id": 10, "max_position_embeddings": 2}

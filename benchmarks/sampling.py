@@ -1,6 +1,6 @@
 """The speed of sampling at full size, and against the released sampler: one run of under ten minutes on an H200.
 
-    python benchmarks/sampling.py --device cuda [--released PATH] [--out RECORD.json]
+    python -m benchmarks.sampling --device cuda [--released PATH] [--out RECORD.json]
 
 The FFHQ-1024 configuration with random weights, latents only. ``PATH`` is a clone of the released code; without it what
 compares with it is left out, by name. So is what needs CUDA where there is none (``--device cpu --tiny`` tries the
@@ -40,21 +40,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import batching
-import launches
-from madformer.benchmark import report
-from madformer.benchmark.bare import Work
-from madformer.benchmark.sampling import Roof, Row, sweep
-from madformer.benchmark.timing import Run, Spread, interleaved
-from madformer.config import ffhq1024, tiny
-from madformer.engine.memory import OutOfMemoryError
-from madformer.engine.options import SamplingOptions
-from madformer.engine.precision import apply
-from madformer.engine.sampler import Plan, Sampler
-from madformer.machine import seconds
-from madformer.model import MADFormer
-from record import CannotCompare, environment, finish, git_commit, results_folder, save
-from released import (
+from benchmarks import batching, launches
+from benchmarks.record import CannotCompare, environment, finish, git_commit, results_folder, save
+from benchmarks.released import (
     FFHQ_1024,
     MAX_RELATIVE_ERROR,
     SMALL,
@@ -70,6 +58,17 @@ from released import (
     sample_released,
     tf32,
 )
+from madformer.config import ffhq1024, tiny
+from madformer.engine.memory import OutOfMemoryError
+from madformer.engine.options import SamplingOptions
+from madformer.engine.precision import apply
+from madformer.engine.sampler import Plan, Sampler
+from madformer.machine import seconds
+from madformer.measuring import report
+from madformer.measuring.bare import Work
+from madformer.measuring.sampling import Roof, Row, sweep
+from madformer.measuring.timing import Run, Spread, interleaved
+from madformer.model import MADFormer
 
 EXPECTED = (OutOfMemoryError, torch.OutOfMemoryError, CannotCompare)
 COMPILING = 90.0

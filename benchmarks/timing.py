@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from madformer.benchmark.timing import Run, Spread, interleaved
 from madformer.machine import seconds
+from madformer.measuring.timing import Run, Spread, interleaved
 
 __all__ = ["Captured", "Run", "Spread", "calls_for", "capture", "interleaved", "rounds", "seconds"]
 

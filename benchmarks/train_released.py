@@ -1,6 +1,6 @@
 """The released ``train.py`` itself, run with its own model, with our drop-in, and with its own model accelerated.
 
-    python benchmarks/train_released.py --released PATH [--steps 20] [--out RECORD.json]
+    python -m benchmarks.train_released --released PATH [--steps 20] [--out RECORD.json]
 
 ``PATH`` is your own clone of ``Junhaoo-Chen/MADFormer`` (branch ``main``); running it needs ``pip install transformers
 einops``. Its argument parser, ``main``, DDP, EMA, schedule and optimiser are what runs, in fp32 on one CPU process,
@@ -44,11 +44,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import madformer
-from madformer.benchmark.timing import Spread
+from benchmarks.record import CannotCompare, environment, finish, git_commit
+from benchmarks.released import LATENT_CHANNELS, SEED, Shape, dense_mask, load_released, positive
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.files.atomic import check_writable
-from record import CannotCompare, environment, finish, git_commit
-from released import LATENT_CHANNELS, SEED, Shape, dense_mask, load_released, positive
+from madformer.measuring.timing import Spread
 
 MAX_LOSS_DIFFERENCE = 1e-4
 IMAGE_SIZE, VAE_DOWNSCALE = 256, 8

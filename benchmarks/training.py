@@ -1,6 +1,6 @@
 """The speed and memory of a training step at full size, against the released loop: one run on one GPU.
 
-    python benchmarks/training.py --released PATH [--device cuda] [--out RECORD.json]
+    python -m benchmarks.training --released PATH [--device cuda] [--out RECORD.json]
 
 ``PATH`` is a clone of the released code. ``--device cpu --tiny`` tries the script out. A step is all that a loop does
 for a batch that lies on the device: noise, forward and backward under bf16 autocast, clipping, AdamW, moving average.
@@ -43,17 +43,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from compare_released import HIDDEN_WEIGHT, Batch, gradients, native_step, released_step
-from madformer.benchmark.timing import Spread
-from madformer.machine import matmul_rate, seconds
-from madformer.model.blocks import to_maps
-from madformer.training.config import TrainingConfig
-from madformer.training.costs import Costs, costs_of
-from madformer.training.losses import Batch as LossBatch
-from madformer.training.losses import LossWeights, training_losses
-from madformer.training.optimization import MovingAverages, StepGuard
-from record import CannotCompare, environment, finish, git_commit, results_folder, save
-from released import (
+from benchmarks.compare_released import HIDDEN_WEIGHT, Batch, gradients, native_step, released_step
+from benchmarks.record import CannotCompare, environment, finish, git_commit, results_folder, save
+from benchmarks.released import (
     FFHQ_1024,
     TINY,
     Models,
@@ -66,6 +58,14 @@ from released import (
     relative_error,
     tf32,
 )
+from madformer.machine import matmul_rate, seconds
+from madformer.measuring.timing import Spread
+from madformer.model.blocks import to_maps
+from madformer.training.config import TrainingConfig
+from madformer.training.costs import Costs, costs_of
+from madformer.training.losses import Batch as LossBatch
+from madformer.training.losses import LossWeights, training_losses
+from madformer.training.optimization import MovingAverages, StepGuard
 
 RELEASED, OURS, COMPILED = "released", "ours", "ours, layers compiled"
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP, DECAY = 3e-4, 0.05, (0.9, 0.95), 1.0, 0.9999

@@ -4,7 +4,7 @@ The path is the real one, so the keys are those that the GPU's process asks for:
 Triton, on target and arguments, and not on where any of them lies. What a launch reads is kept, the binary and its
 description; what the compiler passed through on the way is not, a fifth of the size.
 
-    TRITON_CACHE_DIR=FOLDER python benchmarks/triton_cache.py [--op swiglu]
+    TRITON_CACHE_DIR=FOLDER python -m benchmarks.triton_cache [--op swiglu]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch_cost import StubDriver, enter_stub_driver
+from benchmarks.launch_cost import StubDriver, enter_stub_driver
 
 KEPT = (".json", ".cubin", ".so")
 
@@ -26,9 +26,9 @@ def fill(ops: Sequence[str] | None, seconds: float) -> int:
     import torch
     import triton
 
-    from gpu_stages import cases, is_few
+    from benchmarks.gpu_stages import cases, is_few
+    from benchmarks.ops.case import leaves_of, tensors_of
     from madformer.kernels.launch import Target, standing_in
-    from ops.case import leaves_of, tensors_of
 
     triton.runtime.driver.set_active(StubDriver())
     started, done = time.monotonic(), 0

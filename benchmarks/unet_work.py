@@ -5,7 +5,7 @@ how many calls there are, how much arithmetic, the bytes of weights and of maps 
 two need at least on an H200: at the rates of its matrix units and of a copy, and, for products, of the share of its
 multiprocessors that their tiles can fill.
 
-    python benchmarks/unet_work.py [--batch 1] [--out benchmarks/results/static/unet_work.json]
+    python -m benchmarks.unet_work [--batch 1] [--out benchmarks/results/static/unet_work.json]
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from static_model import MACHINES
 from torch import Tensor, nn
 
+from benchmarks.record import environment, finish
+from benchmarks.static_model import MACHINES
 from madformer.config import ffhq1024
 from madformer.model.unet import ResnetBlock, UNetDownsampler, UNetUpsampler
-from record import environment, finish
 
 BYTES = 2  # bfloat16
 TILE = 128

@@ -22,7 +22,7 @@ from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import small_vae
+from tests.helpers.testing import small_vae
 
 CONFIG = tiny().replace(
     text=TextConfig(vocab_size=257, length=6, pad_token_id=256), time_conditioning="unet+adaln", num_classes=3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ RULES = {
     "pipeline": f"{FOUNDATION} config kernels model engine conditioning vae data sheets streaming",
     "training": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline",
     "bulk": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline madformer",
-    "benchmark": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
+    "measuring": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
     "madformer": "kernels config model engine pipeline compat conditioning lazy",
 }
 # the command line is the outermost room: it may know all of them, and nobody knows it
@@ -106,6 +107,23 @@ def test_rooms_know_only_those_below_them() -> None:
 
 def test_the_rules_have_no_circle() -> None:
     graphlib.TopologicalSorter({name: rule.split() for name, rule in RULES.items()}).prepare()
+
+
+def test_nothing_imports_a_second_copy() -> None:
+    """The root lies on the path of tests and benchmarks, and there ``kernels`` and ``engine`` can be found."""
+    folders = ("python", "engine", "kernels", "benchmarks", "examples", "tests", "docs")
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                folder = name.partition(".")[0]
+                assert folder not in ("kernels", "engine", "python"), f"{path}:{node.lineno}: say madformer.{name}"
+
+
+def test_the_root_is_the_last_place_to_look_at() -> None:
+    """Its ``kernels`` must not hide Hugging Face's."""
+    assert [entry for entry in sys.path if Path(entry).resolve() == ROOT] == sys.path[-1:]
 
 
 def test_modules_have_no_circle() -> None:

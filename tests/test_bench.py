@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_cases import CASES, draw_noise, draw_prompt, make_model
-from madformer.benchmark import report, sampling
-from madformer.benchmark.bare import BareModel, Work
-from madformer.benchmark.timing import Spread, Stopwatch
 from madformer.cli.main import main
 from madformer.config import MADFormerConfig, tiny
 from madformer.engine import memory
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Progress, Sampler, bytes_per_image
 from madformer.engine.schedulers import default_scheduler
+from madformer.measuring import report, sampling
+from madformer.measuring.bare import BareModel, Work
+from madformer.measuring.timing import Spread, Stopwatch
 from madformer.pipeline import MADFormerPipeline
-from testing import relative_error, small_vae
+from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import relative_error, small_vae
 
 CPU = torch.device("cpu")
 ROOF = sampling.Roof(matmul_flops=1e9, copy_bytes=1e6)

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load as load_latents
 
-from killing import Kill, statuses
 from madformer.bulk import OutputFolder, Prompts, Settings, draw_missing
 from madformer.bulk.settings import fingerprint
 from madformer.cli.main import main
@@ -30,7 +29,8 @@ from madformer.files.resumable import first_difference
 from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import DEVICE, perturb, relative_error, small_config, small_vae
+from tests.helpers.killing import Kill, statuses
+from tests.helpers.testing import DEVICE, perturb, relative_error, small_config, small_vae
 
 NUM_IMAGES = 7
 # shards of 3 and batches of 2: batches that straddle shards, a last batch and a last shard that are not full

@@ -22,7 +22,7 @@ from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import to_blocks
 from madformer.pipeline import MADFormerPipeline
-from testing import perturb, small_vae
+from tests.helpers.testing import perturb, small_vae
 
 CONFIG = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
 GUIDED: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 4}

@@ -25,7 +25,7 @@ from madformer.engine.schedulers import default_scheduler
 from madformer.kernels import launch
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
+from tests.helpers.testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 
 FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from engine_cases import draw_noise, draw_prompt, make_model
 from madformer.config import MADFormerConfig, TextConfig, UNetConfig
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.training.losses import Batch, LossWeights, training_losses
+from tests.helpers.engine_cases import draw_noise, draw_prompt, make_model
 
 BASE: dict[str, Any] = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_blocks": 4, "block_size": 1,

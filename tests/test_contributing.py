@@ -19,9 +19,9 @@ FILES = re.compile(r'^```python title="([^"]+)"\n(.*?)^```$', re.DOTALL | re.MUL
 def test_the_op_of_the_example_passes_its_three_proofs(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: the example's kernels are NOT tested here")
     ignored = shutil.ignore_patterns("__pycache__", "results")
-    for folder in ("kernels", "benchmarks", "tests/kernels"):
+    for folder in ("kernels", "benchmarks", "tests/kernels", "tests/helpers"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    for name in ("pyproject.toml", "tests/testing.py", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     package = tmp_path / "package" / "madformer"
     package.mkdir(parents=True)
@@ -35,7 +35,7 @@ def test_the_op_of_the_example_passes_its_three_proofs(tmp_path: Path) -> None:
 
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     record = ROOT / "benchmarks" / "results" / "static" / "kernel_check.json"
-    check = ("benchmarks/kernel_check.py", "--op", "squared_relu", "--sm", "90", "--dtype", "bf16")
+    check = ("-m", "benchmarks.kernel_check", "--op", "squared_relu", "--sm", "90", "--dtype", "bf16")
     for command, said in (
         (("-m", "ruff", "check", *files), "All checks passed"),
         (("-m", "ruff", "format", "--check", *files), "already formatted"),

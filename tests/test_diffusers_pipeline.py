@@ -20,7 +20,7 @@ from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig, tiny
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import perturb, small_vae
+from tests.helpers.testing import perturb, small_vae
 
 CLONE = os.environ.get("MADFORMER_DIFFUSERS")
 UNUSED = ("transformers.test_models_transformer_flux", "unets.test_models_unet_2d_condition")

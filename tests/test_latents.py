@@ -20,7 +20,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from killing import Kill, statuses
 from madformer.cli.main import main
 from madformer.config import tiny
 from madformer.data import open_dataset
@@ -28,7 +27,8 @@ from madformer.data.encoding import EncodingReport, write_latents
 from madformer.data.latents import LatentDataset, LatentDescription, holds_latents
 from madformer.files.shards import ShardDataset, index_path
 from madformer.vae import encode, load_vae
-from testing import small_vae
+from tests.helpers.killing import Kill, statuses
+from tests.helpers.testing import small_vae
 
 NUM_IMAGES, BAD = 23, 9
 SIZE = 16

@@ -22,7 +22,7 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
 from madformer.pipeline_lora import WEIGHTS
-from testing import perturb, relative_error
+from tests.helpers.testing import perturb, relative_error
 
 pytest.importorskip("peft")
 

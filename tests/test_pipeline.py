@@ -30,7 +30,7 @@ from madformer.model.blocks import from_blocks, to_blocks
 from madformer.pipeline import MADFormerPipeline
 from madformer.sheets import image_grid
 from madformer.streaming import reports
-from testing import perturb, relative_error, small_vae
+from tests.helpers.testing import perturb, relative_error, small_vae
 
 TEXT = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
 CLASSES = tiny().replace(time_conditioning="unet+adaln", num_classes=3)

@@ -21,8 +21,8 @@ from madformer.config import TextConfig, tiny
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import perturb, relative_error
-from vae_cases import CLASSES, make_vae
+from tests.helpers.testing import perturb, relative_error
+from tests.helpers.vae_cases import CLASSES, make_vae
 
 CONFIG = tiny().replace(
     text=TextConfig(vocab_size=257, length=6, pad_token_id=256), time_conditioning="unet+adaln", num_classes=2

@@ -16,7 +16,7 @@ from madformer.seeds import check_seed, generator_of, seed_all
 from madformer.training.config import TrainingConfig
 from madformer.training.data import EpochOrder
 from madformer.training.parallel import World, make_model
-from testing import perturb, relative_error
+from tests.helpers.testing import perturb, relative_error
 
 LARGE = [2**32, 2**32 + 1, 2**33, 2**40 + 7, 2**62, 2**63 - 1]
 

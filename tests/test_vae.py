@@ -30,8 +30,8 @@ from madformer.vae import (
     tile_of,
     to_uint8,
 )
-from testing import DEVICE, assert_within_budget
-from vae_cases import CLASSES, make_vae
+from tests.helpers.testing import DEVICE, assert_within_budget
+from tests.helpers.vae_cases import CLASSES, make_vae
 
 ROOT = Path(__file__).parent.parent
 VAE = ROOT / "assets" / "emoji64" / "vae"

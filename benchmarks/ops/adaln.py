@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.adaln import adaln, adaln_ref
-from ops.case import Case, random
 
 BLOCKS, TOKENS, COLS, EPS = 32, 256, 1152, 1e-6
 LENGTH = BLOCKS * TOKENS

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
-from ops.case import Case, random
 
 FFHQ_1024 = BlockLayout(256, noise_blocks=16, clean_blocks=16)
 # The other widths of a head: in a last layer, in blocks that are smaller than a tile, with text and its triangle.

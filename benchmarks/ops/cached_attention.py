@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.cached_attention import cached_attention
-from ops.case import Case, random
 
 HEADS, HEAD_DIM = 18, 64
 BLOCK_SIZE, NUM_BLOCKS = 256, 16

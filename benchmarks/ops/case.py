@@ -80,4 +80,4 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 def every_case() -> Iterator[Case]:
     """The cases of all files beside this one that have some."""
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        yield from getattr(importlib.import_module(f"ops.{info.name}"), "cases", list)()
+        yield from getattr(importlib.import_module(f"benchmarks.ops.{info.name}"), "cases", list)()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS, denoise_step, denoise_step_ref
-from ops.case import Case, random
 
 SHAPE = (4, 32, 32)
 CLIP = 1.0

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.group_norm_silu import group_norm_silu
-from ops.case import Case, random
 
 NUM_GROUPS, EPS = 8, 1e-6
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ops.case import Case, random
 from madformer.kernels.qk_norm_rope import (
     qk_norm_rope,
     qk_norm_rope_cached,
     qk_norm_rope_cached_ref,
     qk_norm_rope_ref,
 )
-from ops.case import Case, random
 
 HEADS, HEAD_DIM = 18, 64
 STREAMS, STREAM_TOKENS = 2, 4096

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops.case import Case, Operation, random
 from madformer.kernels.rms_norm import rms_norm, rms_norm_ref
-from ops.case import Case, Operation, random
 
 ROWS, COLS, EPS = 8192, 1152, 1e-6
 

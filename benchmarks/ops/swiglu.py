@@ -7,8 +7,8 @@ import importlib.util
 
 import torch
 
+from benchmarks.ops.case import Case, Operation, random
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from ops.case import Case, Operation, random
 
 ROWS, COLS = 8192, 4096
 

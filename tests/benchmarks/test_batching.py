@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import batching
+from benchmarks import batching
 from madformer.conditioning.prompt import Prompt
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.sampler import Plan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import compare_released
+from benchmarks import compare_released
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data_path
+from benchmarks import data_path
 from madformer.config import tiny
 from madformer.data.latents import LatentDataset
 from madformer.training.data import BatchStream, Draws, Share

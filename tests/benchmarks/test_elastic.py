@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
 
-import elastic
+from benchmarks import elastic
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.data import draw_split
 from madformer.training.trainer import Trainer
-from testing import small_vae
-from training_run import stop_after
+from tests.helpers.testing import small_vae
+from tests.helpers.training_run import stop_after
 
 NAMES = ["fixed-1", "fixed-3", "elastic-1", "elastic-3"]
 

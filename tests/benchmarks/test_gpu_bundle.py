@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import gpu_bundle
+from benchmarks import gpu_bundle
 
 
 @pytest.fixture

@@ -11,15 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-import gpu_check
-import kernel_record
-import kernel_speed
-import report
-import timing
+from benchmarks import gpu_check, kernel_record, kernel_speed, report, timing
+from benchmarks.ops.case import Case, every_case
 from madformer.kernels import launch
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from ops.case import Case, every_case
-from testing import DEVICE
+from tests.helpers.testing import DEVICE
 
 ROOF = {"copy_tb_per_s": 4.0, "matmul_tflops": 800.0}
 

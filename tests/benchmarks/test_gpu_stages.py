@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import gpu_stages
-import kernel_record
-import kernel_speed
-import timing
-import visit
+from benchmarks import gpu_stages, kernel_record, kernel_speed, timing, visit
+from benchmarks.ops.case import Case
 from madformer.kernels import launch
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from ops.case import Case
-from testing import DEVICE
+from tests.helpers.testing import DEVICE
 
 pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 

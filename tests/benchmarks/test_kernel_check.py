@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import environment
+
 pytest.importorskip("triton", reason="Triton is not installed: kernels are NOT compiled here")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_check.py"
 
 # Compiled, not interpreted, so in a process of its own; in one, since starting takes longer than compiling. A file:
 # Triton reads the source of its kernels.
 PROGRAM = """
 import contextlib, io, json, sys
-sys.path.insert(0, {folder!r})
-import kernel_check
+from benchmarks import kernel_check
 import torch
 from madformer.kernels.launch import launch
-from ops.case import Case
+from benchmarks.ops.case import Case
 import triton, triton.language as tl
 
 @triton.jit
@@ -66,9 +64,10 @@ print(json.dumps(results))
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, str, str]]:
     """Exit status (or message), stdout and stderr of each call."""
     script = tmp_path_factory.mktemp("program") / "faulty.py"
-    script.write_text(PROGRAM.format(folder=str(SCRIPT.parent)))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    script.write_text(PROGRAM)
+    own = environment()
+    own.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, str(script)], env=own, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     parsed: dict[str, tuple[Any, str, str]] = json.loads(run.stdout.splitlines()[-1])
     return parsed

@@ -6,9 +6,9 @@ import json
 import time
 from pathlib import Path
 
-import many_samples
 import pytest
 
+from benchmarks import many_samples
 from madformer.data.images import ImageDataset
 
 

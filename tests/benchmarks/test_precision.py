@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import precision as benchmark
+from benchmarks import precision as benchmark
+from benchmarks.record import RESULTS
 from madformer.bulk import Prompts
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
@@ -19,8 +20,7 @@ from madformer.engine.precision import PRECISIONS
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from record import RESULTS
-from testing import perturb, small_vae
+from tests.helpers.testing import perturb, small_vae
 
 OPTIONS = ["--num-images", "3", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-import resume_released
+
+from benchmarks import resume_released
 
 CLONES = {"main": "MADFORMER_RELEASED", "imagenet": "MADFORMER_RELEASED_IMAGENET"}
 

@@ -12,16 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import launches
-import sampling
-from madformer.benchmark.bare import Work
-from madformer.benchmark.sampling import Roof
-from madformer.benchmark.timing import Spread
+from benchmarks import ROOT, launches, sampling
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan
+from madformer.measuring.bare import Work
+from madformer.measuring.sampling import Roof
+from madformer.measuring.timing import Spread
 from madformer.model import MADFormer
-from record import ROOT
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
 CPU = torch.device("cpu")

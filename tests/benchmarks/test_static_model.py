@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import static_model  # noqa: E402
+from benchmarks import static_model
+from tests.helpers import environment
 
 # A program with a loop in a loop; the inner one has two products of a warp group, and one wait for them.
 LISTING = """
@@ -99,12 +97,13 @@ def test_products_in_tensor_memory_are_read_from_tritons_listing() -> None:
 def test_a_kernel_that_got_worse_is_told(tmp_path: Path) -> None:
     """Against a record of itself nothing is told; with fewer instructions or more programs in it, each kernel is."""
     pytest.importorskip("triton", reason="Triton is not installed: kernels are NOT compiled here")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own = environment()
+    own.pop("TRITON_INTERPRET", None)
     record = tmp_path / "record.json"
 
     def check(*options: str) -> subprocess.CompletedProcess[str]:
-        script = [str(BENCHMARKS / "kernel_check.py"), "--op", "swiglu", "--sm", "90", "--dtype", "bf16", *options]
-        return subprocess.run([sys.executable, *script], env=environment, capture_output=True, text=True)
+        script = ["-m", "benchmarks.kernel_check", "--op", "swiglu", "--sm", "90", "--dtype", "bf16", *options]
+        return subprocess.run([sys.executable, *script], env=own, capture_output=True, text=True)
 
     result = check("--record", str(record))
     assert result.returncode == 0, result.stderr

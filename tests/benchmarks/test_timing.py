@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-import timing
+from benchmarks import timing
 
 CPU = torch.device("cpu")
 

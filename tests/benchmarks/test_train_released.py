@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import train_released
-from released import CannotCompare
-from train_released import OnCPU, Pictures, Run, compare, main
+from benchmarks import train_released
+from benchmarks.released import CannotCompare
+from benchmarks.train_released import OnCPU, Pictures, Run, compare, main
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch._dynamo  # takes seconds, which are not to be a contender's
 
-import training
-from madformer.benchmark.timing import Spread
+from benchmarks import training
+from benchmarks.released import TINY, dense_mask, load_released
+from benchmarks.training import COMPILED, OURS, RELEASED, Batch, Course, Models, Pass, Row, Sweep
+from madformer.measuring.timing import Spread
 from madformer.training.costs import Costs
-from released import TINY, dense_mask, load_released
-from training import COMPILED, OURS, RELEASED, Batch, Course, Models, Pass, Row, Sweep
 
 CLONE = os.environ.get("MADFORMER_RELEASED")
 CPU = torch.device("cpu")

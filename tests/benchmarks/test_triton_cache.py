@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import triton_cache
+from benchmarks import triton_cache
 from madformer.kernels import launch
 
 ROOT = Path(triton_cache.__file__).resolve().parents[1]
@@ -31,8 +31,8 @@ def test_what_no_launch_reads_is_removed(tmp_path: Path) -> None:
 def fill(sources: Path, cache: Path) -> set[str]:
     """The keys in the cache after all launches of an op by these sources."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(sources / "build" / "package")}
-    command = [sys.executable, sources / "benchmarks" / "triton_cache.py", "--op", "swiglu"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-m", "benchmarks.triton_cache", "--op", "swiglu"]
+    subprocess.run(command, cwd=sources, env=environment, check=True, capture_output=True)
     return {path.name for path in cache.iterdir()}
 
 

@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-import visit
-from visit import Entry, Journal, Stage, Visit, write_whole
+from benchmarks import visit
+from benchmarks.visit import Entry, Journal, Stage, Visit, write_whole
 
-BENCHMARKS = Path(visit.__file__).parent
+ROOT = Path(visit.__file__).parents[1]
 
 # A stage of five rows that skips what is known, as gpu_stages.py does, and fails at the third in the way it is told.
 DEVICE = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from visit import emit, known
+from benchmarks.visit import emit, known
 name, fault = sys.argv[2:4]
 done = {entry["row"] for entry in known() if entry["kind"] == "row"}
 begun = {entry["row"] for entry in known() if entry["kind"] == "begun"} - done
@@ -53,7 +53,7 @@ for row in sorted((row for row in rows if row not in done), key=lambda row: row 
 def stage(folder: Path, name: str, fault: str = "", limit: float = 20.0, **options: Any) -> Stage:
     script = folder / "device.py"
     script.write_text(DEVICE)
-    return Stage(name, (sys.executable, "-S", str(script), str(BENCHMARKS), name, fault or "none"), limit, **options)
+    return Stage(name, (sys.executable, "-S", str(script), str(ROOT), name, fault or "none"), limit, **options)
 
 
 def rows(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -125,11 +125,11 @@ def test_a_program_that_is_not_there_fails_its_stage(tmp_path: Path) -> None:
 
 DRIVER = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_visit import Visit, rows, stage
-folder = Path(sys.argv[3])
-fault = {sys.argv[4]: "hang"} if sys.argv[4] else {}
+from tests.benchmarks.test_visit import Visit, rows, stage
+folder = Path(sys.argv[2])
+fault = {sys.argv[3]: "hang"} if sys.argv[3] else {}
 Visit(folder / "out", rows).run([stage(folder, name, fault.get(name, "")) for name in "abc"])
 """
 
@@ -137,8 +137,7 @@ Visit(folder / "out", rows).run([stage(folder, name, fault.get(name, "")) for na
 @pytest.mark.parametrize("where", ["a", "b", "c"])
 def test_the_visit_itself_is_killed(where: str, tmp_path: Path) -> None:
     """In each stage, with two of its rows found: the record holds them, and a second visit does the rest."""
-    tests = Path(__file__).parent
-    command = [sys.executable, "-c", DRIVER, str(BENCHMARKS), str(tests), str(tmp_path), where]
+    command = [sys.executable, "-c", DRIVER, str(ROOT), str(tmp_path), where]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     out = tmp_path / "out" / "rows.json"
     deadline = time.monotonic() + 60

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
 from madformer.files.atomic import remove_leftovers_of
+from tests.helpers.bulk_cases import NOTHING, settings
 
 WRITER = """
 import sys

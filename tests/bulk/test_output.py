@@ -20,7 +20,7 @@ from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.sheets import MAX_PIXELS, check_grid, grid_shape, image_grid
-from testing import perturb, small_config, small_vae
+from tests.helpers.testing import perturb, small_config, small_vae
 
 
 def save(folder: Path, *, broken: bool = False, **changes: object) -> Path:

@@ -9,10 +9,10 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from bulk_cases import NOTHING, settings
 
 from madformer.bulk import OutputFolder
 from madformer.files.number_set import NumberSet
+from tests.helpers.bulk_cases import NOTHING, settings
 
 
 def test_an_image_set_is_a_set() -> None:

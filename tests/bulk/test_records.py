@@ -27,7 +27,7 @@ from madformer.engine.schedulers import default_scheduler
 from madformer.files.shards import ShardDataset
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from testing import perturb, small_config, small_vae
+from tests.helpers.testing import perturb, small_config, small_vae
 
 PROMPTS = ["Käse 🧀 'mit' \"Loch\"", "--a cat; $(rm -rf ~)"]
 OPTIONS = ["--guidance", "2.5", "--negative-prompt", "blur", "--guidance-interval", "0,900", "--class", "Food & Drink"]

@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from compat_cases import (
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+import madformer
+from madformer.kernels.dispatch import BackendUnavailableError
+from tests.helpers.compat_cases import (
     BASELINE,
     CASES,
     OUTPUT_TOLERANCE,
@@ -26,12 +31,7 @@ from compat_cases import (
     loss_of,
     make_compat,
 )
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
-
-import madformer
-from madformer.kernels.dispatch import BackendUnavailableError
-from testing import GoldenCase, relative_error
+from tests.helpers.testing import GoldenCase, relative_error
 
 
 def name_of(case: GoldenCase) -> str:
@@ -310,7 +310,7 @@ def test_released_class(branch: str, flags: dict[str, bool], tmp_path: Path) -> 
     pytest.importorskip("einops")
     if CLONES[branch] not in os.environ:
         pytest.skip(f"{CLONES[branch]} does not name a clone")
-    from released import LATENT_CHANNELS, TINY, load_released
+    from benchmarks.released import LATENT_CHANNELS, TINY, load_released
 
     has_text = branch == "imagenet"
     path = tmp_path / "model.json"

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import CLASS_CASE as CASE
-from compat_cases import OUTPUT_TOLERANCE, SAMPLE_TOLERANCE, SCHEDULERS, assert_golden_gradients, make_acdit
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -18,7 +16,15 @@ from madformer.conditioning.prompt import Prompt
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
-from testing import relative_error
+from tests.helpers.compat_cases import CLASS_CASE as CASE
+from tests.helpers.compat_cases import (
+    OUTPUT_TOLERANCE,
+    SAMPLE_TOLERANCE,
+    SCHEDULERS,
+    assert_golden_gradients,
+    make_acdit,
+)
+from tests.helpers.testing import relative_error
 
 SCALES = (1.0, 2.0)
 

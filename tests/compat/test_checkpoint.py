@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from compat_cases import BASELINE
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from madformer.cli.main import main
 from madformer.compat.checkpoint import ReleasedCheckpoint
 from madformer.compat.madformer_ffhq import MADFormer, read_model_config
 from madformer.model import MADFormer as NativeMADFormer
+from tests.helpers.compat_cases import BASELINE
 
 SIZES = ("block_size", "ar_len", "spatial_len", "diff_depth")
 ARGUMENTS = {name: BASELINE.geometry[name] for name in SIZES}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from madformer.compat.madformer_ffhq import MADFormer
 from madformer.model.blocks import to_maps
-from testing import perturb, relative_error
+from tests.helpers.testing import perturb, relative_error
 
 accelerate = pytest.importorskip("accelerate")
 

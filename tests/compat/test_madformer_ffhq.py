@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import (
+from diffusers import DDIMScheduler
+from torch import nn
+from torch.nn.utils import parametrize
+
+from madformer.compat.madformer_ffhq import MADFormer
+from madformer.engine.options import SamplingOptions
+from madformer.engine.sampler import Sampler
+from madformer.model import MADFormer as NativeMADFormer
+from madformer.model.blocks import to_maps
+from tests.helpers.compat_cases import (
     BASELINE,
     CASES,
     GRADIENT_NOISE,
@@ -24,16 +33,7 @@ from compat_cases import (
     golden_samples,
     make_compat,
 )
-from diffusers import DDIMScheduler
-from torch import nn
-from torch.nn.utils import parametrize
-
-from madformer.compat.madformer_ffhq import MADFormer
-from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Sampler
-from madformer.model import MADFormer as NativeMADFormer
-from madformer.model.blocks import to_maps
-from testing import GoldenCase, relative_error
+from tests.helpers.testing import GoldenCase, relative_error
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -8,17 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from compat_cases import (
-    OUTPUT_TOLERANCE,
-    SAMPLE_TOLERANCE,
-    SCHEDULERS,
-    arguments,
-    assert_golden_samples,
-    assert_golden_training,
-    make_compat,
-)
-from compat_cases import TEXT_BASELINE as BASELINE
-from compat_cases import TEXT_CASES as CASES
 from diffusers import DDIMScheduler
 
 from madformer import from_released
@@ -29,7 +18,18 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
-from testing import GoldenCase, relative_error
+from tests.helpers.compat_cases import (
+    OUTPUT_TOLERANCE,
+    SAMPLE_TOLERANCE,
+    SCHEDULERS,
+    arguments,
+    assert_golden_samples,
+    assert_golden_training,
+    make_compat,
+)
+from tests.helpers.compat_cases import TEXT_BASELINE as BASELINE
+from tests.helpers.compat_cases import TEXT_CASES as CASES
+from tests.helpers.testing import GoldenCase, relative_error
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from madformer.compat import acdit, export, madformer_ffhq, madformer_imagenet
-from testing import GOLDEN
+from tests.helpers.testing import GOLDEN
 
 SWITCHES = ("clear_clean", "clear_cond", "denoising_mlp")
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
@@ -70,7 +70,7 @@ def test_order_is_that_of_the_clone(family: str, variant: dict[str, Any], tmp_pa
     pytest.importorskip("einops")
     if CLONES[family] not in os.environ:
         pytest.skip(f"{CLONES[family]} does not name a clone")
-    from released import load_released
+    from benchmarks.released import load_released
 
     module = load_released(Path(os.environ[CLONES[family]]), "cpu")
     module.MADFormerConfig.rope_theta = 10_000.0

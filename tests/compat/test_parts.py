@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from compat_cases import Released as StandIn
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,7 +17,8 @@ import madformer
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.acdit import ACDiT
 from madformer.compat.parts import Released
-from testing import perturb, relative_error
+from tests.helpers.compat_cases import Released as StandIn
+from tests.helpers.testing import perturb, relative_error
 
 CONFIG = {
     "intermediate_size": 32, "unet_block_out_channels": [8], "unet_num_layers_per_block": [1], "unet_resnet_groups": 4,

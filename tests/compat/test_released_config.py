@@ -8,9 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-from compat_cases import BASELINE as FFHQ_CASE
-from compat_cases import HIDDEN_WEIGHT, OUTPUT_TOLERANCE, TEXT_WEIGHT, make_compat
-from compat_cases import TEXT_BASELINE as IMAGENET_CASE
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -20,7 +17,10 @@ from madformer.data.images import open_dataset
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import loss_weights
 from madformer.training.losses import Batch, training_losses
-from testing import GoldenCase
+from tests.helpers.compat_cases import BASELINE as FFHQ_CASE
+from tests.helpers.compat_cases import HIDDEN_WEIGHT, OUTPUT_TOLERANCE, TEXT_WEIGHT, make_compat
+from tests.helpers.compat_cases import TEXT_BASELINE as IMAGENET_CASE
+from tests.helpers.testing import GoldenCase
 
 # The released baselines, as their own shell syntax allows to write it.
 BASELINE = """

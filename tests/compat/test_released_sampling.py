@@ -15,14 +15,14 @@ from unittest import mock
 
 import pytest
 import torch
-from compat_cases import BASELINE, SAMPLE_TOLERANCE, TEXT_BASELINE, make_compat
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.export import save_released
 from madformer.compat.madformer_ffhq import read_model_config
-from testing import GoldenCase, relative_error, small_vae
+from tests.helpers.compat_cases import BASELINE, SAMPLE_TOLERANCE, TEXT_BASELINE, make_compat
+from tests.helpers.testing import GoldenCase, relative_error, small_vae
 
 CLONES = {"ffhq": "MADFORMER_RELEASED", "imagenet": "MADFORMER_RELEASED_IMAGENET"}
 FAMILIES = {"ffhq": madformer_ffhq.MADFormer, "imagenet": madformer_imagenet.MADFormer}
@@ -87,7 +87,7 @@ def test_args_are_those_that_the_clone_reads(branch: str) -> None:
 @each_branch
 def test_the_script_draws_what_we_draw(branch: str, exported: Path) -> None:
     """Run twice, with its own class and with ours: both load the file strictly, and give the same pictures."""
-    from released import load_released
+    from benchmarks.released import load_released
 
     clone = clone_of(branch)
     module = load_released(clone, "cpu")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from compat_cases import BASELINE, CASES, TEXT_BASELINE, Released, arguments, loss_of, make_compat
 from torch import Tensor, nn
 
 import madformer
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from testing import GoldenCase, relative_error
+from tests.helpers import environment
+from tests.helpers.compat_cases import BASELINE, CASES, TEXT_BASELINE, Released, arguments, loss_of, make_compat
+from tests.helpers.testing import GoldenCase, relative_error
 
 STEPS, LEARNING_RATE, MAX_NORM, EMA_DECAY = 2, 1e-4, 1.0, 0.5
 
@@ -126,7 +126,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from test_training_use import RUNS, train
+from tests.compat.test_training_use import RUNS, train
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
@@ -157,11 +157,10 @@ def train(kind: str, case: GoldenCase, rank: int, world: int) -> dict[str, dict[
 
 def test_ddp_without_find_unused_parameters(tmp_path: Path) -> None:
     """Two ranks with an image each take the steps that one process takes with both."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    own = environment(OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", WORKER]
     ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=own, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]

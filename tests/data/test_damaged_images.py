@@ -12,16 +12,16 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import fuzzing
 import numpy as np
 import pytest
 import torch
-from fuzz_seeds import png_chunk, sound_files
 from PIL import Image
 
 from madformer.data.images import UnreadableImageError, decode_image, open_dataset
 from madformer.data.metadata import without_metadata
 from madformer.data.pixels import decode
+from tests.helpers import fuzzing
+from tests.helpers.fuzz_seeds import png_chunk, sound_files
 
 # files on which earlier readers failed, found by `fuzzing`
 CORPUS = json.loads((Path(__file__).parent / "damaged_images.json").read_text())

@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
 from madformer.conditioning.prompt import Prompt
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
@@ -20,8 +19,9 @@ from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import NonFiniteError, Sampler
 from madformer.model import MADFormer
-from recording import RecordingLauncher
-from testing import relative_error
+from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
+from tests.helpers.recording import RecordingLauncher
+from tests.helpers.testing import relative_error
 
 TOLERANCE = 1e-4
 LAUNCHERS: dict[str, Callable[[], Launcher]] = {"eager": EagerLauncher, "captured": RecordingLauncher}

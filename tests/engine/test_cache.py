@@ -11,7 +11,7 @@ from madformer.config import TextConfig, tiny
 from madformer.engine.cache import ConditioningCache
 from madformer.kernels import launch
 from madformer.model.layer import Projections
-from testing import DEVICE
+from tests.helpers.testing import DEVICE
 
 CONFIG = tiny().replace(num_heads=3, hidden_size=192, num_blocks=4, block_size=4, num_layers=2)
 HEADS, HEAD_DIM, BLOCK = CONFIG.num_heads, CONFIG.head_dim, CONFIG.block_size

@@ -16,7 +16,6 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from engine_cases import draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
@@ -24,6 +23,7 @@ from madformer.engine.pool import PlanPool
 from madformer.engine.running import InUseError
 from madformer.engine.sampler import Sampler
 from madformer.streaming import reports
+from tests.helpers.engine_cases import draw_noise, make_model
 
 STEPS = 2
 CONFIG = tiny().replace(num_blocks=2, block_grid=(1, 2))

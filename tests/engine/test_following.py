@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
@@ -25,8 +24,9 @@ from madformer.engine.sampler import Sampler
 from madformer.engine.structure import UnknownPartError, signature
 from madformer.model import MADFormer
 from madformer.model.layer import Tower
-from recording import RecordingLauncher
-from testing import relative_error
+from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.recording import RecordingLauncher
+from tests.helpers.testing import relative_error
 
 STEPS = 2
 Change = Callable[[MADFormer], object]

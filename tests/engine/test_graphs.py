@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
-from recording import HostReadError, RecordingLauncher
+from tests.helpers.engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from tests.helpers.recording import HostReadError, RecordingLauncher
 
 
 def make_plan(

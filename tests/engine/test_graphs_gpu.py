@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from engine_cases import BATCH, CASES, draw_noise, draw_prompt, make_model
 from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
-from testing import DEVICE, relative_error
+from tests.helpers.engine_cases import BATCH, CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import DEVICE, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

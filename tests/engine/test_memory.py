@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from engine_cases import STEPS, draw_noise, make_model
 from madformer.config import tiny
 from madformer.engine import memory
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler, bytes_per_image
-from testing import DEVICE
+from tests.helpers.engine_cases import STEPS, draw_noise, make_model
+from tests.helpers.testing import DEVICE
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedConv2d, PackedLinear, can_pack, digest, packed
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
-from testing import assert_within_budget, perturb, relative_error
+from tests.helpers.testing import assert_within_budget, perturb, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -22,7 +22,7 @@ from madformer.kernels.dispatch import BackendUnavailableError
 from madformer.model import MADFormer
 from madformer.model.layer import SwiGLU, Tower
 from madformer.pipeline import MADFormerPipeline
-from testing import DEVICE, perturb, relative_error
+from tests.helpers.testing import DEVICE, perturb, relative_error
 
 U = 2.0**-4
 BF16 = torch.finfo(torch.bfloat16).eps / 2

@@ -19,14 +19,14 @@ from diffusers import (
 )
 from torch import Tensor
 
-from engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.conditioning.prompt import Prompt
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Change, NonFiniteError, Progress, Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput
-from testing import relative_error
+from tests.helpers.engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import relative_error
 
 TOLERANCE = 1e-4
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from madformer.engine.schedule import PREDICTION_TYPES, Schedule, ScheduleTable, tabulate
 from madformer.kernels.denoise_step import denoise_step
-from testing import relative_error
+from tests.helpers.testing import relative_error
 
 # The longest trajectories of the grid differ by 4e-6: diffusers computes its coefficients in float32, the
 # table in float64.

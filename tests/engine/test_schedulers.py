@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from engine_cases import CASES, draw_noise, draw_prompt, make_model
 from madformer.engine.options import SamplingOptions
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import SHORT_NAMES, USABLE, check_name, check_scheduler, scheduler_class
-from testing import relative_error
+from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import relative_error
 
 EVERY = [
     name

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fake_gpu
+from tests.helpers import fake_gpu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from engine_cases import CASES
-from fake_gpu import GPU, Watch, make_model
 from madformer.config import ffhq1024
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
+from tests.helpers.engine_cases import CASES
+from tests.helpers.fake_gpu import GPU, Watch, make_model
 
 ALL = {"ffhq1024": ffhq1024(), **CASES}
 PASSES = ("first_block", "denoise", "next_block")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from fake_gpu import GPU, Watch, make_model
 from madformer.config import ffhq1024, tiny
 from madformer.engine import precision
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import apply, quantize_rows, unquantized
 from madformer.engine.sampler import Sampler
+from tests.helpers.fake_gpu import GPU, Watch, make_model
 
 TRACED = {"fullgraph": True, "backend": "aot_eager"}  # Inductor's code would ask the GPU
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import environment
+
 FOLDER = Path(__file__).parent
 COMPILER = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None)
 
@@ -28,9 +30,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(stub: Path, *models: str) -> list[dict[str, object]]:
     command = [sys.executable, FOLDER / "training_steps.py", *models]
-    path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "LD_PRELOAD": str(stub), "PYTHONPATH": path}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment(LD_PRELOAD=str(stub)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fake_gpu import GPU, Watch
+from tests.helpers.fake_gpu import GPU, Watch
 
 READS: dict[str, Callable[[Tensor], object]] = {
     "item": lambda x: x.sum().item(),

@@ -13,11 +13,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from engine_cases import CASES
-from fake_gpu import GPU, Watch, make_model, pretended_gpu
 from madformer.config import MADFormerConfig, ffhq1024, tiny
 from madformer.training.losses import Batch, Losses, LossWeights, training_losses
 from madformer.training.optimization import MovingAverages, StepGuard
+from tests.helpers.engine_cases import CASES
+from tests.helpers.fake_gpu import GPU, Watch, make_model, pretended_gpu
 
 BATCH = 2
 DEVICES = 64

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from madformer.kernels.adaln import adaln, adaln_ref
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype, relative_error
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype, relative_error
 
 ALL = frozenset({"residual", "gate", "weight", "bias"})
 triton = partial(adaln, backend="triton")

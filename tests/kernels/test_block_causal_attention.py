@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from madformer.kernels import dispatch
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention, peers, reference
-from testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget
 
 FLAGS = [
     dict(zip(("cross_block", "text_queries", "clean_queries"), values, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor, library
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention, op
 from madformer.kernels.block_causal_attention import forward as forward_kernel
 from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked
-from testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
 
 SCALE = 0.3
 

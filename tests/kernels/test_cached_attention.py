@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from madformer.kernels.cached_attention import cached_attention, cached_attention_ref
 from madformer.kernels.cached_attention.op import choose_num_splits, choose_settings
 from madformer.kernels.launch import Target, compiling_for, target
-from testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
 
 Inputs = dict[str, Tensor]
 each_backend = pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from madformer.kernels import dispatch
 from madformer.kernels.denoise_step import denoise_step, denoise_step_ref
-from testing import COMPILER, DEVICE, assert_within_budget, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_within_budget, each_dtype
 
 NAN = float("nan")
 CPP, TRITON = (next(status for status in dispatch.report() if status.backend == name) for name in ("cpp", "triton"))

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from madformer.kernels import group_norm_silu as module
 from madformer.kernels.group_norm_silu import Settings, choose_settings, group_norm_silu, group_norm_silu_ref
 from madformer.kernels.launch import Target
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 H200 = Target(capability=90, num_sms=132)
 

@@ -11,7 +11,7 @@ import torch
 from madformer.kernels import dispatch, launch
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.swiglu import swiglu
-from testing import DEVICE
+from tests.helpers.testing import DEVICE
 
 needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -22,7 +22,7 @@ from madformer.kernels.group_norm_silu import group_norm_silu
 from madformer.kernels.qk_norm_rope import qk_norm_rope
 from madformer.kernels.rms_norm import rms_norm as norm
 from madformer.kernels.swiglu import swiglu as gated
-from testing import DEVICE
+from tests.helpers.testing import DEVICE
 
 pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed: kernels are NOT tested here")
 IMPLEMENTATIONS = {

@@ -16,7 +16,7 @@ from madformer.kernels.qk_norm_rope import launchers, qk_norm_rope, qk_norm_rope
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model.layer import QK_NORM_EPS, Tower
 from madformer.model.rope import rope_tables
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 STATUSES = {status.backend: status for status in dispatch.report()}
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor, library
 
 from madformer.kernels import dispatch
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached, qk_norm_rope_ref
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 STATUSES = {status.backend: status for status in dispatch.report()}
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, library
 
 from madformer.kernels.norm_common import choose_backward_settings, choose_forward_settings, choose_splits
 from madformer.kernels.rms_norm import rms_norm, rms_norm_ref
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 EPS = 1e-5
 triton = partial(rms_norm, eps=EPS, backend="triton")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
 
 def make_inputs(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

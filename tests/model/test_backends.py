@@ -16,7 +16,7 @@ from madformer.kernels import launch
 from madformer.kernels.dispatch import BackendUnavailableError
 from madformer.model import MADFormer
 from madformer.model.layer import set_backend
-from testing import DEVICE, Move, assert_within_noise, float32_noise, perturb
+from tests.helpers.testing import DEVICE, Move, assert_within_noise, float32_noise, perturb
 
 CASES: dict[str, MADFormerConfig] = {
     "both contexts, axial": tiny(),

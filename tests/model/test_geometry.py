@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from madformer.config import MADFormerConfig, tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model.blocks import block_order, from_blocks, from_maps, in_order, order_around, to_blocks, to_maps
 from madformer.model.rope import rope_tables, token_positions
-from testing import relative_error
+from tests.helpers.engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import relative_error
 
 WIDE = tiny().replace(num_blocks=6, block_grid=(3, 2), block_shape=(1, 4))
 SPIRALS = {

@@ -17,7 +17,7 @@ from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
 from madformer.model.rope import rope_tables, token_positions
 from madformer.model.unet import TimestepEmbedding, skip_channels, skip_levels
-from testing import perturb, relative_error
+from tests.helpers.testing import perturb, relative_error
 
 TEXT = TextConfig(vocab_size=11, length=5)
 MODELS = {

@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from engine_cases import draw_noise, draw_prompt
 from madformer import MADFormer, MADFormerConfig
 from madformer.config import emoji64, tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
-from testing import perturb, relative_error
+from tests.helpers.engine_cases import draw_noise, draw_prompt
+from tests.helpers.testing import perturb, relative_error
 
 CONFIGS = {
     "U-Net": tiny(),

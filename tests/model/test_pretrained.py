@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from madformer import MADFormer, MADFormerConfig, MADFormerOutput
 from madformer.config import emoji64, tiny
-from testing import perturb
+from tests.helpers.testing import perturb
 
 PIECES = {"max_shard_size": "500KB"}
 PICKLED = {"safe_serialization": False}

@@ -11,7 +11,7 @@ from madformer.training import trainer
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs
 from madformer.training.trainer import Trainer
-from training_run import make_config
+from tests.helpers.training_run import make_config
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from madformer.cli.main import main
 from madformer.cli.train import Train
 from madformer.objects import changed
 from madformer.training.config import PRESETS, TrainingConfig
-from training_run import losses
+from tests.helpers.training_run import losses
 
 # a model without a U-Net and without text, where the preset has the one and may have the other
 START = """

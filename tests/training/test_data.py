@@ -39,7 +39,7 @@ from madformer.training.data import (
 )
 from madformer.training.losses import Batch
 from madformer.vae import encode, load_vae
-from testing import DEVICE, small_vae
+from tests.helpers.testing import DEVICE, small_vae
 
 CONFIG = tiny()
 SIZE, NUM_IMAGES, GLOBAL_BATCH = 16, 14, 12

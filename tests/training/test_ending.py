@@ -25,7 +25,7 @@ from madformer.data.workers import fetch_batches
 from madformer.training.export import load_checkpoint
 from madformer.training.stopping import Ending
 from madformer.training.trainer import Trainer
-from training_run import losses, metrics
+from tests.helpers.training_run import losses, metrics
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -21,7 +21,7 @@ from madformer.model.blocks import from_blocks, to_maps
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import TrainingConfig
 from madformer.training.trainer import Trainer
-from testing import perturb, relative_error
+from tests.helpers.testing import perturb, relative_error
 
 RELEASED = {
     "hidden_size": 128, "num_heads": 2, "rope_pairing": "released", "clean_timestep": "noisy",

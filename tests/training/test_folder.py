@@ -23,7 +23,7 @@ from madformer.files.atomic import atomic_path, locked, remove_leftovers
 from madformer.training import trainer as trainer_module
 from madformer.training.config import MAY_CHANGE, TrainingConfig
 from madformer.training.trainer import Trainer
-from training_run import MODEL, losses, stop_after
+from tests.helpers.training_run import MODEL, losses, stop_after
 
 
 def contents(folder: Path) -> dict[str, bytes]:

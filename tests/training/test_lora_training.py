@@ -13,8 +13,8 @@ from madformer import MADFormer
 from madformer.cli.main import main
 from madformer.training.config import TrainingConfig
 from madformer.training.trainer import Trainer
-from testing import perturb, relative_error
-from training_run import losses, stop_after
+from tests.helpers.testing import perturb, relative_error
+from tests.helpers.training_run import losses, stop_after
 
 pytest.importorskip("peft")
 

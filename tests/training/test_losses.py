@@ -19,7 +19,7 @@ from madformer.training.losses import (
     prediction_target,
     training_losses,
 )
-from testing import perturb
+from tests.helpers.testing import perturb
 
 
 def make_model(**changes: object) -> MADFormer:

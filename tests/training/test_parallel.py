@@ -17,7 +17,7 @@ from madformer.training import parallel
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
 from madformer.training.trainer import Trainer
-from training_run import ROUNDING, losses, run_apart
+from tests.helpers.training_run import ROUNDING, losses, run_apart
 
 TEXT_MODEL = tiny().replace(
     text=TextConfig(vocab_size=257, length=6, pad_token_id=256), elastic_diffusion_layers=(1, 2)

@@ -24,7 +24,7 @@ from madformer.training.data import draw_split
 from madformer.training.losses import Batch
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.trainer import Trainer
-from training_run import ROUNDING, losses, metrics, stop_after
+from tests.helpers.training_run import ROUNDING, losses, metrics, stop_after
 
 
 def test_a_run_leaves_a_model_to_sample_from(unbroken: Path) -> None:

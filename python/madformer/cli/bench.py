@@ -24,7 +24,7 @@ class Bench(Request):
     goes: autoregressive passes, the Transformer's and the U-Net's part of the denoising steps, the autoencoder, and the
     host. Beside it stand two floors: the operations of the batch over the rate of a large matrix product measured here,
     and the bytes of the weights over the rate of a large copy; how much of the first is reached; and what the engine
-    takes beyond the network's passes called directly. madformer.benchmark.sampling says how each is measured.
+    takes beyond the network's passes called directly. madformer.measuring.sampling says how each is measured.
 
     examples:
       madformer bench --model assets/emoji64
@@ -45,11 +45,11 @@ class Bench(Request):
 
     def run(self) -> None:
         _check(self)
-        from madformer.benchmark import report
-        from madformer.benchmark.sampling import Roof, sweep
         from madformer.engine.options import SamplingOptions
         from madformer.engine.sampler import Sampler
         from madformer.files.atomic import write_json
+        from madformer.measuring import report
+        from madformer.measuring.sampling import Roof, sweep
 
         request = resolved(self)
         pipeline = _load(request)
@@ -138,8 +138,8 @@ def _load(request: Bench) -> MADFormerPipeline:
 def _head(request: Bench, pipeline: MADFormerPipeline, roof: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from madformer.benchmark.bare import Work
     from madformer.machine import environment
+    from madformer.measuring.bare import Work
 
     model = pipeline.transformer
     return {

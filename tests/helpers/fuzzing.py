@@ -1,6 +1,6 @@
 """Damages picture files in ways that follow from a number, and says what a reader made of them.
 
-    python tests/fuzzing.py [--what pictures] [--first 0] [--count 240000] [--per-process 2000]
+    python -m tests.helpers.fuzzing [--what pictures] [--first 0] [--count 240000] [--per-process 2000]
 
 Case ``i`` is the same wherever the same Pillow wrote the files that are damaged. Even cases break any byte of a file,
 chunk by chunk with the checksums mended or blindly: the reader may refuse it, in one line. Odd cases break the metadata
@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz_seeds import png_chunk, sound_files
-from fuzz_shards import check_shard, make_shard, sound_shards
 from PIL import Image
 
 from madformer.data.images import UnreadableImageError, decode_image
 from madformer.data.pixels import decode
+from tests.helpers.fuzz_seeds import png_chunk, sound_files
+from tests.helpers.fuzz_shards import check_shard, make_shard, sound_shards
 
 SHAPE = (8, 8)
 ORIENTATION = 0x0112

@@ -1,4 +1,4 @@
-"""What tests share: the error budget, the golden cases. Import it as ``from testing import ...``."""
+"""What tests share: the error budget, the golden cases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig, UNetConfig, tiny
+from tests.helpers import ROOT
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -179,7 +180,7 @@ def _run(
     return {name: x.detach() for name, x in named.items()}, dtypes
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @dataclass(frozen=True)

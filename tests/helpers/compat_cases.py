@@ -22,7 +22,7 @@ from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import RMSNorm, SwiGLU
 from madformer.model.unet import ResnetBlock
-from testing import GoldenCase, golden_case, golden_cases, relative_error
+from tests.helpers.testing import GoldenCase, golden_case, golden_cases, relative_error
 
 CASES, TEXT_CASES = golden_cases("ffhq"), golden_cases("imagenet")
 BASELINE, TEXT_BASELINE = CASES[0], TEXT_CASES[0]

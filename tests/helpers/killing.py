@@ -1,6 +1,6 @@
 """Runs of the command line that a certain call ends by SIGKILL; and, as a program, the process that they fork from.
 
-python killing.py RUNS
+python -m tests.helpers.killing RUNS
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from tests.helpers import environment
+
 
 class Kill(NamedTuple):
     """At the ``number``-th call of the named functions together, in whatever thread; ``after``: when it has ended."""
@@ -27,8 +29,8 @@ class Kill(NamedTuple):
 
 def statuses(runs: Sequence[tuple[Sequence[str], Kill | None]]) -> list[int]:
     """Of ``madformer`` with each run's arguments, one run after the other: ``-signal.SIGKILL`` for a killed one."""
-    command = [sys.executable, __file__, json.dumps(runs)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", __name__, json.dumps(runs)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     print(result.stderr)
     assert result.returncode == 0
     return json.loads(result.stdout.splitlines()[-1])

@@ -1,12 +1,11 @@
 """A run for tests: ten small images, a VAE for them, six steps; and, as a program, the same in processes of its own.
 
-python training_run.py FOLDER CONFIG.json [STOP_AFTER]
+python -m tests.helpers.training_run FOLDER CONFIG.json [STOP_AFTER]
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ from PIL import Image
 from madformer.training.config import TrainingConfig
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
-from testing import small_config, small_vae
+from tests.helpers import environment
+from tests.helpers.testing import small_config, small_vae
 
 # Relative, of losses summed in another order: 1.0e-5 was seen, since Adam's first steps are as long for a gradient that
 # is all rounding as for any other.
@@ -69,13 +69,13 @@ def command(folder: Path, config: TrainingConfig, processes: int = 1, stop: int 
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, __file__, str(folder), str(file), str(stop)]
+    return [*start, "-m", __name__, str(folder), str(file), str(stop)]
 
 
 def run_apart(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0, timeout: float = 300) -> None:
     """In processes of its own, which SIGKILL ends after ``timeout`` seconds."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(folder, config, processes, stop), env=environment, check=True, timeout=timeout)
+    own = environment(OMP_NUM_THREADS="1")
+    subprocess.run(command(folder, config, processes, stop), env=own, check=True, timeout=timeout)
 
 
 if __name__ == "__main__":

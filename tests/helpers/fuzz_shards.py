@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from fuzz_seeds import sound_files
 
 from madformer.data.images import UnreadableImageError, open_dataset
 from madformer.data.latents import LatentDataset, LatentDescription
+from tests.helpers.fuzz_seeds import sound_files
 
 SHAPE = (4, 2, 2)
 

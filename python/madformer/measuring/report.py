@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from madformer.benchmark.sampling import PARTS, Roof, Row, Sweep
 from madformer.files.atomic import atomic_path
+from madformer.measuring.sampling import PARTS, Roof, Row, Sweep
 
 HEADINGS = {"ar": "AR", "transformer": "Transf.", "unet": "U-Net", "vae": "VAE", "host": "host"}
 LABELS = HEADINGS | {"ar": "AR passes", "transformer": "Transformer"}

@@ -8,7 +8,7 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig, TextConfig, tiny
 from madformer.model import MADFormer
-from testing import perturb
+from tests.helpers.testing import perturb
 
 BATCH, STEPS = 2, 3
 TEXT = TextConfig(vocab_size=11, length=5)

@@ -12,11 +12,11 @@ How each figure is measured. All are medians over interleaved rounds, after one 
 * ``vae``: marks around the decoding of that run's latents.
 * ``host``: what is left of ``seconds``: Python between launches, noise, checks; on a GPU the time between events.
 * ``bare_seconds``: wall time of the passes of one block, autoregressive and denoising, of
-  :class:`~madformer.benchmark.bare.BareModel` over the same packed weights; on a GPU captured as well. ``overhead`` is
+  :class:`~madformer.measuring.bare.BareModel` over the same packed weights; on a GPU captured as well. ``overhead`` is
   what the plan's launches of a block take beyond that, as a fraction of it: updates, slots, schedule, the lengths of
   the prefixes. It is the median of the ratios of neighbouring pairs, each in both orders, because a hundredth of a
   second is less than what a shared machine adds to it.
-* ``operations_floor``: operations (:class:`~madformer.benchmark.bare.Work`) over the rate of a large matrix product in
+* ``operations_floor``: operations (:class:`~madformer.measuring.bare.Work`) over the rate of a large matrix product in
   the same dtype on the same device and threads. ``bytes_floor``: the weights of a denoising step, read once a step,
   over the rate of a large copy (bytes read and written). Both without the autoencoder.
 * ``fraction_of_roof``: ``operations_floor`` over the time of the run without the autoencoder. In FP8 the roof is the
@@ -38,8 +38,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.benchmark.bare import BareModel, Work
-from madformer.benchmark.timing import Run, Spread, Stopwatch
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
@@ -47,6 +45,8 @@ from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Plan, Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
+from madformer.measuring.bare import BareModel, Work
+from madformer.measuring.timing import Run, Spread, Stopwatch
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
 

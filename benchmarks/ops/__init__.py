@@ -1,0 +1,1 @@
+"""What the kernels are checked and timed on: a module an op."""
