@@ -14,8 +14,8 @@ from torch import Tensor
 
 from madformer.config import MADFormerConfig
 from madformer.engine.rows import take
-from madformer.kernels import dispatch
-from madformer.kernels.cached_attention import OP, cached_attention
+from madformer.kernels import cached_attention, dispatch
+from madformer.kernels.cached_attention import OP
 from madformer.model.layer import Projections
 
 

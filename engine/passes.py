@@ -29,7 +29,7 @@ from torch import Tensor
 from madformer.engine.cache import CacheView, ConditioningCache
 from madformer.engine.rows import put, take
 from madformer.engine.slots import Slots
-from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
+from madformer.kernels import BlockLayout, block_causal_attention
 from madformer.kernels.denoise_step import denoise_step_op
 from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.madformer import MADFormer

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from madformer.engine.structure import plain
+from madformer.kernels import swiglu
 from madformer.kernels.dispatch import BackendUnavailableError
-from madformer.kernels.swiglu import swiglu
 from madformer.model import MADFormer
 from madformer.model.layer import SwiGLU, Tower
 

@@ -97,16 +97,7 @@ def _forward(
     take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
     new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
 
-    def run(
-        x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        gate: Tensor | None,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor]:
+    def run(x, shift, scale, weight, bias, residual, gate, *_):
         y, total = new_y(), new_total()
         affine = take_weight(weight), take_bias(bias)
         rows = *affine, take_shift(shift), take_scale(scale)
@@ -155,30 +146,10 @@ def _backward(
     views = (*([with_contiguous_columns] * 4), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of)
     examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
     *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
-    fill = norm_backward(
-        *tensors,
-        x=x_BLC,
-        gate=gate_rows,
-        bias=bias_C,
-        scale=scale_rows,
-        centred=centred,
-        eps=eps,
-        wanted=names,
-    )
+    modulation = dict(zip(("gate", "bias", "scale"), (gate_rows, bias_C, scale_rows), strict=True))
+    fill = norm_backward(*tensors, x=x_BLC, **modulation, centred=centred, eps=eps, wanted=names)
 
-    def run(
-        grad_y: Tensor,
-        grad_total: Tensor | None,
-        total: Tensor,
-        x: Tensor | None,
-        scale: Tensor,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        centred: bool,
-        eps: float,
-        wanted: Sequence[bool],
-    ) -> tuple[Tensor, ...]:
+    def run(grad_y, grad_total, total, x, scale, gate, weight, bias, *_):
         gradients = tuple([new() for new in new_gradients])
         given = grad_y, grad_total, total, x, gate, weight, bias, scale
         out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))

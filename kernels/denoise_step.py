@@ -112,15 +112,7 @@ def _denoise_step_triton(
         GUIDED=unconditional is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
-    def run(
-        sample: Tensor,
-        model_output: Tensor,
-        previous: Tensor,
-        coefficients: Tensor,
-        clip: float | None = None,
-        unconditional: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
-    ) -> None:
+    def run(sample, model_output, previous, coefficients, clip=None, unconditional=None, guidance_scale=None):
         x, x0, m, c = take_x(sample), take_x0(previous), take_m(model_output), take_c(coefficients)
         u = m if unconditional is None else take_u(unconditional)
         launch(x, m, x0, c, u, c if guidance_scale is None else guidance_scale)

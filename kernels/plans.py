@@ -56,7 +56,8 @@ def planned(watched: Callable[[], Any] = lambda: None) -> Callable[[Callable[...
     """Makes an implementation of a function from arguments to a plan, which is then called with them.
 
     A plan serves all arguments of one kind: tensors of the same shapes, strides, dtypes, devices and alignments to 16
-    bytes, equal other values. So it may hold what follows from these, but no tensor.
+    bytes, equal other values. So it may hold what follows from these, but no tensor. The types of what it takes stand
+    with the function that makes it.
 
     Args:
         watched: what else plans depend on, as the function that chooses settings: plans that were made with another

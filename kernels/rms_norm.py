@@ -82,7 +82,7 @@ def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: flo
     take_weight = taken_as(Tensor.contiguous, weight)
     new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
 
-    def run(x: Tensor, weight: Tensor | None, residual: Tensor | None, _: float) -> tuple[Tensor, Tensor]:
+    def run(x, weight, residual, _):
         y, total = new_y(), new_total()
         written = None if residual is None else total
         launch(take_x(x), take_residual(residual), None, take_weight(weight), None, None, None, written, y)
@@ -115,9 +115,7 @@ def _backward(
     take_grad, take_grad_total, take_total = takers
     take_weight = taken_as(Tensor.contiguous, weight)
 
-    def run(
-        grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, *_: Any
-    ) -> tuple[Tensor, ...]:
+    def run(grad_y, grad_total, total, weight, *_):
         gradients = tuple([new() for new in new_gradients])
         out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
         given = take_grad(grad_y), take_grad_total(grad_total), take_total(total)

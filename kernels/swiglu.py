@@ -57,17 +57,17 @@ def _backward_kernel(
 
 
 @dataclass(frozen=True)
-class Settings:
+class SwigluSettings:
     """How a launch is cut: columns of a program, and its warps."""
 
     block: int
     num_warps: int
 
 
-def choose_settings(num_cols: int) -> Settings:
+def choose_settings(num_cols: int) -> SwigluSettings:
     """Eight elements a thread (16 bytes of bf16), so that every load is as wide as the hardware has."""
     block = min(2048, max(32, 1 << (num_cols - 1).bit_length()))
-    return Settings(block, num_warps=max(1, min(8, block // 256)))
+    return SwigluSettings(block, num_warps=max(1, min(8, block // 256)))
 
 
 def _launch_of(kernel: object, *tensors: Tensor) -> Launch:
@@ -84,7 +84,7 @@ def _forward(gate: Tensor, up: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     launch, new_out = _launch_of(_forward_kernel, gate, up), fresh(gate.new_empty(gate.shape))
     rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (gate, up))
 
-    def run(gate: Tensor, up: Tensor) -> Tensor:
+    def run(gate, up):
         out = new_out()
         launch(rows_of_gate(gate), rows_of_up(up), out)
         return out
@@ -97,7 +97,7 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> Callable[[Tensor, Tenso
     launch, new_gradient = _launch_of(_backward_kernel, grad, gate, up), fresh(gate.new_empty(gate.shape))
     rows_of_grad, rows_of_gate, rows_of_up = (taken_as(rows_of, x) for x in (grad, gate, up))
 
-    def run(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def run(grad, gate, up):
         dgate, dup = new_gradient(), new_gradient()
         launch(rows_of_grad(grad), rows_of_gate(gate), rows_of_up(up), dgate, dup)
         return dgate, dup

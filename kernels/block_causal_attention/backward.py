@@ -21,7 +21,7 @@ from torch import Tensor
 
 from madformer.kernels.block_causal_attention.forward import (
     LOG2_E,
-    Settings,
+    AttentionSettings,
     head_of,
     is_masked,
     key_tiles,
@@ -259,7 +259,7 @@ def has_idle_keys(layout: BlockLayout) -> bool:
 
 
 def backward(
-    examples: Sequence[Tensor], layout: BlockLayout, scale: float, settings: Settings
+    examples: Sequence[Tensor], layout: BlockLayout, scale: float, settings: AttentionSettings
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What makes the gradients of q, k and v of tensors like the ``examples``: the gradient of the output, q, k and v,
     the output, and the log-sum-exp as :func:`forward` gives it."""
@@ -294,7 +294,7 @@ def backward(
     )
     new_dq, new_dk, new_delta = fresh(packed_empty(q)), fresh(packed_empty(k)), fresh(torch.empty_like(lse))
 
-    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(grad, q, k, v, out, lse):
         dq, dk, dv, delta = new_dq(), new_dk(), new_dk(), new_delta()
         make_dq(q, k, v, out, grad, lse, delta, dq)
         make_dk_dv(k, v, q, grad, lse, delta, dk, dv)

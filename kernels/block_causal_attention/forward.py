@@ -46,7 +46,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttentionSettings:
     """How the three kernels are cut.
 
     Attributes:
@@ -324,7 +324,7 @@ def launch_of(
     scales: list[float],
     layout: BlockLayout,
     tile: Tile,
-    settings: Settings,
+    settings: AttentionSettings,
     **options: Any,
 ) -> Launch:
     """The launch of one of the kernels on ``num_tiles`` tiles of every head, for tensors like ``loaded`` and others."""
@@ -364,7 +364,7 @@ def packed_empty(like_BHLD: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, settings: Settings
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, settings: AttentionSettings
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """What makes of tensors like these the output and, in base 2, the log-sum-exp of the scaled scores, ``(B, H, Lq)``
     in float32."""
@@ -384,7 +384,7 @@ def forward(
     )
     new_out, new_lse = fresh(packed_empty(q)), fresh(torch.empty(q.shape[:3], device=q.device))
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q, k, v):
         out, lse = new_out(), new_lse()
         launch(q, k, v, out, lse)
         return out, lse

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from madformer.kernels.block_causal_attention import backward as backward_kernels
 from madformer.kernels.block_causal_attention import forward as forward_kernel
-from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked, packed_empty
+from madformer.kernels.block_causal_attention.forward import AttentionSettings, Tile, is_masked, packed_empty
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.launch import TRITON_VERSION, target
 from madformer.kernels.plans import Kind, planned, taken_as
@@ -25,7 +25,7 @@ MAX_HEAD_DIM = 128
 _FIELDS = [field.name for field in fields(BlockLayout)]
 
 
-def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capability: int) -> Settings:
+def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capability: int) -> AttentionSettings:
     """Tiles by registers, shared memory and what ptxas says of them; no spills, no serialised matrix products.
 
     Not timed yet: what ``benchmarks/static_model.py`` bounds least, on an H200 with heads of 64, in TFLOP/s:
@@ -38,15 +38,15 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
       spills.
     """
     if dtype == torch.float32:
-        return Settings(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), tma=False)
+        return AttentionSettings(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), tma=False)
     masked, tma = is_masked(layout, 64, 64), capability >= 90
     # Blocks of 64 or 192 are not cut by tiles of 64; where tiles must cut blocks, long ones cut fewer.
     rows = 128 if layout.block_size % 128 == 0 or (masked and layout.block_size > 128) else 64
     if capability < 90:
         if head_dim <= 64:
-            return Settings(Tile(rows, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), tma)
+            return AttentionSettings(Tile(rows, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), tma)
         dq, dkdv = Tile(64, 32 if masked else 64, 8, 2), Tile(64, 32, 8, 1 if masked else 2)
-        return Settings(Tile(rows, 64, 8, 2), dq, dkdv, tma)
+        return AttentionSettings(Tile(rows, 64, 8, 2), dq, dkdv, tma)
     if head_dim <= 64:
         # Two programs on an SM: one takes exponentials, which cost as much as the products here, while the other
         # multiplies. A warp group of its own for 64 rows each would issue a fifth more for the same tile.
@@ -55,15 +55,15 @@ def choose_settings(head_dim: int, dtype: torch.dtype, layout: BlockLayout, capa
         unmasked = not masked and not backward_kernels.has_idle_keys(layout)
         fits_thrice = capability < 100 and unmasked and TRITON_VERSION >= (3, 7)
         dkdv = Tile(64, 64, 4, 3, max_registers=168 if fits_thrice else None)
-        return Settings(forward, Tile(64 if masked else rows, 64, 4, 3), dkdv, tma)
+        return AttentionSettings(forward, Tile(64 if masked else rows, 64, 4, 3), dkdv, tma)
     # Blackwell's accumulators have a memory of their own, so that 4 warps hold the rest.
     forward = Tile(rows, 64, 8 if capability < 100 and rows == 128 else 4, 2)
     dq = Tile(64, 64, 4, 2) if masked or capability >= 100 else forward
     dkdv = Tile(64, 32 if masked else 64, 4, 2)
-    return Settings(forward, dq, dkdv, tma)
+    return AttentionSettings(forward, dq, dkdv, tma)
 
 
-def _settings(q: Tensor, layout: BlockLayout) -> Settings:
+def _settings(q: Tensor, layout: BlockLayout) -> AttentionSettings:
     return choose_settings(q.shape[-1], q.dtype, layout, target(q.device).capability)
 
 

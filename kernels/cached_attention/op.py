@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ MAX_SPLITS = 32
 
 
 @dataclass(frozen=True)
-class Settings:
+class CachedAttentionSettings:
     """How a launch is cut: queries and keys of a tile, shares of the keys, and what Triton is told."""
 
     block_m: int
@@ -35,7 +34,7 @@ class Settings:
 
 def choose_settings(
     num_heads: int, num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype, on: Target
-) -> Settings:
+) -> CachedAttentionSettings:
     """Tiles by dtype and head dim, splits by how much of the GPU the queries fill.
 
     Tiles are as large as the registers of two programs of four warps on an SM, or one of eight, hold: with 128 keys
@@ -55,7 +54,7 @@ def choose_settings(
             block_n = 32  # Operands of the matrix units take registers there.
     num_programs = num_heads * -(-num_queries // block_m)
     num_splits = choose_num_splits(num_programs, num_keys, block_n, 8 // num_warps, on.num_sms)
-    return Settings(block_m, block_n, num_splits, num_warps, num_stages)
+    return CachedAttentionSettings(block_m, block_n, num_splits, num_warps, num_stages)
 
 
 # Estimated, not measured, in keys that a program visits meanwhile: a second launch, and a partial result of fp32
@@ -129,16 +128,7 @@ def _forward(
     partial_shape = (splits if splits > 1 else 0, B, L, H, D)
     new_partial, new_lse = (fresh(torch.empty(shape, device=device)) for shape in (partial_shape, partial_shape[:-1]))
 
-    def run(
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        lengths: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        rows: Tensor | None,
-        *_: Any,
-    ) -> Tensor:
+    def run(q, k_cache, v_cache, lengths, k, v, rows, *_):
         out_BLHD = new_out()
         own_k, own_v = (k_cache, v_cache) if k is None else (k, v)
         given = q, k_cache, v_cache, own_k, own_v, lengths, lengths if rows is None else rows

@@ -59,7 +59,7 @@ def group_norm_silu_ref(
 
 
 @dataclass(frozen=True)
-class Settings:
+class GroupNormSettings:
     """How a launch is cut.
 
     Attributes:
@@ -77,7 +77,9 @@ class Settings:
         return num_pixels % self.block_pixels != 0 or next_power_of_2(group_channels) != group_channels
 
 
-def choose_settings(slabs: int, num_pixels: int, group_channels: int, on: Target, *, backward: bool) -> Settings:
+def choose_settings(
+    slabs: int, num_pixels: int, group_channels: int, on: Target, *, backward: bool
+) -> GroupNormSettings:
     """One program a slab where those fill most of the multiprocessors, else enough to fill them four times over.
 
     To keep up with its share of HBM, a multiprocessor needs about 32 KiB under way (4.8 TB/s, 0.8 us: Little's law):
@@ -96,7 +98,7 @@ def choose_settings(slabs: int, num_pixels: int, group_channels: int, on: Target
     num_warps = min(16, max(1, tile // (32 * per_thread)))
     tiles = -(-num_pixels // block_pixels)
     splits = 1 if whole else -(-4 * on.num_sms // slabs)
-    return Settings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
+    return GroupNormSettings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
 
 
 def next_power_of_2(number: int) -> int:
@@ -147,7 +149,7 @@ def _forward(
     new_y, new_moment = fresh(_channels_last(x)), fresh(torch.empty(maps, num_groups, device=device))
     new_partial = fresh(torch.empty(slabs, 2, splits, device=device)) if splits > 1 else None
 
-    def run(x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(x, temb, weight, bias, *_):
         y, mean, rstd = new_y(), new_moment(), new_moment()
         partial = mean if new_partial is None else new_partial()
         affine = take_weight(weight), take_bias(bias)
@@ -204,16 +206,7 @@ def _backward(
     sums = torch.empty(maps, splits, num_sums, channels, device=device)
     new_tensors = [fresh(each) for each in (*_empty_gradients(x, temb, weight, bias), sums)]
 
-    def run(
-        grad: Tensor,
-        x: Tensor,
-        temb: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(grad, x, temb, weight, bias, mean, rstd, *_):
         dx, dtemb, dweight, dbias, sums = [new() for new in new_tensors]
         affine = take_weight(weight), take_bias(bias)
         given = take_grad(grad), take_x(x), affine[0] if temb is None else take_temb(temb)

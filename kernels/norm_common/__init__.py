@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ MAX_COLS = 8192
 
 
 @dataclass(frozen=True)
-class Settings:
+class NormSettings:
     """How a launch is cut: a program's tile of rows, the chunks of a row, and its warps.
 
     ``num_stages`` and ``programs_per_sm`` are the backward pass's: tiles in flight, and programs that run at once.
@@ -48,7 +48,7 @@ def _chunk_of(num_cols: int, widest: int) -> int:
     return next((chunk for chunk in chunks if -num_cols % chunk * 8 <= num_cols), whole)
 
 
-def choose_forward_settings(num_cols: int) -> Settings:
+def choose_forward_settings(num_cols: int) -> NormSettings:
     """A warp to a row of up to 1536 columns, so that no sum leaves its warp; 16 bytes of bf16 a load.
 
     At 1152 columns 64 registers (127 for AdaLN): 8 (4) programs of 4 rows on an SM, 74 KB of loads in flight.
@@ -56,10 +56,10 @@ def choose_forward_settings(num_cols: int) -> Settings:
     warps_of_row = 1 << (-(-num_cols // 1536) - 1).bit_length()
     chunk = _chunk_of(num_cols, 256 * warps_of_row)
     num_warps = max(4, warps_of_row)
-    return Settings(rows=num_warps * 256 // chunk, chunk=chunk, num_warps=num_warps)
+    return NormSettings(rows=num_warps * 256 // chunk, chunk=chunk, num_warps=num_warps)
 
 
-def choose_backward_settings(num_cols: int, num_sums: int) -> Settings:
+def choose_backward_settings(num_cols: int, num_sums: int) -> NormSettings:
     """Two warps to a row of 1152 columns: the row and its part of the sums over rows stay in registers.
 
     One sum takes 128 registers, the three of AdaLN take 205. The next tile is copied to shared memory meanwhile, which
@@ -69,7 +69,7 @@ def choose_backward_settings(num_cols: int, num_sums: int) -> Settings:
     warps_of_row = 1 << (-(-num_cols // 640) - 1).bit_length()
     chunk = _chunk_of(num_cols, 128 * warps_of_row)
     num_warps = max(2, warps_of_row)
-    return Settings(
+    return NormSettings(
         rows=num_warps * 128 // chunk,
         chunk=chunk,
         num_warps=num_warps,
@@ -222,17 +222,7 @@ def norm_backward(
     reduce = _reduction(rows, cols, scale, names, device) if any(needed) else None
     new_partial = fresh(torch.empty(rows, cols, device=device))
 
-    def run(
-        grad_y: Tensor,
-        grad_total: Tensor | None,
-        total: Tensor,
-        x: Tensor | None,
-        gate: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        out: Mapping[str, Tensor],
-    ) -> None:
+    def run(grad_y, grad_total, total, x, gate, weight, bias, scale, out):
         partials = [new_partial() if is_needed else None for is_needed in needed]
         dtotal, dx = out.get("total"), out.get("x")
         main(grad_y, grad_total, total, x, gate, weight, scale, dtotal, dx, *partials)
@@ -268,13 +258,7 @@ def _reduction(
         num_warps=max(1, min(8, tile * width // 512)),
     )
 
-    def run(
-        partials: Sequence[Tensor | None],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        out: Mapping[str, Tensor],
-    ) -> None:
+    def run(partials, weight, bias, scale, out):
         by_group = out if scale is None else {name: new_rows() for name in affine}
         shift_scale_gate = [out.get(name) for name in ("shift", "scale", "gate")]
         launch(*partials, weight, bias, scale, *shift_scale_gate, by_group.get("weight"), by_group.get("bias"))

@@ -51,7 +51,7 @@ class Stream(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class RopeSettings:
     """How a launch is cut.
 
     Attributes:
@@ -70,7 +70,7 @@ class Settings:
     num_warps: int = 2
 
 
-def choose_settings(stream: Stream) -> Settings:
+def choose_settings(stream: Stream) -> RopeSettings:
     """Eight channels of either half a thread: 16 bytes of bf16 a load, and registers for the tables beside them.
 
     Neighbouring heads in a tile make the pieces that are read longer than one head. Few tokens are not enough programs
@@ -87,7 +87,7 @@ def choose_settings(stream: Stream) -> Settings:
     head_tiles = stream.num_heads // heads
     groups = min(head_tiles, -(-8 * num_sms // max(1, stream.parts * tiles)))
     heads_per_program = -(-head_tiles // groups) * heads
-    return Settings(tokens, heads, cols, heads_per_program, num_programs=min(tiles, 16 * num_sms))
+    return RopeSettings(tokens, heads, cols, heads_per_program, num_programs=min(tiles, 16 * num_sms))
 
 
 def num_backward_programs(stream: Stream) -> int:

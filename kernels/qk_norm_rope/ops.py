@@ -111,7 +111,7 @@ def _forward(
         for place in _placed(streams)
     ]
 
-    def run(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(qkv, weights, tables, *_):
         q, k, v = new_q(), new_k(), new_k()
         entries = (None, *qkv, *weights, *tables)
         for launch, taken in steps:
@@ -143,10 +143,7 @@ def _backward(
         )
         steps.append((launch, place.arguments, needs_weights and place.stream.num_weights > 0))
 
-    def run(
-        dq: Tensor, dk: Tensor, dv: Tensor, _: bool, qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor],
-        *__: Any,
-    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    def run(dq, dk, dv, _, qkv, weights, tables, *__):
         entries = (None, *qkv, *weights, *tables)
         partial_NPD = new_partial()
         given = [take(x) for take, x in zip(takers, (dq, dk, dv), strict=True)]
@@ -186,18 +183,7 @@ def _cached(
     take_positions, take_rows = (taken_as(Tensor.contiguous, index) for index in (positions, rows))
     new_q = fresh(q)
 
-    def run(
-        qkv: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        positions: Tensor,
-        rows: Tensor | None,
-        *_: Any,
-    ) -> Tensor:
+    def run(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache, positions, rows, *_):
         q = new_q()
         of_k = take_k_weight(k_weight)
         # A kernel takes the weight of the queries to be there where that of the keys is.

@@ -13,7 +13,7 @@ from torch import Tensor, library
 
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention, op
 from madformer.kernels.block_causal_attention import forward as forward_kernel
-from madformer.kernels.block_causal_attention.forward import Settings, Tile, is_masked
+from madformer.kernels.block_causal_attention.forward import AttentionSettings, Tile, is_masked
 from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, each_dtype
 
 SCALE = 0.3
@@ -25,7 +25,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_tiles(rows: int = 16, cols: int = 16, tma: bool = False) -> None:
         tile = Tile(rows, cols, num_warps=4, num_stages=2)
-        monkeypatch.setattr(op, "choose_settings", lambda *_: Settings(tile, tile, tile, tma))
+        monkeypatch.setattr(op, "choose_settings", lambda *_: AttentionSettings(tile, tile, tile, tma))
 
     return set_tiles
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from madformer.kernels import group_norm_silu as module
-from madformer.kernels.group_norm_silu import Settings, choose_settings, group_norm_silu, group_norm_silu_ref
+from madformer.kernels.group_norm_silu import GroupNormSettings, choose_settings, group_norm_silu, group_norm_silu_ref
 from madformer.kernels.launch import Target
 from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
 
@@ -60,7 +60,8 @@ def check(inputs: dict[str, Any], **kwargs: Any) -> None:
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, of which a program takes all of a slab or up to two: a last program then has a part of one."""
     chunk = 2 if request.param == "split" else 1 << 20
-    settings = Settings(block_pixels=2, chunk=2 * chunk, num_warps=1)
+    settings = GroupNormSettings(block_pixels=2, chunk=2 * chunk, num_warps=1)
+    module = importlib.import_module("madformer.kernels.group_norm_silu")
     monkeypatch.setattr(module, "choose_settings", lambda *args, **kwargs: settings)
 
 

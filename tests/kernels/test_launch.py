@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from madformer import kernels
 from madformer.kernels import dispatch, launch
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.swiglu import swiglu
@@ -28,6 +29,13 @@ def _matmul_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     product = tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets))
     tl.store(out_ptr + offsets, product)
+
+
+def test_ops_are_imported_from_the_package() -> None:
+    """Also where their files, which have their names, have been imported before: the report imports all."""
+    assert {op for status in dispatch.report() for op in status.ops} <= set(kernels.__all__)
+    assert [getattr(kernels, name).__name__ for name in kernels.__all__] == kernels.__all__
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
 
 
 def test_memory_is_poisoned() -> None:

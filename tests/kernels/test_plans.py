@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madformer.kernels import adaln, launch, plans, rms_norm, swiglu
+from madformer.kernels import launch, plans
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.block_causal_attention import op as attention_op
 from madformer.kernels.cached_attention import op as cached_op
@@ -24,6 +25,7 @@ from madformer.kernels.rms_norm import rms_norm as norm
 from madformer.kernels.swiglu import swiglu as gated
 from tests.helpers.testing import DEVICE
 
+adaln, rms_norm, swiglu = (importlib.import_module(f"madformer.kernels.{op}") for op in ("adaln", "rms_norm", "swiglu"))
 pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed: kernels are NOT tested here")
 IMPLEMENTATIONS = {
     "swiglu": swiglu._forward,
@@ -96,7 +98,7 @@ def test_settings_that_are_replaced_are_those_of_the_next_call(monkeypatch: pyte
     monkeypatch.setattr(launch, "launch", record)
     x = torch.randn(2, 64, device=DEVICE)
     for block in (32, 128):
-        monkeypatch.setattr(swiglu, "choose_settings", lambda cols, block=block: swiglu.Settings(block, 1))
+        monkeypatch.setattr(swiglu, "choose_settings", lambda cols, block=block: swiglu.SwigluSettings(block, 1))
         torch.testing.assert_close(gated(x, x, backend="triton"), swiglu.swiglu_ref(x, x))
     assert used == [32, 128]
 

@@ -121,7 +121,7 @@ def test_streams(backend: str, device: torch.device, streams: str) -> None:
 
 def test_programs_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of heads in the forward and of tokens in the backward, as many as do not divide evenly."""
-    settings = launchers.Settings(tokens=2, heads=2, cols=4, heads_per_program=4, num_programs=2)
+    settings = launchers.RopeSettings(tokens=2, heads=2, cols=4, heads_per_program=4, num_programs=2)
     monkeypatch.setattr(launchers, "choose_settings", lambda stream: settings)
     check("triton", make_inputs(DEVICE, (5,), num_heads=6))
 

@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels.adaln import adaln
-from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
-from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
-from madformer.kernels.rms_norm import rms_norm
-from madformer.kernels.swiglu import swiglu
+from madformer.kernels import (
+    BlockLayout,
+    adaln,
+    block_causal_attention,
+    qk_norm_rope,
+    qk_norm_rope_cached,
+    rms_norm,
+    swiglu,
+)  # fmt: skip
 from madformer.model.plain import is_plain, projected
 from madformer.model.rope import RotaryEmbedding
 

@@ -21,9 +21,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels import dispatch
+from madformer.kernels import BlockLayout, dispatch
 from madformer.kernels.block_causal_attention import OP as ATTENTION
-from madformer.kernels.block_causal_attention import BlockLayout
 from madformer.kernels.cached_attention import OP as CACHED_ATTENTION
 from madformer.model.blocks import from_maps, to_maps
 from madformer.model.conditioner import Conditioner

@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels.group_norm_silu import group_norm_silu
+from madformer.kernels import group_norm_silu
 from madformer.model.plain import PreciseLinear, is_plain, precise
 
 Skips = tuple[Tensor, ...]

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from madformer.config import MADFormerConfig
-from madformer.kernels.block_causal_attention import BlockLayout
+from madformer.kernels import BlockLayout
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections
 from madformer.training.config import TrainingConfig
