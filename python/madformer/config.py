@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -299,6 +299,9 @@ class MADFormerConfig(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._items())
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._items().items()  # The inherited one makes them all for each of them.
 
     def __getattr__(self, name: str) -> Any:
         registered = self.__dict__.get("_values", {})

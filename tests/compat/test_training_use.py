@@ -123,18 +123,22 @@ def test_exports(strict: bool) -> None:
 # DDP
 
 WORKER = """
+import os
 import sys
 import torch
 import torch.distributed as dist
 from tests.compat.test_training_use import RUNS, train
 
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+child, world, folder = os.fork(), 2, sys.argv[1]
+rank = int(child == 0)
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
 results = [train(kind, case, rank, world) for kind, case in RUNS]
 if rank == 0:
     torch.save(results, f"{folder}/results.pt")
 dist.destroy_process_group()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 RUNS = [("compat", BASELINE), ("accelerated", BASELINE), ("accelerated", TEXT_BASELINE)]
 
@@ -157,14 +161,10 @@ def train(kind: str, case: GoldenCase, rank: int, world: int) -> dict[str, dict[
 
 def test_ddp_without_find_unused_parameters(tmp_path: Path) -> None:
     """Two ranks with an image each take the steps that one process takes with both."""
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
     own = environment(OMP_NUM_THREADS="1")
-    command = [sys.executable, "-c", WORKER]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path)], env=own, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    run = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
     for (kind, case), result in zip(RUNS, torch.load(tmp_path / "results.pt"), strict=True):
         expected = train("compat", case, 0, 1)
         scale = max(gradient.norm() for gradient in expected["gradients"].values())

@@ -58,8 +58,15 @@ def test_blocks_in_an_order_of_ones_choice(batch: int) -> None:
     )
 
 
-@pytest.mark.parametrize("interval", [(0, 1000), (300, 800)])
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    ("scheduler", "interval"),
+    [
+        (DDIMScheduler, (0, 1000)),
+        (UniPCMultistepScheduler, (300, 800)),
+        pytest.param(DDIMScheduler, (300, 800), marks=pytest.mark.slow),
+        pytest.param(UniPCMultistepScheduler, (0, 1000), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "name", ["text", "text, condition only", "text, block-local", "patches", "text and classes", "ACDiT", "DiT"]
 )

@@ -14,7 +14,7 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.reference import sample_uncached
 from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import SHORT_NAMES, USABLE, check_name, check_scheduler, scheduler_class
-from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.engine_cases import FLAT, TEXT, draw_noise, draw_prompt, make_model
 from tests.helpers.testing import relative_error
 
 EVERY = [
@@ -23,6 +23,7 @@ EVERY = [
     if inspect.isclass(kind := getattr(diffusers, name)) and name.endswith("Scheduler") and kind is not SchedulerMixin
 ]
 STEPS = 5
+CONFIG = FLAT.replace(text=TEXT, num_blocks=2, block_grid=(1, 2))
 
 
 def make_scheduler(name: str, **options: Any) -> Any:
@@ -41,8 +42,7 @@ def test_it_samples_or_says_why_not(name: str) -> None:
         assert "is none of the schedulers" not in str(raised.value), "a new class: decide, and say why"
         assert len(str(raised.value).splitlines()) == 1
         return
-    model, noise = make_model(CASES["text"]), draw_noise(CASES["text"])
-    prompt = draw_prompt(CASES["text"], guided=True)
+    model, noise, prompt = make_model(CONFIG), draw_noise(CONFIG), draw_prompt(CONFIG, guided=True)
     scheduler = make_scheduler(name)
     check_scheduler(scheduler, "epsilon")
     keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -1,11 +1,13 @@
 """A run for tests: ten small images, a VAE for them, six steps; and, as a program, the same in processes of its own.
 
-python -m tests.helpers.training_run FOLDER CONFIG.json [STOP_AFTER]
+python -m tests.helpers.training_run FOLDER CONFIG.json STOP_AFTER PROCESSES
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 from madformer.training.config import TrainingConfig
+from madformer.training.costs import costs_of
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
 from tests.helpers import environment
@@ -63,24 +66,51 @@ def stop_after(trainer: Trainer, step: int) -> None:
     trainer._train_step = stopping  # type: ignore[method-assign]
 
 
-def command(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0) -> list[str]:
+def run_apart(
+    folder: Path,
+    config: TrainingConfig,
+    processes: int = 1,
+    stop: int = 0,
+    timeout: float = 300,
+    *,
+    torchrun: bool = False,
+) -> None:
+    """In processes of its own, which SIGKILL ends after ``timeout`` seconds; forked from one unless by ``torchrun``."""
     file = folder.with_suffix(".json")
     file.write_text(config.to_json())
     start = [sys.executable]
-    if processes > 1:
+    if torchrun:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, "-m", __name__, str(folder), str(file), str(stop)]
+    command = [*start, "-m", __name__, str(folder), str(file), str(stop), "1" if torchrun else str(processes)]
+    subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), check=True, timeout=timeout)
 
 
-def run_apart(folder: Path, config: TrainingConfig, processes: int = 1, stop: int = 0, timeout: float = 300) -> None:
-    """In processes of its own, which SIGKILL ends after ``timeout`` seconds."""
-    own = environment(OMP_NUM_THREADS="1")
-    subprocess.run(command(folder, config, processes, stop), env=own, check=True, timeout=timeout)
+def fork(processes: int) -> list[int]:
+    """What torchrun tells its processes; gives the others' to the first one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    children = []
+    for rank in reversed(range(processes)):
+        os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if rank:
+            children.append(os.fork())
+            if not children[-1]:
+                return []
+    return children
 
 
-if __name__ == "__main__":
-    run = Trainer(TrainingConfig.from_dict(json.loads(Path(sys.argv[2]).read_text())), sys.argv[1], resume=True)
-    if stop := int(sys.argv[3]):
+def main(folder: str, file: str, stop: int, processes: int) -> None:
+    config = TrainingConfig.from_dict(json.loads(Path(file).read_text()))
+    costs_of(config)  # Traced once for all processes.
+    children = fork(processes) if processes > 1 else []
+    run = Trainer(config, folder, resume=True)
+    if stop:
         stop_after(run, stop)
     run.run()
     leave()
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

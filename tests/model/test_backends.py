@@ -18,10 +18,13 @@ from madformer.model import MADFormer
 from madformer.model.layer import set_backend
 from tests.helpers.testing import DEVICE, Move, assert_within_noise, float32_noise, perturb
 
+SMALL = tiny().replace(num_layers=2, diffusion_layers=1, num_blocks=3, block_grid=(1, 3))
 CASES: dict[str, MADFormerConfig] = {
-    "both contexts, axial": tiny(),
-    "no clean stream, released pairing": tiny().replace(context="condition", rope_pairing="released"),
-    "block-local, no QK norm": tiny().replace(cross_block_attention=False, qk_norm=False),
+    "both contexts, axial": SMALL,
+    "no clean stream, released pairing": SMALL.replace(
+        context="condition", rope_pairing="released", num_blocks=4, block_grid=(2, 2)
+    ),
+    "block-local, no QK norm": SMALL.replace(cross_block_attention=False, qk_norm=False),
 }
 needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 

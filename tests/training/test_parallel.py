@@ -58,7 +58,7 @@ def test_two_processes_train_as_one(
 @pytest.mark.slow
 def test_two_processes_go_on_from_one(config: TrainingConfig, unbroken: Path, tmp_path: Path) -> None:
     run_apart(tmp_path / "run", config, stop=3)
-    run_apart(tmp_path / "run", dataclasses.replace(config, parallel="fsdp"), processes=2)
+    run_apart(tmp_path / "run", dataclasses.replace(config, parallel="fsdp"), processes=2, torchrun=True)
     assert losses(tmp_path / "run") == pytest.approx(losses(unbroken), rel=ROUNDING)
 
 
