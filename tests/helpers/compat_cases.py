@@ -145,11 +145,11 @@ def assert_golden_training(model: nn.Module, case: GoldenCase) -> None:
     assert_golden_gradients(model, golden)
 
 
-def assert_golden_samples(model: nn.Module, case: GoldenCase, scheduler: str) -> None:
-    """Drawn twice: nothing of an image is left for the next one."""
+def assert_golden_samples(model: nn.Module, case: GoldenCase, scheduler: str, times: int = 1) -> None:
+    """Drawn again, nothing of an image may be left for the next one."""
     expected, inputs = golden_samples(case)[f"sample.{scheduler}"], case.inputs()
     text = [inputs["input_ids"]] if "input_ids" in inputs else []
-    for _ in range(2):
+    for _ in range(times):
         generator = torch.Generator().manual_seed(case.sampler_seed)
         latents = model.eval().sample(
             *text, SCHEDULERS[scheduler](), case.steps, tuple(expected.shape), generator=generator, dtype=torch.float

@@ -10,11 +10,12 @@ from diffusers import DDPMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.config import MADFormerConfig, tiny
+from madformer.config import MADFormerConfig
 from madformer.model import MADFormer
 from madformer.training.config import TrainingConfig, ffhq1024
 from madformer.training.costs import Costs, costs_of, loss_weights
 from madformer.training.losses import Batch, training_losses
+from testing import small_config
 
 
 def config_of(model: MADFormerConfig, **changes: object) -> TrainingConfig:
@@ -23,7 +24,7 @@ def config_of(model: MADFormerConfig, **changes: object) -> TrainingConfig:
 
 def test_operations_are_those_of_a_real_step() -> None:
     """With one block there is nothing to mask, so PyTorch's own count of attention is right too."""
-    config = config_of(tiny().replace(num_blocks=1))
+    config = config_of(small_config(num_blocks=1))
     model = MADFormer(config.model).set_backend("reference")
     shape = (1, 1, config.model.latents_per_block, config.model.latent_channels)
     latents, timestep = torch.randn(shape), torch.zeros(1, 1, dtype=torch.int64)
@@ -37,11 +38,11 @@ def test_operations_are_those_of_a_real_step() -> None:
 
 def test_attention_counts_what_the_mask_lets_through() -> None:
     """Without heads' work the layers of a model with and without cross-block attention are the same."""
+    config = small_config(num_layers=3, diffusion_layers=2)
     across, local = (
-        costs_of(config_of(tiny().replace(cross_block_attention=cross), hidden_loss_weight=0.0))
+        costs_of(config_of(config.replace(cross_block_attention=cross), hidden_loss_weight=0.0))
         for cross in (True, False)
     )
-    config = tiny()
     size, blocks, layers = config.block_size, config.num_blocks, config.diffusion_layers
     # noise block i sees i clean blocks; of those the last layer's clean queries, and the clean stream, do not run
     dense_noise = sum(range(blocks)) * size**2
