@@ -68,6 +68,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers do not find out what a step costs, which takes as long as dozens of them for every new model."""
+    # Not above: tests of kernels need not wait for it.
+    from madformer.training import trainer
+    from madformer.training.costs import Costs
+
+    costs = Costs(parameters=1, unread=frozenset(), flops=1, activation_bytes=1)
+    monkeypatch.setattr(trainer, "costs_of", lambda config: costs)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for part, reason in ABSENT.items():
         skipped = [report for report in terminalreporter.stats.get("skipped", []) if reason in str(report.longrepr)]

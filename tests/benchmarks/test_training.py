@@ -166,7 +166,11 @@ def test_a_wrong_mask_is_seen_in_bf16() -> None:
     assert min(errors["none"], errors["one block less"]) > 2 * training.MAX_BF16_ERROR
 
 
-def test_no_time_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_time_is_no_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "matmul_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(training, "costs_of", lambda config: Costs(1, frozenset(), 1, 1))
     out = tmp_path / "record.json"
     assert training.main([*command(make_clone(tmp_path), out), "--budget", "0"]) == 1
     assert "training: nothing was measured: ours, batch 0: OutOfTime" in capsys.readouterr().err

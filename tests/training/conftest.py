@@ -9,7 +9,6 @@ import pytest
 
 from madformer.training import trainer
 from madformer.training.config import TrainingConfig
-from madformer.training.costs import Costs
 from madformer.training.trainer import Trainer
 from tests.helpers.training_run import make_config
 
@@ -39,13 +38,6 @@ def stopped(unbroken: Path, tmp_path: Path) -> Path:
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers do not measure the machine, which takes as long as a few steps; for ``unbroken`` they have."""
     monkeypatch.setattr(trainer, "matmul_rate", lambda device, dtype: 1.0)
-
-
-@pytest.fixture
-def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers do not find out what a step costs, which takes as long as dozens of them for every new model."""
-    costs = Costs(parameters=1, unread=frozenset(), flops=1, activation_bytes=1)
-    monkeypatch.setattr(trainer, "costs_of", lambda config: costs)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from madformer.model import MADFormer
 from madformer.training.config import TrainingConfig, ffhq1024
 from madformer.training.costs import Costs, costs_of, loss_weights
 from madformer.training.losses import Batch, training_losses
-from testing import small_config
+from tests.helpers.testing import small_config
 
 
 def config_of(model: MADFormerConfig, **changes: object) -> TrainingConfig:
