@@ -21,7 +21,8 @@ ACDIT = tiny().replace(
 FLAT = tiny().replace(block_size=16, unet=UNetConfig((32,), (1,), (True,), 4, norm_groups=4, time_embed_dim=32))
 
 CASES: dict[str, MADFormerConfig] = {
-    "both": tiny(),
+    "a U-Net of two levels": tiny(),
+    "both": FLAT,
     "clean only": FLAT.replace(context="clean"),
     "condition only": FLAT.replace(context="condition"),
     "noisy blocks only": FLAT.replace(context="noise"),
@@ -38,15 +39,15 @@ CASES: dict[str, MADFormerConfig] = {
     "released quirks, condition only": FLAT.replace(
         rope_pairing="released", clean_timestep="noisy", context="condition"
     ),
-    "text": tiny().replace(text=TEXT),
+    "text": FLAT.replace(text=TEXT),
     "text, condition only": FLAT.replace(text=TEXT, context="condition"),
     "text, clean only": FLAT.replace(text=TEXT, context="clean"),
     "text, block-local": FLAT.replace(text=TEXT, cross_block_attention=False),
     "text, released pairing": FLAT.replace(text=TEXT, rope_pairing="released"),
     "AdaLN and U-Net": tiny().replace(time_conditioning="unet+adaln", num_classes=7),
-    "AdaLN alone": tiny().replace(time_conditioning="adaln"),
+    "AdaLN alone": FLAT.replace(time_conditioning="adaln"),
     "patches": tiny().replace(unet=None, time_conditioning="adaln", num_classes=7),
-    "text and classes": tiny().replace(text=TEXT, time_conditioning="unet+adaln", num_classes=7),
+    "text and classes": FLAT.replace(text=TEXT, time_conditioning="unet+adaln", num_classes=7),
     "ACDiT": ACDIT,
     "DiT": ACDIT.replace(num_blocks=1),
     "wide blocks in a tall image": FLAT.replace(block_shape=(2, 8), block_grid=(3, 2), num_blocks=6),

@@ -17,23 +17,24 @@ from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
 from madformer.model.rope import rope_tables, token_positions
 from madformer.model.unet import TimestepEmbedding, skip_channels, skip_levels
+from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import perturb, relative_error
 
 TEXT = TextConfig(vocab_size=11, length=5)
 MODELS = {
     "both": tiny(),
-    "clean only": tiny().replace(context="clean"),
-    "condition only": tiny().replace(context="condition"),
-    "noisy blocks only": tiny().replace(context="noise"),
-    "block-local": tiny().replace(cross_block_attention=False),
-    "shared towers": tiny().replace(shared_towers=True),
-    "one block": tiny().replace(num_blocks=1),
-    "text": tiny().replace(text=TEXT),
-    "text, condition only": tiny().replace(text=TEXT, context="condition"),
-    "text, block-local": tiny().replace(text=TEXT, cross_block_attention=False),
-    "text, shared towers": tiny().replace(text=TEXT, shared_towers=True),
+    "clean only": FLAT.replace(context="clean"),
+    "condition only": FLAT.replace(context="condition"),
+    "noisy blocks only": FLAT.replace(context="noise"),
+    "block-local": FLAT.replace(cross_block_attention=False),
+    "shared towers": FLAT.replace(shared_towers=True),
+    "one block": FLAT.replace(num_blocks=1),
+    "text": FLAT.replace(text=TEXT),
+    "text, condition only": FLAT.replace(text=TEXT, context="condition"),
+    "text, block-local": FLAT.replace(text=TEXT, cross_block_attention=False),
+    "text, shared towers": FLAT.replace(text=TEXT, shared_towers=True),
     "AdaLN and U-Net": tiny().replace(time_conditioning="unet+adaln", num_classes=7),
-    "AdaLN alone": tiny().replace(time_conditioning="adaln"),
+    "AdaLN alone": FLAT.replace(time_conditioning="adaln"),
     "patches": tiny().replace(unet=None, time_conditioning="adaln", num_classes=7),
     "patches, GELU, text": tiny().replace(
         unet=None, time_conditioning="adaln", num_classes=7, mlp="gelu", mlp_bias=True, text=TEXT
