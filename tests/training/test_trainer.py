@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -266,11 +267,44 @@ def test_presets_round_trip(name: str) -> None:
         {"ema_decays": (0.9, 1.0)},
         {"schedule": "linear"},
         {"hidden_loss_weight": -1.0},
+        {"compile_mode": "max-autotune", "compile": True},
+        {"compile_mode": "reduce-overhead"},
+        {"compile_mode": "reduce-overhead", "compile": True, "accumulation_steps": 2, "batch_size": 4},
+        {"compile_mode": "reduce-overhead", "compile": True, "parallel": "fsdp"},
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         dataclasses.replace(TrainingConfig(), **changes)
+
+
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
+def test_layers_are_compiled_as_asked(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step computed is forgotten before the next one begins, where CUDA graphs hold it."""
+    compiled: list[dict[str, Any]] = []
+    begun: list[int] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
+    config = dataclasses.replace(config, compile=True, steps=3)
+    for mode in ("default", "reduce-overhead"):
+        with contextlib.nullcontext() if mode == "default" else pytest.warns(UserWarning, match="no CUDA graphs"):
+            trainer = Trainer(dataclasses.replace(config, compile_mode=mode), tmp_path / mode)
+        assert compiled == [{"mode": mode}] * config.model.num_layers
+        compiled.clear()
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda run=trainer: begun.append(run.step))
+        trainer.run()
+    assert begun == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_reduced_overhead_changes_no_loss(config: TrainingConfig, unbroken: Path, tmp_path: Path) -> None:
+    """On a CPU, where it says that it does nothing."""
+    compiled = dataclasses.replace(config, compile=True, sample_every=0)
+    Trainer(compiled, tmp_path / "compiled").run()
+    with pytest.warns(UserWarning, match="compile_mode='reduce-overhead' has no effect on cpu"):
+        trainer = Trainer(dataclasses.replace(compiled, compile_mode="reduce-overhead"), tmp_path / "reduced")
+    trainer.run()
+    assert losses(tmp_path / "reduced") == losses(tmp_path / "compiled")
+    assert losses(tmp_path / "reduced") == pytest.approx(losses(unbroken), rel=1e-4)
 
 
 # Text, classes, an elastic split

@@ -41,9 +41,9 @@ MOST = {
 # A run that is resumed may have other values here. The rest says what it learns from, in which order, and how.
 MAY_CHANGE = (
     "steps", "accumulation_steps", "cache_latents", "num_workers", "max_bad_fraction", "explosion", "max_skipped_steps",
-    "parallel", "shard_group", "precision", "compile", "activation_checkpointing", "backend", "attention_backend",
-    "device", "num_threads", "log_every", "save_every", "keep_checkpoints", "sample_every", "sample_images",
-    "sample_steps", "sample_guidance", "tensorboard", "wandb", "profile_steps",
+    "parallel", "shard_group", "precision", "compile", "compile_mode", "activation_checkpointing", "backend",
+    "attention_backend", "device", "num_threads", "log_every", "save_every", "keep_checkpoints", "sample_every",
+    "sample_images", "sample_steps", "sample_guidance", "tensorboard", "wandb", "profile_steps",
 )  # fmt: skip
 
 
@@ -111,6 +111,9 @@ class TrainingConfig:
     # device multiplies it in hardware: a processor without takes 65 times as long as in fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False  # pass every layer through torch.compile: faster steps after a minute or more
+    # reduce-overhead: have PyTorch capture what it compiled as CUDA graphs, for steps that wait for Python (small
+    # batches); neither with accumulated gradients nor with sharded weights, and of no effect on a CPU
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
     # what is kept of a layer for the way back: full keeps its input alone, selective matrix products and attention too,
     # and the rest is run again; less memory for more time
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -157,10 +160,22 @@ class TrainingConfig:
             raise ValueError(f"lora_rank={self.lora_rank} is for parallel='ddp' or 'none', not {self.parallel!r}")
         if self.text_loss_weight and self.model.text is None:
             raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
+        if self.compile_mode != "default":
+            self._check_graphs()
         if self.zero_terminal_snr and self.model.prediction_type == "epsilon":
             raise ValueError("zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
+
+    def _check_graphs(self) -> None:
+        """Captured gradients lie where the next capture writes its own, and weights where they were captured."""
+        mode = f"compile_mode={self.compile_mode!r}"
+        if not self.compile:
+            raise ValueError(f"{mode} needs compile=True")
+        if self.accumulation_steps > 1:
+            raise ValueError(f"{mode} is for accumulation_steps=1, not {self.accumulation_steps}")
+        if self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(f"{mode} is for parallel='ddp' or 'none', not {self.parallel!r}")
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -148,10 +148,14 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     drawn: dict[str, Any] = model.state_dict() if sharded and world.is_first else {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in unread)
+    if config.compile_mode == "reduce-overhead" and world.device.type != "cuda":
+        warnings.warn(
+            f"compile_mode='reduce-overhead' has no effect on {world.device.type}: no CUDA graphs", stacklevel=2
+        )
     for layer in model.layers:
         _keep_less(layer, config.activation_checkpointing)
         if config.compile:
-            layer.compile()
+            layer.compile(mode=config.compile_mode)
     if sharded:
         _shard(model.to("meta"), config, world)
         model.to_empty(device=world.device)

@@ -261,6 +261,8 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         split = draw_split(config.model, config.seed, self.step)
         for index in range(config.accumulation_steps):
+            if config.compile_mode == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()  # Nothing that the step before computed is read any more.
             batch = next(batches).to(self.device)
             if not config.model.num_classes:
                 batch.labels_B = None
