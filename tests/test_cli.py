@@ -366,6 +366,7 @@ def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_released_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "baseline.conf"
     file.write_text("ID=mine\nGLOBAL_BATCH_SIZE=8\nAR_LEN=4\nSPATIAL_LEN=1024\nIMAGE_SIZE=512\nDIFF_DEPTH=1\n")
