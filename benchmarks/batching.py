@@ -41,8 +41,9 @@ from madformer.conditioning.prompt import Prompt
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
+from madformer.engine.plan import Plan
 from madformer.engine.precision import PRECISIONS, apply
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.machine import default_dtype, environment, seconds, synchronize
 from madformer.measuring.sampling import any_prompt

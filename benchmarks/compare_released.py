@@ -61,7 +61,8 @@ from benchmarks.released import (
 )
 from benchmarks.timing import Run, Spread, interleaved, seconds
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from madformer.files.atomic import check_writable
 from madformer.measuring.bare import BareModel
 from madformer.measuring.sampling import block_pairs

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.released import CannotCompare, Shape, check, make_scheduler, relative_error, sample_ours
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from madformer.machine import synchronize
 from madformer.measuring.timing import Run, Spread, Stopwatch, interleaved
 from madformer.model import MADFormer

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.record import CannotCompare
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
-from madformer.engine.sampler import Plan
+from madformer.engine.plan import Plan
 
 MAX_RELATIVE_ERROR = 3e-3
 LATENT_CHANNELS = 4

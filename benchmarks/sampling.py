@@ -61,8 +61,9 @@ from benchmarks.released import (
 from madformer.config import ffhq1024, tiny
 from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.options import SamplingOptions
+from madformer.engine.plan import Plan
 from madformer.engine.precision import apply
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.sampler import Sampler
 from madformer.machine import seconds
 from madformer.measuring import report
 from madformer.measuring.bare import Work

@@ -146,12 +146,7 @@ class InFlightBatcher:
     # Requests
 
     def submit(
-        self,
-        noise_MLC: Tensor,
-        options: SamplingOptions,
-        prompt: Prompt | None = None,
-        *,
-        priority: int = 0,
+        self, noise_MLC: Tensor, options: SamplingOptions, prompt: Prompt | None = None, *, priority: int = 0
     ) -> Future[Tensor]:
         """Ask for an image.
 
@@ -164,7 +159,7 @@ class InFlightBatcher:
 
         Returns:
             Clean latents ``(M, L, C)`` in fp32 on the model's device, to come. ``cancel()`` works until they are there,
-            and frees the slot. The exception is :class:`~madformer.engine.sampler.NonFiniteError` where the network
+            and frees the slot. The exception is :class:`~madformer.engine.running.NonFiniteError` where the network
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:

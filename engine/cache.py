@@ -33,13 +33,7 @@ class ConditioningCache:
     """
 
     def __init__(
-        self,
-        config: MADFormerConfig,
-        rows: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str = "auto",
+        self, config: MADFormerConfig, rows: int, *, dtype: torch.dtype, device: torch.device, backend: str = "auto"
     ) -> None:
         max_length = config.text_length + config.num_blocks * config.block_size
         shape = (config.num_layers, rows, config.num_heads, max_length, config.head_dim)

@@ -99,7 +99,9 @@ class Passes:
         rows_N = self._cache_rows(rows_B)
         finished_BLC = slots.finish_block(rows_B)
         if config.has_condition or clean_layers:
-            shifted_NSC = self._for_branches(self._embed_clean(rows_B, finished_BLC))
+            temb_BE = slots.clean_embedding(rows_B)
+            tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.dtype), temb_BE)
+            shifted_NSC = self._for_branches(tokens_BSC)
         if clean_layers:
             self.run_layers("clean", shifted_NSC, rows_N, range(clean_layers), needs_output=False)
         # without a clean stream the noise stream is its own context: what its layers saw last stays
@@ -252,11 +254,6 @@ class Passes:
         if self.config.num_classes:
             time_NC = time_NC + take(self.slots.class_NC, rows_N)
         return F.silu(time_NC)
-
-    def _embed_clean(self, rows_B: Tensor | None, finished_BLC: Tensor) -> Tensor:
-        temb_BE = self.slots.clean_embedding(rows_B)
-        tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.dtype), temb_BE)
-        return tokens_BSC
 
     def _predict_condition(self, rows_N: Tensor | None, shifted_NSC: Tensor) -> None:
         condition_NSC = self.run_layers("noise", shifted_NSC, rows_N, range(self.config.ar_layers))

@@ -43,7 +43,10 @@ class PlanPool:
         try:
             yield plan
         finally:
-            self._put(plan)
+            plan.rest()
+            with self._lock:
+                self._idle.append(plan)
+                del self._idle[: -self.most_idle]
 
     def clear(self) -> None:
         """Give back the memory of idle plans."""
@@ -57,9 +60,3 @@ class PlanPool:
                     self._idle.remove(plan)
                     return plan
         return None
-
-    def _put(self, plan: Plan) -> None:
-        plan.rest()
-        with self._lock:
-            self._idle.append(plan)
-            del self._idle[: -self.most_idle]

@@ -245,13 +245,7 @@ class FP8Linear(nn.Module):
             y_RN = _product_on_cpu(quantized_RK, weight_KN, scale_R1, scale_1N, bias_N)
         else:
             y_RN = torch._scaled_mm(
-                quantized_RK,
-                weight_KN,
-                scale_R1,
-                scale_1N,
-                bias=bias_N,
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
+                quantized_RK, weight_KN, scale_R1, scale_1N, bias=bias_N, out_dtype=torch.bfloat16, use_fast_accum=True
             )
         return y_RN.unflatten(0, x.shape[:-1])
 

@@ -23,26 +23,12 @@ from madformer.engine.graphs import Launcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.passes import Passes
-from madformer.engine.plan import NoiseSource, Plan
+from madformer.engine.plan import Plan
 from madformer.engine.plan_key import ModelKind, PlanKey
-from madformer.engine.progress import Change, FinishedBlock, Progress
-from madformer.engine.running import InUseError, NonFiniteError
 from madformer.engine.schedule import Schedule
 from madformer.engine.slots import Slots
 from madformer.engine.structure import around_the_whole, over_the_same, unwrapped
 from madformer.model.madformer import MADFormer
-
-__all__ = [
-    "Change",
-    "FinishedBlock",
-    "InUseError",
-    "NoiseSource",
-    "NonFiniteError",
-    "Plan",
-    "Progress",
-    "Sampler",
-    "bytes_per_image",
-]
 
 
 class Sampler:

@@ -39,47 +39,25 @@ SHORT_NAMES = {
 """For the command line, which takes the names of the classes, too."""
 
 _FLOW = "is for flow matching, and these models are trained to denoise"
-_VIDEO = "is for models of videos"
-_TOKENS = "is for models of discrete tokens"
-_CONSISTENCY = "is for consistency models, and of models that were distilled into such"
-_SIGMAS = "is for networks that are told the noise's standard deviation in place of a timestep"
-_INVERSE = "turns pictures into noise"
-_REASONS = {
-    "AmusedScheduler": _TOKENS,
-    "BlockRefinementScheduler": _TOKENS,
-    "CMStochasticIterativeScheduler": _CONSISTENCY,
-    "CogVideoXDDIMScheduler": _VIDEO,
-    "CogVideoXDPMScheduler": _VIDEO,
-    "CosineDPMSolverMultistepScheduler": _SIGMAS,
-    "DDIMInverseScheduler": _INVERSE,
-    "DDPMWuerstchenScheduler": "is for continuous times from 1 to 0 of Wuerstchen's models",
-    "DPMSolverMultistepInverseScheduler": _INVERSE,
-    "DPMSolverSDEScheduler": "adds noise of its own that no seed or generator of a picture decides",
-    "DiscreteDDIMScheduler": _TOKENS,
-    "EDMDPMSolverMultistepScheduler": _SIGMAS,
-    "EDMEulerScheduler": _SIGMAS,
-    "EntropyBoundScheduler": _TOKENS,
-    "FlowMapEulerDiscreteScheduler": _FLOW,
-    "FlowMatchEulerDiscreteScheduler": _FLOW,
-    "FlowMatchHeunDiscreteScheduler": _FLOW,
-    "FlowMatchLCMScheduler": _FLOW,
-    "HeliosDMDScheduler": _FLOW,
-    "HeliosScheduler": _FLOW,
-    "IPNDMScheduler": "has a noise schedule of its own, which these models are not trained on",
-    "KarrasVeScheduler": _SIGMAS,
-    "LCMScheduler": _CONSISTENCY,
-    "LTXEulerAncestralRFScheduler": _FLOW,
-    "MiniMaxH3Scheduler": _FLOW,
-    "PiflowScheduler": _FLOW,
-    "RFD4ProteinaScheduler": "is for models of proteins",
-    "RePaintScheduler": "fills masks; image= and blocks= draw blocks of a picture anew",
-    "SCMScheduler": _CONSISTENCY,
-    "ScoreSdeVeScheduler": _SIGMAS,
-    "ScoreSdeVpScheduler": "is for continuous times from 1 to 0",
-    "TCDScheduler": _CONSISTENCY,
-    "UnCLIPScheduler": "is for unCLIP's models and their learned variances",
-    "VQDiffusionScheduler": _TOKENS,
-}
+_REFUSED = {
+    _FLOW: "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM Helios HeliosDMD "
+    "LTXEulerAncestralRF MiniMaxH3 Piflow",
+    "is for models of videos": "CogVideoXDDIM CogVideoXDPM",
+    "is for models of discrete tokens": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
+    "is for models of proteins": "RFD4Proteina",
+    "is for unCLIP's models and their learned variances": "UnCLIP",
+    "is for consistency models, and of models that were distilled into such": "CMStochasticIterative LCM SCM TCD",
+    "is for networks that are told the noise's standard deviation in place of a timestep":
+    "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler KarrasVe ScoreSdeVe",
+    "is for continuous times from 1 to 0": "ScoreSdeVp",
+    "is for continuous times from 1 to 0 of Wuerstchen's models": "DDPMWuerstchen",
+    "has a noise schedule of its own, which these models are not trained on": "IPNDM",
+    "adds noise of its own that no seed or generator of a picture decides": "DPMSolverSDE",
+    "fills masks; image= and blocks= draw blocks of a picture anew": "RePaint",
+    "turns pictures into noise": "DDIMInverse DPMSolverMultistepInverse",
+}  # fmt: skip
+"""Of the other classes, less the ``Scheduler`` at their ends: why they do not."""
+_REASONS = {f"{name}Scheduler": reason for reason, names in _REFUSED.items() for name in names.split()}
 
 
 def check_name(name: str) -> None:

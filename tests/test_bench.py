@@ -21,7 +21,8 @@ from madformer.cli.main import main
 from madformer.config import MADFormerConfig, tiny
 from madformer.engine import memory
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Progress, Sampler, bytes_per_image
+from madformer.engine.progress import Progress
+from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedulers import default_scheduler
 from madformer.measuring import report, sampling
 from madformer.measuring.bare import BareModel, Work

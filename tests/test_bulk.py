@@ -23,7 +23,8 @@ from madformer.cli.main import main
 from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import NonFiniteError, Plan
+from madformer.engine.plan import Plan
+from madformer.engine.running import NonFiniteError
 from madformer.engine.schedulers import default_scheduler
 from madformer.files.resumable import first_difference
 from madformer.files.shards import ShardDataset

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL
 from madformer.config import preset
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from madformer.engine.schedulers import default_scheduler
 from madformer.kernels.denoise_step import NUM_COEFFICIENTS, denoise_step
 from madformer.model import MADFormer

@@ -121,19 +121,12 @@ class MADFormerConfig(Mapping[str, Any]):
         self._check_elastic()
 
     def _check_transformer(self) -> None:
-        require(
-            self.hidden_size % self.num_heads == 0,
-            f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}",
-        )
-        require(
-            self.head_dim % 4 == 0,
-            f"hidden_size={self.hidden_size} / num_heads={self.num_heads} gives heads of {self.head_dim}; "
-            "two-dimensional RoPE needs a multiple of 4",
-        )
-        require(
-            self.diffusion_layers <= self.num_layers,
-            f"diffusion_layers={self.diffusion_layers} must be from 1 to num_layers={self.num_layers}",
-        )
+        hidden, heads, layers = self.hidden_size, self.num_heads, self.num_layers
+        require(hidden % heads == 0, f"hidden_size={hidden} must be a multiple of num_heads={heads}")
+        given = f"hidden_size={hidden} / num_heads={heads} gives heads of {self.head_dim}"
+        require(self.head_dim % 4 == 0, f"{given}; two-dimensional RoPE needs a multiple of 4")
+        split = self.diffusion_layers
+        require(split <= layers, f"diffusion_layers={split} must be from 1 to num_layers={layers}")
 
     def _check_blocks(self) -> None:
         for name, total in (("block_shape", "block_size"), ("block_grid", "num_blocks")):
@@ -145,40 +138,28 @@ class MADFormerConfig(Mapping[str, Any]):
             whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 1 for side in shape)
             fits = whole and len(shape) == 2 and math.prod(shape) == count
             require(fits, f"{name}={shape} must be rows and columns of {total}={count}")
-        require(
-            self.num_blocks * self.block_size <= MAX_TOKENS,
-            f"num_blocks={self.num_blocks} of block_size={self.block_size} must be at most {MAX_TOKENS} tokens",
-        )
+        fits, blocks = self.num_blocks * self.block_size <= MAX_TOKENS, f"num_blocks={self.num_blocks}"
+        require(fits, f"{blocks} of block_size={self.block_size} must be at most {MAX_TOKENS} tokens")
+        why = "is not possible: square_blocks=False is for squares in raster order"
         for name in ("block_shape", "block_grid", "block_order"):
-            require(
-                self.square_blocks or getattr(self, name) in ((), "raster"),
-                f"{name}={getattr(self, name)!r} is not possible: square_blocks=False is for squares in raster order",
-            )
-        require(
-            not self.shared_towers or self.has_clean_stream,
-            f"shared_towers=True needs a clean stream to share with; context={self.context!r} has none",
-        )
+            value = getattr(self, name)
+            require(self.square_blocks or value in ((), "raster"), f"{name}={value!r} {why}")
+        shared, why = self.shared_towers, f"context={self.context!r} has none"
+        require(not shared or self.has_clean_stream, f"shared_towers=True needs a clean stream to share with; {why}")
 
     def _check_conditioning(self) -> None:
-        require(
-            self.unet is not None or self.time_conditioning == "adaln",
-            f"time_conditioning={self.time_conditioning!r} needs a U-Net, and unet=None; there is 'adaln'",
-        )
-        require(
-            self.num_classes == 0 or self.modulated,
-            f"num_classes={self.num_classes} needs AdaLN to tell the layers, and "
-            f"time_conditioning={self.time_conditioning!r}",
-        )
+        told, classes = f"time_conditioning={self.time_conditioning!r}", self.num_classes
+        fits = self.unet is not None or self.time_conditioning == "adaln"
+        require(fits, f"{told} needs a U-Net, and unet=None; there is 'adaln'")
+        require(classes == 0 or self.modulated, f"num_classes={classes} needs AdaLN to tell the layers, and {told}")
 
     def _check_elastic(self) -> None:
-        elastic = self.elastic_diffusion_layers
+        elastic, split = self.elastic_diffusion_layers, self.diffusion_layers
         if not elastic:
             return
-        require(
-            self.diffusion_layers in elastic and all(1 <= number <= self.num_layers for number in elastic),
-            f"elastic_diffusion_layers={elastic} must be from 1 to num_layers={self.num_layers}, and "
-            f"diffusion_layers={self.diffusion_layers} among them",
-        )
+        fits = split in elastic and all(1 <= number <= self.num_layers for number in elastic)
+        limits = f"from 1 to num_layers={self.num_layers}, and diffusion_layers={split} among them"
+        require(fits, f"elastic_diffusion_layers={elastic} must be {limits}")
         for fits, why in (
             (self.has_condition, f"context={self.context!r} has no condition to begin at another layer"),
             (self.cross_block_attention, "cross_block_attention=False ends the clean stream at the split"),

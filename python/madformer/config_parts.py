@@ -34,31 +34,19 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "unet.", most=_MOST_OF_UNET)
-        levels = len(self.block_out_channels)
-        require(
-            1 <= levels <= MAX_LEVELS,
-            f"unet.block_out_channels={self.block_out_channels} must name from one level to {MAX_LEVELS}",
-        )
+        levels, named = len(self.block_out_channels), f"unet.block_out_channels={self.block_out_channels}"
+        require(1 <= levels <= MAX_LEVELS, f"{named} must name from one level to {MAX_LEVELS}")
         for name in ("layers_per_block", "attention"):
-            require(
-                len(getattr(self, name)) == levels,
-                f"unet.{name}={getattr(self, name)} must have one entry for each of the {levels} levels of "
-                f"unet.block_out_channels={self.block_out_channels}",
-            )
+            given, each = getattr(self, name), f"one entry for each of the {levels} levels of {named}"
+            require(len(given) == levels, f"unet.{name}={given} must have {each}")
         require(min(self.layers_per_block) >= 1, f"unet.layers_per_block={self.layers_per_block} must be positive")
         for name in ("num_heads", "norm_groups", "time_embed_dim"):
             require(getattr(self, name) >= 1, f"unet.{name}={getattr(self, name)} must be positive")
         for channels, attention in zip(self.block_out_channels, self.attention, strict=True):
-            require(
-                channels >= 1 and channels % self.norm_groups == 0,
-                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
-                f"unet.norm_groups={self.norm_groups}",
-            )
-            require(
-                not attention or channels % self.num_heads == 0,
-                f"unet.block_out_channels={self.block_out_channels} must be multiples of "
-                f"unet.num_heads={self.num_heads} where unet.attention is on",
-            )
+            fits = channels >= 1 and channels % self.norm_groups == 0
+            require(fits, f"{named} must be multiples of unet.norm_groups={self.norm_groups}")
+            fits, heads = not attention or channels % self.num_heads == 0, f"unet.num_heads={self.num_heads}"
+            require(fits, f"{named} must be multiples of {heads} where unet.attention is on")
 
     @property
     def downscale(self) -> int:
@@ -80,10 +68,9 @@ class TextConfig:
         for name in ("vocab_size", "length"):
             require(getattr(self, name) >= 1, f"text.{name}={getattr(self, name)} must be positive")
         require(self.rope_theta > 0, f"text.rope_theta={self.rope_theta} must be positive")
-        require(
-            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
-            f"text.pad_token_id={self.pad_token_id} must be below text.vocab_size={self.vocab_size}",
-        )
+        padding, size = self.pad_token_id, self.vocab_size
+        fits = padding is None or 0 <= padding < size
+        require(fits, f"text.pad_token_id={padding} must be below text.vocab_size={size}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -79,12 +79,6 @@ def git_commit(folder: Path) -> str:
         return "unknown"
 
 
-def own_commit() -> str:
-    """Of the clone that this package runs from; ``unknown`` where it was installed by copy."""
-    root = Path(__file__).resolve().parents[2]
-    return git_commit(root) if (root / "python" / "madformer").is_dir() else "unknown"
-
-
 def device_name(device: torch.device) -> str:
     import torch
 
@@ -111,6 +105,8 @@ def environment(benchmark: str, device: torch.device, packages: Sequence[str] = 
     """The head of a record; ``packages`` that are not installed are None."""
     import torch
 
+    # where it was installed by copy, this is no clone
+    root = Path(__file__).resolve().parents[2]
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     versions["cuda"] = torch.version.cuda
     for name in packages:
@@ -119,7 +115,7 @@ def environment(benchmark: str, device: torch.device, packages: Sequence[str] = 
             versions[name] = importlib.metadata.version(name)
     return {
         "benchmark": benchmark,
-        "commit": own_commit(),
+        "commit": git_commit(root) if (root / "python" / "madformer").is_dir() else "unknown",
         "device": device_name(device),
         "driver": driver_version(device),
         "threads": torch.get_num_threads(),

@@ -253,6 +253,11 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         on_gpu = model.device.type == "cuda"
 
         def draw(report: Callable[[Tensor], None]) -> None:
+            def tell(latents_BCHW: Tensor) -> None:
+                if on_gpu:
+                    torch.cuda.current_stream(model.device).synchronize()
+                report(latents_BCHW)
+
             if on_gpu:
                 torch.cuda.set_device(model.device)  # each thread has its own
             config = model.config.at_grid(*self.grid_of(options.get("height"), options.get("width")))
@@ -266,21 +271,9 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
                 done[block] = latents_BLC
                 if len(done) < config.num_blocks:
                     shown = [done.get(place, torch.zeros_like(latents_BLC)) for place in range(config.num_blocks)]
-                    latents_BCHW = from_blocks(torch.stack(shown, dim=1), config)
-                    if on_gpu:
-                        torch.cuda.current_stream(model.device).synchronize()
-                    report(latents_BCHW)
+                    tell(from_blocks(torch.stack(shown, dim=1), config))
 
-            latents = self(
-                prompt=prompt,
-                num_inference_steps=num_inference_steps,
-                output_type="latent",
-                on_block=on_block,
-                **options,
-            ).images
-            if on_gpu:
-                torch.cuda.current_stream(model.device).synchronize()
-            report(latents)
+            tell(self(prompt, num_inference_steps, output_type="latent", on_block=on_block, **options).images)
 
         self._check_output_type(output_type)
         # on a GPU beside the blocks that follow, not after them

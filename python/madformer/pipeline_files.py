@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,10 +30,12 @@ from madformer.conditioning.tokenizer import (
     load_tokenizer,
 )
 from madformer.engine.schedulers import check_name
-from madformer.files.atomic import atomic_path, umask, write_json
+from madformer.files.atomic import atomic_path, made, write_json
 from madformer.files.hub import CONFIG_NAME, resolve_folder
+from madformer.files.text import first_line
 from madformer.model import MADFormer
-from madformer.model.pretrained import WEIGHTS_FILE
+from madformer.model.pretrained import publish, staging
+from madformer.objects import read_object
 from madformer.vae import load_vae
 
 MODEL_INDEX = "model_index.json"
@@ -148,9 +150,9 @@ class PersistentPipeline(DiffusionPipeline):
         Raises:
             OSError: the folder cannot be written. ValueError: the model has adapters, which are saved apart.
         """
-        folder, before = Path(save_directory), {}
-        if (folder / MODEL_INDEX).is_file():
-            before = _index_or_nothing(folder)
+        folder, before = Path(save_directory), dict[str, Any]()
+        with suppress(ValueError):
+            before = _load_index(folder)
         form: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
         if max_shard_size is not None:
             form["max_shard_size"] = max_shard_size
@@ -276,10 +278,9 @@ def _in_one_line(folder: Path, load: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return load(*args, **kwargs)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        lines = str(error).strip().splitlines()
-        if len(lines) == 1 and isinstance(error, (OSError, ValueError)):
+        if len(str(error).strip().splitlines()) == 1 and isinstance(error, (OSError, ValueError)):
             raise
-        raise ValueError(f"{folder} holds no pipeline: {lines[0] if lines else type(error).__name__}") from error
+        raise ValueError(f"{folder} holds no pipeline: {first_line(error)}") from error
 
 
 @contextmanager
@@ -307,13 +308,6 @@ def _load_index(folder: Path) -> dict[str, Any]:
         return dict(index)
     except (ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} is no index of a pipeline: {error}") from error
-
-
-def _index_or_nothing(folder: Path) -> dict[str, Any]:
-    try:
-        return _load_index(folder)
-    except ValueError:
-        return {}
 
 
 def _check_scheduler(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> None:
@@ -372,31 +366,19 @@ def _plain(part: Any) -> Any:
 
 def _save_weights(module: Any, folder: Path, dtype: torch.dtype | None, form: dict[str, Any]) -> None:
     """A module of diffusers; every file appears whole, and weights of another class, shape or form are gone."""
-    with tempfile.TemporaryDirectory(dir=_made(folder.parent), prefix=f".{folder.name}.") as name:
-        staged = Path(name)
+    with staging(folder) as staged:
         stored = module
         if dtype is not None:
             stored = type(module).from_config(module.config)
             stored.load_state_dict({key: value.detach().cpu() for key, value in module.state_dict().items()})
             stored.to(dtype)
         stored.save_pretrained(staged, **form)
-        _made(folder)
-        old, new = (_public(path / CONFIG_NAME) for path in (folder, staged))
-        kept = {path.name for path in staged.iterdir()}
-        for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-            path.chmod(0o666 & ~umask())
-            path.replace(folder / path.name)
-        for path in folder.iterdir():
-            match = WEIGHTS_FILE.fullmatch(path.name)
-            if match and path.name not in kept:
-                variant = match["variant"] or match["index_variant"]
-                if old != new or variant == form["variant"]:
-                    path.unlink()
+        publish(staged, folder, form["variant"], _public)
 
 
 def _save_whole(part: Any, folder: Path) -> None:
     """A part of a few small files, in place of all that was there."""
-    with tempfile.TemporaryDirectory(dir=_made(folder.parent), prefix=f".{folder.name}.") as name:
+    with tempfile.TemporaryDirectory(dir=made(folder.parent), prefix=f".{folder.name}.") as name:
         staged = Path(name) / folder.name
         part.save_pretrained(staged)
         if folder.is_dir():
@@ -404,18 +386,7 @@ def _save_whole(part: Any, folder: Path) -> None:
         staged.replace(folder)
 
 
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
-    return folder
-
-
-def _public(path: Path) -> Any:
-    """A configuration without what says where it came from; None where there is none to read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value for name, value in values.items() if name not in ("_name_or_path", "_diffusers_version")}
-    except (OSError, ValueError, AttributeError):
-        return None
+def _public(path: Path) -> dict[str, Any]:
+    """A configuration without what says where it came from."""
+    values = read_object(path)
+    return {name: value for name, value in values.items() if name not in ("_name_or_path", "_diffusers_version")}

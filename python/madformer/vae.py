@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, ConsistencyDecoderVAE
 from torch import Tensor, nn
 
 from madformer.files.hub import CONFIG_NAME, resolve_folder
+from madformer.files.text import first_line
 
 MAX_UNTILED = 1024
 """Pixels a side: larger pictures are decoded in tiles of this size, unless :func:`set_tile` says otherwise."""
@@ -57,8 +58,7 @@ def load_vae(
         vae = kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **options)
     except Exception as error:
         # diffusers raises several kinds for one cause, over several lines
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} holds no readable {kind.__name__}: {reason}") from error
+        raise ValueError(f"{folder} holds no readable {kind.__name__}: {first_line(error)}") from error
     check_vae(vae)
     return prepare_vae(vae.to(device))
 
@@ -267,13 +267,9 @@ def bytes_per_picture(vae: Any, latents_BCHW: Tensor) -> int:
     tile = tile_of(vae)
     sides = [side * downscale(vae) for side in latents_BCHW.shape[2:]]
     area = math.prod(min(side, tile or side) for side in sides)
-    return 3 * area * max(_widths(vae)[:2]) * vae.dtype.itemsize
-
-
-def _widths(vae: Any) -> tuple[int, ...]:
-    """Channels of the decoder's levels, from the picture inwards."""
-    config = vae.config
-    return tuple(getattr(config, "decoder_block_out_channels", None) or config.block_out_channels)
+    # channels of the decoder's levels, from the picture inwards
+    widths = getattr(vae.config, "decoder_block_out_channels", None) or vae.config.block_out_channels
+    return 3 * area * max(widths[:2]) * vae.dtype.itemsize
 
 
 def _group_size(vae: Any, latents_BCHW: Tensor) -> int:

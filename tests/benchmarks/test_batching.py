@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import batching
 from madformer.conditioning.prompt import Prompt
 from madformer.engine.batching import InFlightBatcher
-from madformer.engine.sampler import Plan
+from madformer.engine.plan import Plan
 
 SECONDS_A_BATCH = 4.0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import ROOT, launches, sampling
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan
+from madformer.engine.plan import Plan
 from madformer.measuring.bare import Work
 from madformer.measuring.sampling import Roof
 from madformer.measuring.timing import Spread

@@ -17,7 +17,8 @@ from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import NonFiniteError, Sampler
+from madformer.engine.running import NonFiniteError
+from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
 from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
 from tests.helpers.recording import RecordingLauncher

@@ -8,7 +8,8 @@ from diffusers import DPMSolverMultistepScheduler
 
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from tests.helpers.engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from tests.helpers.recording import HostReadError, RecordingLauncher
 

@@ -14,7 +14,8 @@ from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from tests.helpers.engine_cases import BATCH, CASES, draw_noise, draw_prompt, make_model
 from tests.helpers.testing import DEVICE, relative_error
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import tiny
 from madformer.engine.options import SamplingOptions
+from madformer.engine.progress import Change, Progress
 from madformer.engine.reference import sample_uncached
-from madformer.engine.sampler import Change, NonFiniteError, Progress, Sampler
+from madformer.engine.running import NonFiniteError
+from madformer.engine.sampler import Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput
 from tests.helpers.engine_cases import ACDIT, BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
 from tests.helpers.testing import relative_error

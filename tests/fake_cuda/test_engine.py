@@ -9,7 +9,8 @@ from diffusers import DPMSolverMultistepScheduler
 from madformer.config import ffhq1024
 from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from tests.helpers.engine_cases import CASES
 from tests.helpers.fake_gpu import GPU, Watch, make_model
 

@@ -16,7 +16,7 @@ from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model import MADFormer
 from madformer.model.blocks import from_blocks, from_maps, to_blocks, to_maps
 from madformer.model.rope import rope_tables, token_positions
-from madformer.model.unet import TimestepEmbedding, skip_channels, skip_levels
+from madformer.model.unet import TimestepEmbedding, skip_connections
 from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import perturb, relative_error
 
@@ -254,8 +254,9 @@ def test_skip_shapes(unet: UNetConfig) -> None:
     model = MADFormer(config)
     x = torch.randn(1, config.latent_channels, *config.block_latents)
     _, skips = model.downsampler(x, torch.zeros(1, unet.time_embed_dim))
-    assert [skip.shape[1] for skip in skips] == skip_channels(config)
-    assert [skip.shape[2] for skip in skips] == [config.block_latents[0] // 2**level for level in skip_levels(config)]
+    levels, channels = zip(*skip_connections(config), strict=True)
+    assert [skip.shape[1] for skip in skips] == list(channels)
+    assert [skip.shape[2] for skip in skips] == [config.block_latents[0] // 2**level for level in levels]
 
 
 # Rotary embedding

@@ -141,12 +141,7 @@ def _begin_copy(tensor: Tensor) -> Tensor:
 
 
 def draw_missing(
-    pipeline: MADFormerPipeline,
-    folder: OutputFolder,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = True,
+    pipeline: MADFormerPipeline, folder: OutputFolder, *, rank: int = 0, world_size: int = 1, progress: bool = True
 ) -> int:
     """Draw what an opened folder lacks of a process's batches; nothing that is there is drawn or decoded again.
 
@@ -175,14 +170,10 @@ class Progress:
     """
 
     def __init__(self, folder: OutputFolder, batches: range, shown: bool) -> None:
-        self._total, done = folder.count(batches), folder.count_done(batches)
-        self._path, self._left, self._estimated, self._started = (
-            folder.path,
-            self._total - done,
-            False,
-            time.monotonic(),
-        )
-        self._bar = tqdm(total=self._total, initial=done, desc="sampling", unit="image", disable=not shown)
+        total, done = folder.count(batches), folder.count_done(batches)
+        self._path, self._left = folder.path, total - done
+        self._estimated, self._started = False, time.monotonic()
+        self._bar = tqdm(total=total, initial=done, desc="sampling", unit="image", disable=not shown)
 
     def update(self, images: int, size: int) -> None:
         """Add images that were written, in so many bytes."""

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from madformer.arguments import whole_number
 from madformer.bulk.settings import Settings
 from madformer.files.atomic import atomic_path, locked, remove_leftover, write_json
 from madformer.files.damage import is_whole
@@ -53,8 +54,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | Path, settings: Settings, num_images: int) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
+        whole_number("num_images", num_images, 1)
         check_seed(settings.seed, num_images)
         self.path, self.settings, self.num_images = Path(path), settings, num_images
         self.sharded = settings.format == "wds"

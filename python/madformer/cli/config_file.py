@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import re
+import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,7 +21,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         OSError: it cannot be read. ValueError: it is of another kind, or holds something else; both name the file.
     """
-    readers = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": parse_object}
+    readers: dict[str, Callable[[str], Any]]
+    readers = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": parse_object}
     if path.suffix not in readers:
         raise ValueError(f"--config {path} must end in {', '.join(readers)}")
     try:
@@ -30,12 +32,6 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     return values
-
-
-def _toml(text: str) -> Any:
-    import tomllib
-
-    return tomllib.loads(text)
 
 
 def _yaml(text: str) -> Any:

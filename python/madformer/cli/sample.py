@@ -272,12 +272,7 @@ def _save_grid(pictures: Iterable[Image.Image], settings: Settings, request: Sam
 
 
 def _report(
-    request: Sample,
-    pipeline: MADFormerPipeline,
-    settings: Settings,
-    device: str,
-    drawn: int,
-    seconds: float,
+    request: Sample, pipeline: MADFormerPipeline, settings: Settings, device: str, drawn: int, seconds: float
 ) -> None:
     """What is there, and what this process did for it."""
     prompts, sampling = settings.prompts, settings.sampling

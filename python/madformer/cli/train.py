@@ -124,9 +124,7 @@ class Train(Request):
             return PRESETS[self.preset]()
         assert self.released_config is not None
         released = read_released_config(
-            self.released_config,
-            model_config=self.released_model_config,
-            world_size=this_process()[1],
+            self.released_config, model_config=self.released_model_config, world_size=this_process()[1]
         )
         for key, reason in released.ignored.items():
             print(f"{self.released_config}: {key} is ignored: {reason}", file=sys.stderr)

@@ -171,14 +171,10 @@ class ACDiT(Released):
 
         Args:
             y: classes ``(N,)``.
-            scheduler: any diffusers scheduler.
             cfg: scale of classifier-free guidance; up to 1 there is none.
-            target_shape: ``(N, T, B, C)``.
-            generator: one for the batch or one for each image; noise is drawn a block at a time.
-            dtype: of the noise drawn and of the result; the update runs in fp32.
 
-        Returns:
-            Tokens ``(N, T, B, C)``.
+        The other arguments and the result are those of :meth:`madformer.compat.madformer_ffhq.MADFormer.sample`, of
+        tokens in place of latents.
         """
         prompt, guidance = Prompt(label=y), max(1.0, float(cfg))
         native = self.to_native()

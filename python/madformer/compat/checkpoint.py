@@ -84,15 +84,8 @@ class ReleasedCheckpoint:
                 raise ValueError(
                     f"{self.path}: its args have {name}={value!r}, and not a number from 1 to {MAX_TOKENS}"
                 )
-        flags = {
-            flag: arguments.get(flag, default)
-            for flag, default in (
-                ("square_block", True),
-                ("clear_clean", False),
-                ("clear_cond", False),
-                ("denoising_mlp", False),
-            )
-        }
+        defaults = {"square_block": True, "clear_clean": False, "clear_cond": False, "denoising_mlp": False}
+        flags = {flag: arguments.get(flag, default) for flag, default in defaults.items()}
         for name, value in flags.items():
             if value not in (True, False) or not isinstance(value, int):
                 raise ValueError(f"{self.path}: its args have {name}={value!r}, and neither True nor False")

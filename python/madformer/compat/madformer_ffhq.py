@@ -128,12 +128,7 @@ class MADFormer(Released):
             raise ValueError("model_config_path must name the JSON file of the released model configuration")
         self.patch_size, self.latent_size, self.in_channels = patch_size, latent_size, in_channels
         self.block_size, self.ar_len, self.spatial_len = block_size, ar_len, spatial_len
-        self.hidden_size, self.depth, self.diff_depth, self.num_heads = (
-            hidden_size,
-            depth,
-            diff_depth,
-            num_heads,
-        )
+        self.hidden_size, self.depth, self.diff_depth, self.num_heads = (hidden_size, depth, diff_depth, num_heads)
         self.clear_clean, self.clear_cond, self.denoising_mlp = clear_clean, clear_cond, denoising_mlp
         self.cache_clean, self.square_block, self.qk_norm = cache_clean, square_block, not no_qk_norm
         config = self._native_config(
@@ -209,8 +204,43 @@ class MADFormer(Released):
         Returns:
             Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``.
         """
-        prediction, output = training_pass(self.to_native(), self, self.streams, clean_x, noised_x, t)
-        return prediction, *released_outputs(output)
+        outputs, _ = self._training_pass(clean_x, noised_x, t)
+        return outputs
+
+    def _training_pass(
+        self, clean_x: Tensor, noised_x: Tensor, t: Tensor, input_ids: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
+        """What :meth:`forward` returns, with a prediction that depends on every parameter, and a text's logits."""
+        native, reads_text = self.to_native(), input_ids is not None
+        t, clean = t.to(clean_x.device), native.config.has_clean_stream
+        output = native(clean_x, noised_x, t, input_ids, return_clean=clean, return_logits=reads_text)
+        prediction = output.prediction
+        if torch.is_grad_enabled() and (unused := self._possibly_unused(native)):
+            # Nothing of each parameter: its gradient is zero where the loss reaches it by no other way.
+            prediction = prediction + torch.cat([parameter.flatten()[:0] for parameter in unused]).sum()
+        condition = self._condition(output, clean_x, t, input_ids)
+        maps = to_maps(prediction), to_maps(condition), None if output.clean is None else to_maps(output.clean)
+        return maps, output.logits
+
+    def _condition(self, output: MADFormerOutput, clean_x: Tensor, t: Tensor, input_ids: Tensor | None) -> Tensor:
+        """What the autoregressive layers predict, in blocks."""
+        assert output.condition is not None
+        return output.condition
+
+    def _possibly_unused(self, native: NativeMADFormer) -> list[nn.Parameter]:
+        """Parameters that a loss may not reach: the released code gives those zero gradients, not None."""
+        unused = [] if native.config.has_condition else [self.boi_block]
+        last_read = native.clean_layers - 1
+        for index, layer in enumerate(self.blocks):
+            idle = {
+                "text": index == len(self.blocks) - 1,
+                "clean": not native.config.has_clean_stream or index >= last_read,
+                "noise": not native.has_tower("noise", index),
+            }
+            for place, stream in enumerate(self.streams):
+                if idle[stream]:
+                    unused += stream_parameters(layer, place)
+        return unused
 
     @torch.no_grad()
     def sample(
@@ -293,56 +323,6 @@ def _unused_tower(config: MADFormerConfig) -> Tower:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return tower
-
-
-def training_pass(
-    native: NativeMADFormer,
-    released: nn.Module,
-    streams: Sequence[str],
-    clean_x: Tensor,
-    noised_x: Tensor,
-    t: Tensor,
-    input_ids: Tensor | None = None,
-) -> tuple[Tensor, MADFormerOutput]:
-    """The pass of ``released``, a module with the released names, by ``native`` on its weights.
-
-    Returns:
-        The prediction, which depends on every parameter, ``(N * T, C, H, W)``, and all outputs.
-    """
-    output = native(
-        clean_x,
-        noised_x,
-        t.to(clean_x.device),
-        input_ids,
-        return_clean=native.config.has_clean_stream,
-        return_logits=input_ids is not None,
-    )
-    prediction = output.prediction
-    if torch.is_grad_enabled() and (unused := possibly_unused(native, released, streams)):
-        # Nothing of each parameter: its gradient is zero where the loss reaches it by no other way.
-        prediction = prediction + torch.cat([parameter.flatten()[:0] for parameter in unused]).sum()
-    return to_maps(prediction), output
-
-
-def released_outputs(output: MADFormerOutput) -> tuple[Tensor, Tensor | None]:
-    """Condition and clean tower's output as maps."""
-    assert output.condition is not None
-    return to_maps(output.condition), None if output.clean is None else to_maps(output.clean)
-
-
-def possibly_unused(native: NativeMADFormer, released: nn.Module, streams: Sequence[str]) -> list[nn.Parameter]:
-    """Parameters of ``released`` that a loss may not reach: the released code gives those zero gradients, not None."""
-    unused = [] if native.config.has_condition else [cast(nn.Parameter, released.boi_block)]
-    last_read = native.clean_layers - 1
-    layers = cast(nn.ModuleList, released.blocks)
-    for index, layer in enumerate(layers):
-        if not native.config.has_clean_stream or index >= last_read:
-            unused += stream_parameters(layer, streams.index("clean"))
-        if not native.has_tower("noise", index):
-            unused += stream_parameters(layer, streams.index("noise"))
-        if "text" in streams and index == len(layers) - 1:
-            unused += stream_parameters(layer, streams.index("text"))
-    return unused
 
 
 def stream_parameters(layer: nn.Module, stream: int) -> list[nn.Parameter]:

@@ -18,15 +18,7 @@ from torch import Tensor
 
 from madformer.compat import madformer_ffhq
 from madformer.compat.checkpoint import ReleasedCheckpoint
-from madformer.compat.madformer_ffhq import (
-    CONTEXTS,
-    check_target,
-    draw,
-    native_config,
-    native_target,
-    released_outputs,
-    training_pass,
-)
+from madformer.compat.madformer_ffhq import CONTEXTS, check_target, draw, native_config, native_target
 from madformer.compat.parts import Names
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig, TextConfig
@@ -36,6 +28,7 @@ from madformer.engine.passes import Passes
 from madformer.engine.rows import take
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.layer import Attention, Projections, Streams
+from madformer.model.madformer import MADFormerOutput
 
 # Relative. The frequencies are a buffer, which is cast with the model: bf16 rounds by half of that.
 FREQUENCY_TOLERANCE = 1e-2
@@ -121,28 +114,25 @@ class MADFormer(madformer_ffhq.MADFormer):
         """The training pass.
 
         Args:
-            input_ids: tokens ``(N, P)``.
-            clean_x, noised_x: latents ``(N, T, B, C)``.
-            t: integer timesteps ``(N, T)``, on any device.
+            input_ids: tokens ``(N, P)``; the other arguments are those of FFHQ's.
 
         Returns:
-            Prediction, condition and clean tower's output (None with ``clear_clean``), each ``(N * T, C, H, W)``, and
-            the logits of the next tokens ``(N, P, V)``.
+            What FFHQ's does, and the logits of the next tokens ``(N, P, V)``.
         """
-        native = self.to_native()
-        prediction, output = training_pass(native, self, self.streams, clean_x, noised_x, t, input_ids)
-        if self.clear_cond:
-            output.condition = self._condition(input_ids, clean_x, t.to(clean_x.device))
-        assert output.logits is not None
-        return prediction, *released_outputs(output), output.logits
+        outputs, logits = self._training_pass(clean_x, noised_x, t, input_ids)
+        assert logits is not None
+        return *outputs, logits
 
-    def _condition(self, input_ids: Tensor, clean_x: Tensor, t: Tensor) -> Tensor | None:
-        """What the autoregressive layers predict, where the diffusion layers do not ask for it."""
+    def _condition(self, output: MADFormerOutput, clean_x: Tensor, t: Tensor, input_ids: Tensor | None) -> Tensor:
+        """Also where the diffusion layers do not ask for it."""
+        if not self.clear_cond:
+            return super()._condition(output, clean_x, t, input_ids)
         model = self.__dict__["networks"]["conditioning"]
         clean, skips = model.embed_clean(clean_x, t)
         streams = model.input_streams(input_ids, clean, clean.dtype, clean_x.shape[1], whole_clean=False)
         condition = model.pass_layers(range(model.config.ar_layers), streams, model.rope.tables())["noise"]
-        return model.decode_condition(condition, condition, t, skips)
+        decoded: Tensor = model.decode_condition(condition, condition, t, skips)
+        return decoded
 
     @torch.no_grad()
     def sample(  # type: ignore[override]
@@ -251,8 +241,4 @@ class ReleasedBlockLocalPasses(Passes):
     def attention(self, view: CacheView, index: int, stream: str) -> Attention:
         if index < self.config.ar_layers or self.is_first_block:
             return super().attention(view, index, stream)
-        return _attend_to_itself
-
-
-def _attend_to_itself(projections: Projections) -> Tensor:
-    return F.scaled_dot_product_attention(*projections.heads())
+        return lambda projections: F.scaled_dot_product_attention(*projections.heads())

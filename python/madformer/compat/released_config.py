@@ -19,6 +19,7 @@ import torch
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
 from madformer.config import MADFormerConfig
+from madformer.config_parts import require
 from madformer.objects import with_nearest
 
 VAE_DOWNSCALE = 8
@@ -247,7 +248,7 @@ def _data_folder(path: Path, named: str) -> str:
 
 def _model(script: Script, values: Mapping[str, Any], model_config: str | Path | Mapping[str, Any]) -> MADFormerConfig:
     """Of the released class, with what the script passes to it."""
-    _require(values["PATCH_SIZE"] == 1, f"PATCH_SIZE={values['PATCH_SIZE']} must be 1: a latent is a position here")
+    require(values["PATCH_SIZE"] == 1, f"PATCH_SIZE={values['PATCH_SIZE']} must be 1: a latent is a position here")
     with torch.device("meta"):
         config = script.model(
             block_size=values["BLOCK_SIZE"],
@@ -268,7 +269,7 @@ def _model(script: Script, values: Mapping[str, Any], model_config: str | Path |
     }
     for key, expected in derived.items():
         geometry = f"BLOCK_SIZE={config.block_size} and AR_LEN={config.num_blocks}"
-        _require(values[key] == expected, f"{key}={values[key]} must be {expected} with {geometry}")
+        require(values[key] == expected, f"{key}={values[key]} must be {expected} with {geometry}")
     # the ImageNet class's own 16 heads cannot run: its rotation is made for heads of 64
     return config.replace(num_heads=config.hidden_size // RELEASED_HEAD_DIM)
 
@@ -278,16 +279,16 @@ def _training(
 ) -> dict[str, Any]:
     """The released hyperparameters; EMA decay and the schedules' shapes are constants there."""
     precision, schedule = values["MIXED_PRECISION"], values["LR_SCHEDULER"]
-    _require(precision in PRECISIONS, f"MIXED_PRECISION={precision!r} must be one of {', '.join(PRECISIONS)}")
-    _require(schedule in ("wsd", "cosine", "constant"), f"LR_SCHEDULER={schedule!r} must be wsd, cosine or constant")
+    require(precision in PRECISIONS, f"MIXED_PRECISION={precision!r} must be one of {', '.join(PRECISIONS)}")
+    require(schedule in ("wsd", "cosine", "constant"), f"LR_SCHEDULER={schedule!r} must be wsd, cosine or constant")
     batch, micro_batch = values["GLOBAL_BATCH_SIZE"], values["PER_GPU_BATCH_SIZE"] * world_size
-    _require(
+    require(
         micro_batch > 0 and batch % micro_batch == 0 and batch > 0,
         f"GLOBAL_BATCH_SIZE={batch} must be a multiple of PER_GPU_BATCH_SIZE={values['PER_GPU_BATCH_SIZE']} on "
         f"{world_size} processes",
     )
     steps = values["EPOCHS"] * (num_images // batch)
-    _require(steps > 0, f"EPOCHS={values['EPOCHS']} of {num_images} images are no step of GLOBAL_BATCH_SIZE={batch}")
+    require(steps > 0, f"EPOCHS={values['EPOCHS']} of {num_images} images are no step of GLOBAL_BATCH_SIZE={batch}")
     return {
         "data": script.data.format(values["DATASET_PATH"]),
         "image_size": values["IMAGE_SIZE"],
@@ -320,8 +321,3 @@ def _training(
         "save_every": values["CKPT_EVERY"],
         **script.training,
     }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -9,7 +9,7 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from madformer.arguments import whole_number
 from madformer.data.images import ImageDataset
 from madformer.data.latents import DESCRIPTION, FLIPPED, PLAIN, LatentDescription
 from madformer.data.workers import fetch_batches
@@ -81,9 +82,8 @@ def write_latents(
         FloatingPointError: latents that the description's dtype cannot hold; names the sample.
         OSError: the folder cannot be written, or a process of this rank is at work in it.
     """
-    for name, value, low in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value < low:
-            raise ValueError(f"{name}={value} must be at least {low}")
+    whole_number("batch_size", batch_size, 1)
+    whole_number("num_workers", num_workers, 0)
     folder, bad_before = Path(folder), images.num_bad
     with _opened(folder, description, rank, world_size) as missing:
         encoder = _Encoder(images, vae, description, batch_size, num_workers)
@@ -125,6 +125,7 @@ def _opened(folder: Path, description: LatentDescription, rank: int, world_size:
         yield [shard for shard, path in shards.items() if not path.exists()]
 
 
+@dataclass
 class _Encoder:
     """Streams images through the VAE into shards: a batch at a time is held, however large the shard.
 
@@ -133,18 +134,14 @@ class _Encoder:
             ``count`` latents.
     """
 
-    def __init__(
-        self,
-        images: ImageDataset,
-        vae: AutoencoderKL,
-        description: LatentDescription,
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        self.images, self.vae, self.description = images, vae, description
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.num_encoded, self.count = 0, 0
-        self.squares = torch.zeros(2, dtype=torch.float64)
+    images: ImageDataset
+    vae: AutoencoderKL
+    description: LatentDescription
+    batch_size: int
+    num_workers: int
+    num_encoded: int = 0
+    count: int = 0
+    squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def write(self, shards: Sequence[int], folder: Path, progress: bool) -> None:
         numbers = [batch for shard in shards for batch in self._batches(shard)]

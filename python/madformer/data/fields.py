@@ -57,10 +57,7 @@ class DataSummary:
 
 
 def summarize(
-    num_samples: int,
-    annotations: Callable[[int], tuple[int, str]],
-    class_names: Sequence[str],
-    limit: int,
+    num_samples: int, annotations: Callable[[int], tuple[int, str]], class_names: Sequence[str], limit: int
 ) -> DataSummary:
     """Read label and caption of up to ``limit`` samples, spread evenly.
 

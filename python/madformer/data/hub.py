@@ -15,6 +15,7 @@ from madformer.data.fields import (
     summarize,
 )
 from madformer.data.sources import MAX_FILE_BYTES, RawSample
+from madformer.files.text import first_line
 from madformer.objects import read_object
 
 __all__ = ["HuggingFaceSource", "is_saved"]
@@ -81,7 +82,8 @@ class HuggingFaceSource:
         import datasets
 
         dtype = str(getattr(kind, "dtype", "list"))
-        values = self._distinct(self.label_column) if dtype in ("string", "large_string") or "float" in dtype else []
+        looked_at = dtype in ("string", "large_string") or "float" in dtype
+        values = [value for value in self.rows.unique(self.label_column) if value is not None] if looked_at else []
         try:
             if dtype in ("string", "large_string"):
                 names = sorted({name.strip() for name in values} - {""})
@@ -97,9 +99,6 @@ class HuggingFaceSource:
                 f"{self.title}: its column '{self.label_column}' is not one class for each image ({error}); "
                 "rename it where it is not meant"
             ) from error
-
-    def _distinct(self, column: str | None) -> list[Any]:
-        return [value for value in self.rows.unique(column) if value is not None]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,10 +125,7 @@ class HuggingFaceSource:
         columns = [column for column in (self.label_column, self.caption_column) if column]
         rows = self.rows.select_columns(columns) if columns else None
         return summarize(
-            len(self),
-            lambda index: self._annotations(self._row(rows, index) if rows else {}),
-            self.class_names,
-            limit,
+            len(self), lambda index: self._annotations(self._row(rows, index) if rows else {}), self.class_names, limit
         )
 
     def _row(self, rows: Any, index: int) -> dict[str, Any]:
@@ -137,7 +133,7 @@ class HuggingFaceSource:
             row: dict[str, Any] = rows[index]
         except Exception as error:
             # damaged files make the libraries below raise errors of many types
-            raise ValueError(_reason(error)) from error
+            raise ValueError(first_line(error)) from error
         return row
 
     def _annotations(self, row: dict[str, Any]) -> tuple[int, str]:
@@ -164,7 +160,7 @@ def _load_rows(name: str) -> Any:
             rows = datasets.load_dataset(path, split=split or "train")
         except Exception as error:
             # An unknown name, split or absent network; the messages have several lines.
-            raise FileNotFoundError(f"no data set at hf:{name}: {_reason(error)}") from error
+            raise FileNotFoundError(f"no data set at hf:{name}: {first_line(error)}") from error
     if not len(rows):
         raise FileNotFoundError(f"hf:{name} is empty")
     return rows
@@ -189,14 +185,14 @@ def _load_saved(folder: Path, split: str) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:
         # of any type, from the libraries below
-        raise _not_whole(folder, _reason(error)) from error
+        raise _not_whole(folder, first_line(error)) from error
 
 
 def _listed(folder: Path, file: str, key: str) -> list[Any]:
     try:
         found = read_object(folder / file).get(key)
     except (OSError, ValueError) as error:
-        raise _not_whole(folder, _reason(error)) from error
+        raise _not_whole(folder, first_line(error)) from error
     if not isinstance(found, list):
         raise _not_whole(folder, f"{file} lists no {key}")
     return found
@@ -204,7 +200,3 @@ def _listed(folder: Path, file: str, key: str) -> list[Any]:
 
 def _not_whole(folder: Path, reason: str) -> ValueError:
     return ValueError(f"{folder} is not whole, as save_to_disk writes it ({reason}): save the data set again")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -24,18 +24,10 @@ from madformer.data.hub import HuggingFaceSource, is_saved
 from madformer.data.pixels import UnreadableImageError, decode, to_rgb
 from madformer.data.sources import FolderSource, ShardSource, Source
 from madformer.files.shards import is_hidden, list_shards
-from madformer.files.text import printable
+from madformer.files.text import first_line, printable
 from madformer.vae import downscale
 
-__all__ = [
-    "NO_LABEL",
-    "DataSummary",
-    "ImageDataset",
-    "UnreadableImageError",
-    "decode_image",
-    "open_dataset",
-    "to_rgb",
-]
+__all__ = ["NO_LABEL", "DataSummary", "ImageDataset", "UnreadableImageError", "decode_image", "open_dataset", "to_rgb"]
 
 ImageSize = int | tuple[int, int]
 """Pixels along the sides of a square, or height and width."""
@@ -189,8 +181,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raw = self.source.read(index)
             image = decode_image(raw.data, self.image_shape)
         except (ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UnreadableImageError(f"{self.source.name(index)}: {reason}") from error
+            raise UnreadableImageError(f"{self.source.name(index)}: {first_line(error)}") from error
         return {"image": image, "caption": raw.caption, "label": raw.label, "key": raw.key}
 
     def _count_bad(self, index: int, error: UnreadableImageError) -> None:

@@ -28,13 +28,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
+from madformer.arguments import whole_number
 from madformer.config import MADFormerConfig
 from madformer.data.fields import DataSummary, caption_of, label_of, summarize
 from madformer.data.images import ImageDataset, ImageSize, shape_of
 from madformer.files.atomic import write_json
 from madformer.files.resumable import first_difference, span
 from madformer.files.shards import ShardDataset
-from madformer.files.text import MAX_BYTES, decode_json, printable
+from madformer.files.text import MAX_BYTES, decode_json, first_line, printable
 from madformer.files.weights import fingerprint
 from madformer.objects import check_types, from_object, parse_object
 from madformer.vae import downscale
@@ -76,8 +77,7 @@ class LatentDescription:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("num_images", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            whole_number(name, getattr(self, name), 1)
         if min(shape_of(self.image_size)) < 1:
             raise ValueError(f"image_size={self.image_size} must be at least 1")
 
@@ -281,7 +281,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             np.lib.format.read_magic(file)
             found = np.lib.format.read_array_header_1_0(file)
         except Exception as error:
-            raise ValueError((str(error).splitlines() or [""])[0] or type(error).__name__) from error
+            raise ValueError(first_line(error)) from error
         if found != (shape, False, dtype):
             raise ValueError(f"its shape is {found[0]} of {found[2]}, not {shape} of {dtype}")
         body = data[file.tell() :]

@@ -24,12 +24,25 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         OSError: it cannot be made or written.
     """
-    try:
+    with naming(f"to {folder}"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say in an ``OSError`` what cannot be written: who writes through an open file does not know its name."""
+    try:
+        yield
     except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+        raise OSError(f"cannot write {what}: {error.strerror or error}") from error
+
+
+def made(folder: str | Path) -> Path:
+    """The folder, which is there then; raises ``OSError`` that names it."""
+    with naming(f"to {folder}"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def file_locks() -> Any:
@@ -58,11 +71,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     file_locks()
-    try:
+    with naming(f"to {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = _locked_temporary(path)
-    except OSError as error:
-        raise OSError(f"cannot write to {path.parent}: {error.strerror}") from error
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~umask())

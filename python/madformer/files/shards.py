@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from madformer.files.atomic import atomic_path, remove_leftovers
-from madformer.files.text import PackedStrings, printable
+from madformer.files.text import PackedStrings, first_line, printable
 
 __all__ = [
     "KEY",
@@ -382,8 +382,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
         raise
     except Exception as error:
         # damaged headers make `tarfile` raise more than its own errors
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{path}: not a readable tar shard ({reason})") from error
+        raise ValueError(f"{path}: not a readable tar shard ({first_line(error)})") from error
 
 
 def _check_end(path: Path, offset: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PackedStrings", "decode_json", "decode_text", "printable", "read_text"]
+__all__ = ["PackedStrings", "decode_json", "decode_text", "first_line", "printable", "read_text"]
 
 MAX_BYTES = 16 << 20
 """Of a text that is read: captions, lists of prompts and the like have kilobytes."""
@@ -69,6 +69,11 @@ def decode_json(data: bytes, name: str = "") -> Any:
         return json.loads(decode_text(data, name))
     except RecursionError as error:
         raise ValueError(f"{printable(name)}: JSON nested too deeply") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says; its class's name where it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
 
 
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")

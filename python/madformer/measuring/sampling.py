@@ -43,7 +43,8 @@ from madformer.config import MADFormerConfig
 from madformer.engine import memory
 from madformer.engine.graphs import Launcher, launcher_for
 from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Plan, Sampler
+from madformer.engine.plan import Plan
+from madformer.engine.sampler import Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
 from madformer.measuring.bare import BareModel, Work
 from madformer.measuring.timing import Run, Spread, Stopwatch

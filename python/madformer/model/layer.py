@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,20 +60,14 @@ class Projections:
     axes: int
     backend: str
 
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"num_heads": self.num_heads, "axes": self.axes, "eps": QK_NORM_EPS, "backend": self.backend}
+
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all streams, joined along the tokens: ``(B, H, L, D)`` each."""
         cos, sin = ([table[part] for table in self.tables] for part in (0, 1))
-        return qk_norm_rope(
-            self.qkv,
-            self.q_weights,
-            self.k_weights,
-            cos,
-            sin,
-            num_heads=self.num_heads,
-            axes=self.axes,
-            eps=QK_NORM_EPS,
-            backend=self.backend,
-        )
+        return qk_norm_rope(self.qkv, self.q_weights, self.k_weights, cos, sin, **self._how)
 
     def heads_into(
         self, k_cache_RHSD: Tensor, v_cache_RHSD: Tensor, positions_B: Tensor, rows_B: Tensor | None
@@ -83,21 +77,8 @@ class Projections:
         See :func:`madformer.kernels.qk_norm_rope.qk_norm_rope_cached`.
         """
         ((cos, sin),) = self.tables
-        return qk_norm_rope_cached(
-            self.qkv[0],
-            self.q_weights[0],
-            self.k_weights[0],
-            cos,
-            sin,
-            k_cache_RHSD,
-            v_cache_RHSD,
-            positions_B,
-            rows_B=rows_B,
-            num_heads=self.num_heads,
-            axes=self.axes,
-            eps=QK_NORM_EPS,
-            backend=self.backend,
-        )
+        stream = self.qkv[0], self.q_weights[0], self.k_weights[0], cos, sin
+        return qk_norm_rope_cached(*stream, k_cache_RHSD, v_cache_RHSD, positions_B, rows_B=rows_B, **self._how)
 
 
 class Attention(Protocol):
@@ -130,55 +111,32 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, eps=self.eps, backend=self.backend)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + residual``, and that sum."""
-        return rms_norm(x, self.weight, eps=self.eps, residual=residual, backend=self.backend)
-
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """``norm(x) * (1 + scale) + shift``; see :func:`madformer.kernels.adaln.adaln`."""
-        y = adaln(x, shift, scale, norm="rms", weight=self.weight, eps=self.eps, backend=self.backend)
-        assert isinstance(y, Tensor)
-        return y
-
-    def modulate_sum(
-        self, x: Tensor, residual: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`modulate` of ``residual + gate * x``, and that sum."""
-        y, total = adaln(
-            x,
-            shift,
-            scale,
-            norm="rms",
-            weight=self.weight,
-            eps=self.eps,
-            residual=residual,
-            gate=gate,
-            backend=self.backend,
-        )
-        return y, total
-
 
 def added(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """:meth:`RMSNorm.add`, by one kernel where that is all that the norm is."""
+    """The norm of ``x + residual``, and that sum: by one kernel where that is all that the norm is."""
     if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
-        return norm.add(x, residual)
+        return rms_norm(x, norm.weight, eps=norm.eps, residual=residual, backend=norm.backend)
     total = x + residual
     return norm(total), total
 
 
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """:meth:`RMSNorm.modulate`, by one kernel where that is all that the norm is."""
+    """``norm(x) * (1 + scale) + shift``, by one kernel (:func:`madformer.kernels.adaln.adaln`) where it can be."""
     if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
-        return norm.modulate(x, shift, scale)
+        y = adaln(x, shift, scale, norm="rms", weight=norm.weight, eps=norm.eps, backend=norm.backend)
+        assert isinstance(y, Tensor)
+        return y
     return norm(x) * (1 + _for_tokens(scale, x)) + _for_tokens(shift, x)
 
 
 def modulated_sum(
     norm: nn.Module, x: Tensor, residual: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`RMSNorm.modulate_sum`, by one kernel where that is all that the norm is."""
+    """:func:`modulated` of ``residual + gate * x``, and that sum."""
     if isinstance(norm, RMSNorm) and is_plain(norm, RMSNorm):
-        return norm.modulate_sum(x, residual, gate, shift, scale)
+        how: dict[str, Any] = {"norm": "rms", "weight": norm.weight, "eps": norm.eps, "backend": norm.backend}
+        y, total = adaln(x, shift, scale, **how, residual=residual, gate=gate)
+        return y, total
     total = residual + _for_tokens(gate, x) * x
     return modulated(norm, total, shift, scale), total
 

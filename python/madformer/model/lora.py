@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from madformer.arguments import whole_number
 from madformer.model.madformer import MADFormer
 
 TARGETS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj")
@@ -24,8 +25,7 @@ def add_lora(model: MADFormer, rank: int, alpha: float = 0.0, targets: Sequence[
     Raises:
         ValueError: no such target, or a rank below 1. ImportError: ``peft`` is not installed.
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1")
+    whole_number("rank", rank, 1)
     own = {name.rpartition(".")[2] for name, layer in model.layers.named_modules() if isinstance(layer, nn.Linear)}
     if unknown := [target for target in targets if target not in TARGETS]:
         raise ValueError(f"targets={', '.join(unknown)} must be some of {', '.join(TARGETS)}")

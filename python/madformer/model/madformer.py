@@ -30,7 +30,7 @@ from madformer.model.layer import Attention, Streams, Tower, TransformerLayer, m
 from madformer.model.patches import PatchDecoder, PatchEmbedding
 from madformer.model.pretrained import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding, RotaryTables
-from madformer.model.unet import LearnedSkips, Skips, UNetDownsampler, UNetUpsampler, skip_channels, skip_levels
+from madformer.model.unet import LearnedSkips, Skips, UNetDownsampler, UNetUpsampler, skip_connections
 
 
 @dataclass
@@ -106,7 +106,7 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
             self.boi = nn.Parameter(torch.empty(1, config.block_size, config.hidden_size))
             if config.hidden_loss_skips == "shifted":
                 self.boi_skips = LearnedSkips(
-                    nn.Parameter(torch.empty(channels, 1, 1)) for channels in skip_channels(config)
+                    nn.Parameter(torch.empty(channels, 1, 1)) for _, channels in skip_connections(config)
                 )
         self.reset_parameters()
 
@@ -438,7 +438,7 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
     def shift_skips(self, skips: Skips, batch: int, num_blocks: int) -> Skips:
         """Give every block the skip connections of its predecessor, and the first one learned ones."""
         rows, columns = self.config.block_latents
-        shapes = [(rows // 2**level, columns // 2**level) for level in skip_levels(self.config)]
+        shapes = [(rows // 2**level, columns // 2**level) for level, _ in skip_connections(self.config)]
         shifted = []
         for index, (boi, shape) in enumerate(zip(self.boi_skips(), shapes, strict=True)):
             maps = boi.expand(batch, 1, -1, *shape)

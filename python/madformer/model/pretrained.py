@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from madformer.config import FOREIGN, REGISTERED, MADFormerConfig
-from madformer.files.atomic import atomic_path, file_locks, umask
+from madformer.files.atomic import atomic_path, file_locks, naming, umask
 from madformer.files.hub import CONFIG_NAME
 from madformer.files.weights import load_weights, misfit
 
@@ -93,7 +93,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         parsed = config if isinstance(config, MADFormerConfig) else MADFormerConfig.from_dict(config)
         names = {own.name for own in fields(MADFormerConfig)}
         changes = {name: value for name, value in kwargs.items() if name in names}
-        unused = _without(kwargs, changes)
+        unused = {name: value for name, value in kwargs.items() if name not in changes}
         if unused and not return_unused_kwargs:
             raise ValueError(f"unknown configuration field {', '.join(sorted(unused))}")
         model = cls(parsed.register(**changes))
@@ -174,7 +174,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
                 super(PretrainedMixin, stored).save_pretrained(str(staged), is_main_process, save_function, **options)
             except SafetensorError as error:  # the disk is full
                 raise OSError(f"cannot write to {folder}: {error}") from error
-            _publish(staged, folder, variant)
+            publish(staged, folder, variant, MADFormerConfig.from_file)
         if push_to_hub:
             kwargs.setdefault("repo_id", folder.name)
             with tempfile.TemporaryDirectory() as temporary:
@@ -277,10 +277,6 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         )
 
 
-def _without(values: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}
-
-
 def _headers(state: Mapping[str, Tensor] | None, files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored tensor."""
     headers = {} if state is None else {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
@@ -347,15 +343,13 @@ def _in_one_line(error: Exception, name: str) -> Exception:
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """A new folder inside ``folder`` that is gone when the block ends; those of saves that were killed go, too."""
-    try:
+    with naming(f"to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{STAGING}*"):
             with _lock(left) as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
         name = tempfile.mkdtemp(dir=folder, prefix=STAGING)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
     try:
         with _lock(Path(name)):
             yield Path(name)
@@ -377,13 +371,17 @@ def _lock(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _publish(staged: Path, folder: Path, variant: str | None) -> None:
-    """Move the files of a save to their folder, and remove the weights of earlier saves that they replace."""
+def publish(staged: Path, folder: Path, variant: str | None, read: Callable[[Path], Any]) -> None:
+    """Move the files of a save to their folder, and remove the weights of earlier saves that they replace.
+
+    Args:
+        read: gives what is to be compared of a configuration's file; raises ``ValueError`` for a damaged one.
+    """
     new = sorted(staged.iterdir(), key=lambda path: (path.suffix == ".json", path.name == CONFIG_NAME))
     names, changed = {path.name for path in new}, CONFIG_NAME in {path.name for path in new}
     if changed and (folder / CONFIG_NAME).is_file():
         with suppress(ValueError):
-            changed = MADFormerConfig.from_file(folder / CONFIG_NAME) != MADFormerConfig.from_file(staged / CONFIG_NAME)
+            changed = read(folder / CONFIG_NAME) != read(staged / CONFIG_NAME)
         if changed:
             # rather a folder without a configuration, where this process is killed, than one with the wrong one
             (folder / CONFIG_NAME).unlink()

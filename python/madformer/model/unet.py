@@ -166,24 +166,14 @@ class LearnedSkips(nn.ParameterList):
         return tuple(self)
 
 
-def skip_levels(config: MADFormerConfig) -> list[int]:
-    """U-Net level (0 is full resolution) of every skip connection, in the downsampler's order."""
+def skip_connections(config: MADFormerConfig) -> list[tuple[int, int]]:
+    """Level (0 is full resolution) and channels of every skip connection, in the downsampler's order."""
     if config.unet is None:
         return []
-    levels = [0]
+    channels, last = config.unet.block_out_channels, len(config.unet.block_out_channels) - 1
+    found = [(0, channels[0])]
     for level, layers in enumerate(config.unet.layers_per_block):
-        levels += [level] * layers
-        if level < len(config.unet.layers_per_block) - 1:
-            levels.append(level + 1)
-    return levels
-
-
-def skip_channels(config: MADFormerConfig) -> list[int]:
-    """Channels of every skip connection, in the downsampler's order."""
-    if config.unet is None:
-        return []
-    channels = [config.unet.block_out_channels[0]]
-    for level, layers in enumerate(config.unet.layers_per_block):
-        downsampled = level < len(config.unet.layers_per_block) - 1
-        channels += [config.unet.block_out_channels[level]] * (layers + downsampled)
-    return channels
+        found += [(level, channels[level])] * layers
+        if level < last:
+            found.append((level + 1, channels[level]))
+    return found

@@ -11,14 +11,7 @@ if TYPE_CHECKING:
     from madformer.training.losses import Batch, Losses, LossWeights, training_losses
     from madformer.training.trainer import Trainer
 
-__all__ = [
-    "Batch",
-    "LossWeights",
-    "Losses",
-    "Trainer",
-    "TrainingConfig",
-    "training_losses",
-]
+__all__ = ["Batch", "LossWeights", "Losses", "Trainer", "TrainingConfig", "training_losses"]
 
 __getattr__ = exporter(
     __name__,

@@ -265,13 +265,7 @@ def emoji64() -> TrainingConfig:
 def tiny() -> TrainingConfig:
     """The smallest model, for first steps: a few minutes on a laptop, of pictures of 32 x 32 pixels."""
     return dataclasses.replace(
-        emoji64(),
-        model=model_presets.tiny(),
-        data="",
-        image_size=32,
-        steps=2_000,
-        save_every=500,
-        sample_every=500,
+        emoji64(), model=model_presets.tiny(), data="", image_size=32, steps=2_000, save_every=500, sample_every=500
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from madformer.files.atomic import atomic_path, check_unlocked, locked, remove_leftovers
+from madformer.files.atomic import atomic_path, check_unlocked, locked, made, remove_leftovers
 from madformer.files.resumable import LOCK, first_difference
 from madformer.objects import read_object
 from madformer.pipeline_files import MODEL_INDEX, names_of_classes
@@ -90,7 +90,7 @@ class RunFolder:
         return TrainingConfig.of_run(self.path) if (self.path / RUN_CONFIG).exists() else None
 
     def _check_same(self, stored: TrainingConfig, config: TrainingConfig) -> None:
-        if difference := difference_of(stored, config):
+        if difference := first_difference(*map(_lasting, (stored, config))):
             raise ValueError(
                 f"{self.path} is of a run with {difference}: resume it as it was, or choose another folder"
             )
@@ -136,12 +136,8 @@ class RunFolder:
             environment.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def difference_of(stored: TrainingConfig, given: TrainingConfig) -> str | None:
-    """The first field that must not change and does, as ``name=its value, not ours``; or None."""
-    return first_difference(*(_lasting(config) for config in (stored, given)))
-
-
 def _lasting(config: TrainingConfig) -> dict[str, Any]:
+    """The fields that must not change."""
     names = [own.name for own in dataclasses.fields(config) if own.name not in (*MAY_CHANGE, "model")]
     return {**{name: getattr(config, name) for name in names}, "model": config.model.to_dict()}
 
@@ -164,10 +160,7 @@ def make_folders(folder: Path) -> list[Path]:
         OSError: it cannot be made.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+    made(folder)
     return missing[::-1]
 
 

@@ -43,7 +43,7 @@ def make_initial(config: TrainingConfig, unread: Collection[str] = ()) -> MADFor
     model = load_initial(config.init_from) if config.init_from else MADFormer(config.model)
     if model.config != config.model:
         raise ValueError(f"init_from={config.init_from!r} holds another model than the run's")
-    _with_adapters(model, config)
+    model = _with_adapters(model, config)
     for name, parameter in model.named_parameters():
         layer, adapter, _ = name.partition(".lora_")
         trained = f"{layer}.weight" if adapter else name
@@ -53,12 +53,7 @@ def make_initial(config: TrainingConfig, unread: Collection[str] = ()) -> MADFor
 
 def adapted(config: TrainingConfig) -> MADFormer:
     """A model with the names of a run's, whatever its weights; allocated where ``torch.device`` says."""
-    model = MADFormer(config.model)
-    return (
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-        if config.lora_rank
-        else model
-    )
+    return _with_adapters(MADFormer(config.model), config)
 
 
 def _with_adapters(model: MADFormer, config: TrainingConfig) -> MADFormer:

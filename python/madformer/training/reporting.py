@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from madformer.files.atomic import atomic_path
+from madformer.files.atomic import atomic_path, naming
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import Costs
 
@@ -130,13 +129,13 @@ class Reporter:
         }
         if device.type == "cuda":
             record["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        with _naming(self.file):
+        with naming(str(self.file)):
             self.stream.write(json.dumps({"step": step, **record}) + "\n")
         self.bar.update(step - self.bar.n)
         shown = {name: record[name] for name in ("loss", "image", "hidden", "images_per_second") if name in record}
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()} | {"mfu": f"{record['mfu']:.1%}"})
         for sink in self.sinks:
-            with _naming(self.folder):
+            with naming(str(self.folder)):
                 sink.numbers(step, record)
         self.begun, self.begun_at = time.perf_counter(), step
 
@@ -144,11 +143,11 @@ class Reporter:
         with atomic_path(self.folder / "samples" / f"step-{step:08d}.png") as path:
             image.save(path, "PNG")
         for sink in self.sinks:
-            with _naming(self.folder):
+            with naming(str(self.folder)):
                 sink.picture(step, image)
 
     def close(self) -> None:
-        with _naming(self.folder), contextlib.ExitStack() as closing:
+        with naming(str(self.folder)), contextlib.ExitStack() as closing:
             for sink in self.sinks:
                 closing.callback(sink.close)
             closing.callback(self.stream.close)
@@ -161,15 +160,6 @@ class Reporter:
         lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
         with atomic_path(self.file) as path:
             path.write_text("".join(f"{line}\n" for line in lines))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What writes through an open file does not know its name."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _step_of(line: str) -> float:

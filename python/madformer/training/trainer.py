@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from madformer.conditioning.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.data.images import ImageDataset
+from madformer.engine.options import SamplingOptions
 from madformer.engine.schedulers import default_scheduler
 from madformer.machine import default_dtype, environment, matmul_rate
 from madformer.pipeline import MADFormerPipeline
@@ -70,12 +71,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        folder: str | Path,
-        *,
-        resume: bool = False,
-        given: Collection[str] | None = None,
+        self, config: TrainingConfig, folder: str | Path, *, resume: bool = False, given: Collection[str] | None = None
     ) -> None:
         self.folder = Path(folder)
         if config.init_from:
@@ -102,7 +98,8 @@ class Trainer:
                 raise FileNotFoundError(f"{error}: --vae names an autoencoder, a folder or hub id") from error
             # of images to be cached, their geometry is checked before all of them are encoded
             data.check(config.model, self.vae, flip=config.flip and not config.cache_latents)
-            self.data = self._cached(data)
+            cached = config.cache_latents and isinstance(data, ImageDataset)
+            self.data = cache_latents(self.vae, data) if cached else data
             self.data.check(config.model, self.vae, flip=config.flip)
             self.conditioning = Conditioning(
                 self._open_tokenizer(), config.caption, config.caption_dropout, config.label_dropout
@@ -152,10 +149,6 @@ class Trainer:
                 logger.warning("%s", notice)
         return config
 
-    def _cached(self, data: Any) -> Any:
-        config = self.config
-        return cache_latents(self.vae, data) if config.cache_latents and isinstance(data, ImageDataset) else data
-
     def _open_tokenizer(self) -> Tokenizer | None:
         text = self.config.model.text
         if text is None:
@@ -188,8 +181,10 @@ class Trainer:
         batches = self._batches()
         held.callback(batches.close)
         held.enter_context(ending.listening())
-        # around the first images' encoding, too: the autoencoder attends
-        held.enter_context(self._attention())
+        # Around the first images' encoding, too: the autoencoder attends. For emoji64's 16 to 112 tokens PyTorch's
+        # fused CPU attention is far slower backward. At 1,152 it is not.
+        if self.device.type == "cpu":
+            held.enter_context(sdpa_kernel(SDPBackend.MATH))
         fetched = self._fetch(batches) if self.step < config.steps else []
         if ending.agreed(self.world):
             ending.settle()
@@ -247,7 +242,9 @@ class Trainer:
             if self.world.is_first:
                 described = environment("train", self.device, PACKAGES) | {"processes": self.world.size}
                 held.enter_context(self.run_folder.opened(self.config, described, self.step))
-                reporter = self._reporter()
+                dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+                roof = matmul_rate(self.device, dtype)
+                reporter = Reporter(self.config, self.folder, self.step, self.costs, roof, self.world.size)
                 held.callback(reporter.close)
         held.callback(self.checkpoints.abandon)
         return reporter
@@ -337,17 +334,14 @@ class Trainer:
     def _draw(self, reporter: Reporter | None) -> None:
         pipeline = self.pipeline()
         with self.world.together():
-            if reporter is not None:
-                self._draw_grid(pipeline, reporter)
-
-    def _draw_grid(self, pipeline: MADFormerPipeline, reporter: Reporter) -> None:
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.transformer.to(default_dtype(self.device))
-        count, told = self.config.sample_images, self._told()
-        scale = self.config.sample_guidance if told else 1.0
-        told["num_images"] = 1 if told else count
-        images = pipeline(num_inference_steps=self.config.sample_steps, seed=0, guidance_scale=scale, **told).images
-        reporter.picture(self.step, image_grid(images))
+            if reporter is None:
+                return
+            pipeline.set_progress_bar_config(disable=True)
+            pipeline.transformer.to(default_dtype(self.device))
+            told = self._told()
+            sampling = SamplingOptions(self.config.sample_steps, self.config.sample_guidance if told else 1.0)
+            told["num_images"] = 1 if told else self.config.sample_images
+            reporter.picture(self.step, image_grid(pipeline(**sampling.keywords(), **told, seed=0).images))
 
     def _told(self) -> dict[str, Any]:
         """What samples are asked for: the captions and labels of images from all over the data."""
@@ -362,20 +356,11 @@ class Trainer:
             told["labels"] = [sample["label"] for sample in samples]
         return told
 
-    def _reporter(self) -> Reporter:
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-        roof = matmul_rate(self.device, dtype)
-        return Reporter(self.config, self.folder, self.step, self.costs, roof, self.world.size)
-
     def _pausing(self, reporter: Reporter | None, work: Callable[[], None]) -> None:
         started = time.perf_counter()
         work()
         if reporter is not None:
             reporter.pause(time.perf_counter() - started)
-
-    def _attention(self) -> contextlib.AbstractContextManager[Any]:
-        # For emoji64's 16 to 112 tokens PyTorch's fused CPU attention is far slower backward. At 1,152 it is not.
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Callable[[], None]]:
