@@ -43,14 +43,11 @@ __all__ = [
 __getattr__ = exporter(
     __name__,
     {
-        "MADFormer": "madformer.model",
-        "MADFormerOutput": "madformer.model",
-        "MADFormerPipeline": "madformer.pipeline",
-        "ByteTokenizer": "madformer.conditioning.tokenizer",
-        "PretrainedTokenizer": "madformer.conditioning.tokenizer",
-        "accelerate": "madformer.compat.accelerate",
-        "from_released": "madformer.compat.released",
-        "restore": "madformer.compat.accelerate",
+        "madformer.compat.accelerate": ("accelerate", "restore"),
+        "madformer.compat.released": ("from_released",),
+        "madformer.conditioning.tokenizer": ("ByteTokenizer", "PretrainedTokenizer"),
+        "madformer.model": ("MADFormer", "MADFormerOutput"),
+        "madformer.pipeline": ("MADFormerPipeline",),
     },
 )
 

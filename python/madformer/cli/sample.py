@@ -104,7 +104,10 @@ def _sample(request: Sample) -> None:
     if request.out:
         _fill(OutputFolder(request.out, settings, request.num_images), pipeline, request)
     else:
-        _draw_grid(pipeline, settings, request)
+        started = time.perf_counter()
+        _save_grid(_pictures(pipeline, settings, request), settings, request)
+        seconds = time.perf_counter() - started
+        _report(request, pipeline, settings, str(pipeline.transformer.device), request.num_images, seconds)
 
 
 def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, request: Sample) -> None:
@@ -131,13 +134,6 @@ def _fill(folder: OutputFolder, pipeline: MADFormerPipeline, request: Sample) ->
             _save_grid(map(_read_picture, map(folder.file, range(request.num_images))), folder.settings, request)
     if completed or (folder.had_all and rank == 0):
         _report(request, pipeline, folder.settings, request.device, drawn, seconds)
-
-
-def _draw_grid(pipeline: MADFormerPipeline, settings: Settings, request: Sample) -> None:
-    started = time.perf_counter()
-    _save_grid(_pictures(pipeline, settings, request), settings, request)
-    seconds = time.perf_counter() - started
-    _report(request, pipeline, settings, str(pipeline.transformer.device), request.num_images, seconds)
 
 
 def _pictures(pipeline: MADFormerPipeline, settings: Settings, request: Sample) -> Iterator[Image.Image]:

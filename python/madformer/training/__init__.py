@@ -16,11 +16,8 @@ __all__ = ["Batch", "LossWeights", "Losses", "Trainer", "TrainingConfig", "train
 __getattr__ = exporter(
     __name__,
     {
-        "Batch": "madformer.training.losses",
-        "LossWeights": "madformer.training.losses",
-        "Losses": "madformer.training.losses",
-        "Trainer": "madformer.training.trainer",
-        "TrainingConfig": "madformer.training.config",
-        "training_losses": "madformer.training.losses",
+        "madformer.training.config": ("TrainingConfig",),
+        "madformer.training.losses": ("Batch", "LossWeights", "Losses", "training_losses"),
+        "madformer.training.trainer": ("Trainer",),
     },
 )
