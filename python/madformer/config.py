@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from madformer.config_parts import TextConfig, UNetConfig, require
-from madformer.objects import check_types, from_object, parse_object, read_object
+from madformer.config_parts import TextConfig, UNetConfig
+from madformer.objects import check_types, from_object, parse_object, read_object, require
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]

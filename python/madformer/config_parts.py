@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from madformer.objects import check_types
+from madformer.objects import check_types, require
 
 MAX_LEVELS = 10
 # far beyond any model: what is more is a slip, and fails at a place that does not say so
@@ -71,8 +71,3 @@ class TextConfig:
         padding, size = self.pad_token_id, self.vocab_size
         fits = padding is None or 0 <= padding < size
         require(fits, f"text.pad_token_id={padding} must be below text.vocab_size={size}")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -23,6 +23,12 @@ _NAMES = {
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "truth values", str: "strings"}
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError`` where something is not so."""
+    if not condition:
+        raise ValueError(message)
+
+
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object that a file holds; a byte-order mark before it is passed over.
 

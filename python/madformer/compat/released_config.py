@@ -19,8 +19,7 @@ import torch
 from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.compat.checkpoint import RELEASED_HEAD_DIM, RELEASED_MODEL_CONFIG
 from madformer.config import MADFormerConfig
-from madformer.config_parts import require
-from madformer.objects import with_nearest
+from madformer.objects import require, with_nearest
 
 VAE_DOWNSCALE = 8
 PLACEHOLDER = "Your/Path/To/Model/Config.json"
