@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from madformer import config as model_presets
 from madformer.config import MADFormerConfig
-from madformer.objects import check_types, from_object, read_object
+from madformer.objects import check_types, from_object, read_object, require
 from madformer.seeds import check_seed
 
 RUN_CONFIG = "config.json"
@@ -138,44 +138,33 @@ class TrainingConfig:
         check_types(self, infinite=("max_grad_norm",), most=MOST)
         for names, low in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
             for name in names:
-                if not getattr(self, name) >= low:
-                    raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+                require(getattr(self, name) >= low, f"{name}={getattr(self, name)} must be at least {low}")
         check_seed(self.seed)
-        if not self.learning_rate > 0 or not self.max_grad_norm > 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive"
-            )
-        if self.batch_size % self.accumulation_steps:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of accumulation_steps={self.accumulation_steps}"
-            )
-        if not 0 <= self.warmup <= self.decay_start <= 1:
-            raise ValueError(f"warmup={self.warmup} and decay_start={self.decay_start} must rise within [0, 1]")
+        rate, norm = self.learning_rate, self.max_grad_norm
+        require(rate > 0 and norm > 0, f"learning_rate={rate} and max_grad_norm={norm} must be positive")
+        batch, parts = self.batch_size, self.accumulation_steps
+        require(batch % parts == 0, f"batch_size={batch} must be a multiple of accumulation_steps={parts}")
+        warmup, start = self.warmup, self.decay_start
+        require(0 <= warmup <= start <= 1, f"warmup={warmup} and decay_start={start} must rise within [0, 1]")
         for name in ("caption_dropout", "label_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be within [0, 1]")
-        if self.lora_rank and not self.init_from:
-            raise ValueError(f"lora_rank={self.lora_rank} needs init_from, the model that the adapters are for")
-        if self.lora_rank and self.parallel in ("fsdp", "hsdp"):
-            raise ValueError(f"lora_rank={self.lora_rank} is for parallel='ddp' or 'none', not {self.parallel!r}")
-        if self.text_loss_weight and self.model.text is None:
-            raise ValueError(f"text_loss_weight={self.text_loss_weight} needs a model with text")
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be within [0, 1]")
+        adapters, replicated = f"lora_rank={self.lora_rank}", self.parallel not in ("fsdp", "hsdp")
+        why = f"is for parallel='ddp' or 'none', not {self.parallel!r}"
+        require(not self.lora_rank or bool(self.init_from), f"{adapters} needs init_from, the model that they are for")
+        require(not self.lora_rank or replicated, f"{adapters} {why}")
+        weight = self.text_loss_weight
+        require(not weight or self.model.text is not None, f"text_loss_weight={weight} needs a model with text")
         if self.compile_mode != "default":
-            self._check_graphs()
-        if self.zero_terminal_snr and self.model.prediction_type == "epsilon":
-            raise ValueError("zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
-        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
-            raise ValueError(f"ema_decays={self.ema_decays} must be one or more numbers in [0, 1)")
-
-    def _check_graphs(self) -> None:
-        """Captured gradients lie where the next capture writes its own, and weights where they were captured."""
-        mode = f"compile_mode={self.compile_mode!r}"
-        if not self.compile:
-            raise ValueError(f"{mode} needs compile=True")
-        if self.accumulation_steps > 1:
-            raise ValueError(f"{mode} is for accumulation_steps=1, not {self.accumulation_steps}")
-        if self.parallel in ("fsdp", "hsdp"):
-            raise ValueError(f"{mode} is for parallel='ddp' or 'none', not {self.parallel!r}")
+            # captured gradients lie where the next capture writes its own, and weights where they were captured
+            mode = f"compile_mode={self.compile_mode!r}"
+            require(self.compile, f"{mode} needs compile=True")
+            require(parts == 1, f"{mode} is for accumulation_steps=1, not {parts}")
+            require(replicated, f"{mode} {why}")
+        ends = not self.zero_terminal_snr or self.model.prediction_type != "epsilon"
+        require(ends, "zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
+        decays = self.ema_decays
+        fits = bool(decays) and all(0 <= decay < 1 for decay in decays)
+        require(fits, f"ema_decays={decays} must be one or more numbers in [0, 1)")
 
     @property
     def image_shape(self) -> tuple[int, int]:
