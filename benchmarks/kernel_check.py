@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +30,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # Read when Triton is imported: here k
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 
 from benchmarks import ROOT, static_model
-from benchmarks.ops.case import Case, every_case, in_dtype, leaves_of, tensors_of
+from benchmarks.launch_cost import OfflineDriver
+from benchmarks.ops.case import Case, every_case, in_dtype, launch_both_ways
 from madformer.kernels.launch import Target, compiling_for
 
 RECORD = ROOT / "benchmarks" / "results" / "static" / "kernel_check.json"
@@ -76,31 +76,6 @@ class Compiled:
         too_much = [f"{self.shared_bytes} bytes of shared memory > {limit}"] if self.shared_bytes > limit else []
         spilled = [f"{self.spill_bytes} bytes spilled"] if self.spill_bytes else []
         return too_much + spilled + (["wgmma instructions wait for one another"] if self.serialized else [])
-
-
-class OfflineDriver:
-    """Stands in for Triton's CUDA driver as far as a compilation asks it: which target, which device."""
-
-    def __init__(self) -> None:
-        self.capability = 80
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels by device.
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compile_case(case: Case, target: Target, compile_kernel: Callable[..., None]) -> None:
-    """Calls the op forward and backward on uninitialised CPU tensors; every launch becomes a compilation."""
-    with compiling_for(target, compile_kernel):
-        inputs = case.inputs(torch.device("cpu"))
-        outputs = tensors_of(case.run(*inputs, backend="triton"))
-        if outputs and (leaves := leaves_of(inputs)):
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs], allow_unused=True)
 
 
 def compiled_with_log(kernel: Any, grid: Any, args: Any, settings: dict[str, Any]) -> tuple[Any, str]:
@@ -172,9 +147,8 @@ def _number(pattern: str, text: str) -> int:
 
 def check_op(op: str, dtype: str, capability: int) -> list[tuple[str, Compiled]]:
     """Every distinct kernel, with its settings, that an op launches on one architecture, with Triton's hash of it."""
-    driver = OfflineDriver()
-    driver.capability = capability
-    triton.runtime.driver.set_active(driver)
+    # Triton keeps compiled kernels by device.
+    triton.runtime.driver.set_active(OfflineDriver(capability, device=capability))
     results: dict[str, Compiled] = {}
     for case in cases_in(op, dtype):
 
@@ -190,7 +164,8 @@ def check_op(op: str, dtype: str, capability: int) -> list[tuple[str, Compiled]]
                     **found,
                 )
 
-        compile_case(case, TARGETS[capability], compile_kernel)
+        with compiling_for(TARGETS[capability], compile_kernel):
+            launch_both_ways(case)
     return list(results.items())
 
 

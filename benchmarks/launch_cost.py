@@ -25,6 +25,11 @@ STUB = ROOT / "build" / "stub_driver"
 CALLS, RUNS = 5, 100
 """Calls of a run, and runs of which the fastest counts."""
 WARM_UP = 20
+COLUMNS = {
+    **{"op": "<24", "direction": "<18", "launches": ">9", "us": ">8.1f", "autograd_us": ">13.1f"},
+    **{"triton_us": ">11.1f", "ratio": ">7.2f", "through_dispatcher_us": ">23.1f"},
+}
+"""What is printed of a row, and how."""
 
 
 def enter_stub_driver() -> None:
@@ -64,24 +69,32 @@ def microseconds(*calls: Callable[[], Any]) -> list[float]:
     return [nanoseconds / CALLS / 1e3 for nanoseconds in best]
 
 
-class StubDriver:
-    """Triton's own launcher and encoder, of a device that is always there."""
+class OfflineDriver:
+    """Stands in for Triton's CUDA driver as far as a compilation asks it: which target, which device."""
 
-    def __init__(self) -> None:
-        from triton.backends.nvidia import driver
-
-        self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
+    def __init__(self, capability: int, device: int = 0) -> None:
+        self.capability, self.device = capability, device
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class StubDriver(OfflineDriver):
+    """Triton's own launcher and encoder, too, for a Hopper GPU."""
+
+    def __init__(self) -> None:
+        from triton.backends.nvidia import driver
+
+        super().__init__(90)
+        self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
 
 
 def launches_of(call: Callable[[], Any]) -> list[Callable[[], Any]]:
@@ -188,20 +201,13 @@ def measure(ops: list[str] | None) -> dict[str, Any]:
 
     triton.runtime.driver.set_active(StubDriver())
     first = {case.op: case for case in reversed(list(every_case())) if not case.op.endswith("variants")}
-    print(
-        f"{'op':<24}{'direction':<18}{'launches':>9}{'us':>8}{'autograd us':>13}{'triton us':>11}{'ratio':>7}"
-        f"{'dispatched us':>15}"
-    )
+    print("".join(f"{name.replace('_', ' '):{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
     rows = []
     with standing_in(TARGET):
         for op, case in sorted(first.items()):
             for entry in rows_of(case) if not ops or op in ops else ():
                 rows.append(entry)
-                print(
-                    f"{op:<24}{entry['direction']:<18}{entry['launches']:>9}{entry['us']:>8.1f}"
-                    f"{entry['autograd_us']:>13.1f}{entry['triton_us']:>11.1f}{entry['ratio']:>7.2f}{entry['through_dispatcher_us']:>15.1f}",
-                    flush=True,
-                )
+                print("".join(f"{entry[name]:{form}}" for name, form in COLUMNS.items()), flush=True)
     return {
         **environment("launch_cost", torch.device("cpu"), ["triton"]),
         "calls": CALLS,

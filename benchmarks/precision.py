@@ -14,7 +14,6 @@ The last line on stdout is the metrics as JSON. Exit status 1: the model cannot 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import ROOT
-from benchmarks.record import environment, results_folder, write_json
+from benchmarks.record import CannotCompare, environment, finish, results_folder
 from benchmarks.timing import Spread, seconds
 from madformer.bulk import Prompts
 from madformer.engine.options import SamplingOptions
@@ -44,10 +43,6 @@ MODES: dict[str, tuple[str, int]] = {
 """Precision and ``refresh_every`` of each."""
 
 
-class NoFiguresError(Exception):
-    """Why there is nothing to report, in one line."""
-
-
 @dataclass(frozen=True)
 class Drawn:
     """What a mode drew: latents ``(B, C, H, W)``, pictures ``(B, 3, H, W)`` in [0, 1], seconds of every batch."""
@@ -62,7 +57,7 @@ def load(model: str, precision: str, device: torch.device) -> MADFormerPipeline:
     dtype = PRECISIONS[precision].dtype
     pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32, vae_dtype=dtype, device=device)
     if pipeline.vae is None:
-        raise NoFiguresError(f"{model} holds no autoencoder: there are no pictures to compare")
+        raise CannotCompare(f"{model} holds no autoencoder: there are no pictures to compare")
     pipeline.transformer = apply(pipeline.transformer, precision)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -115,10 +110,10 @@ def compare(actual: Drawn, exact: Drawn) -> dict[str, float]:
     """How far a mode is from ``exact``.
 
     Raises:
-        NoFiguresError: it gave something that is not a number.
+        CannotCompare: it gave something that is not a number.
     """
     if not (actual.latents.isfinite().all() and actual.pictures.isfinite().all()):
-        raise NoFiguresError("a latent or a pixel is not finite")
+        raise CannotCompare("a latent or a pixel is not finite")
     difference = (actual.latents.double() - exact.latents.double()).abs()
     pairs = zip(actual.pictures, exact.pictures, strict=True)
     return {
@@ -162,12 +157,15 @@ def save_pictures(drawn: Mapping[str, Drawn], file: Path, columns: int = 16) -> 
         Image.fromarray(torch.cat(rows).numpy()).save(path, "PNG")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Draws, compares; returns the record.
+def run(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Draws, compares, prints the table; returns the record, for which ``out`` must have a place.
 
     Raises:
-        NoFiguresError, ValueError, OSError: there is nothing to report, in one line.
+        CannotCompare, ValueError, OSError: there is nothing to report, in one line.
     """
+    if not 1 <= options.batch_size <= options.num_images:
+        raise ValueError(f"--batch-size {options.batch_size} must be in 1..{options.num_images}, --num-images")
+    check_writable(out.parent)
     device = torch.device(options.device)
     refused = {mode: refusal(precision, device) for mode, (precision, _) in MODES.items()}
     pipelines = {mode: load(options.model, MODES[mode][0], device) for mode, why in refused.items() if why is None}
@@ -182,7 +180,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     whole = options.num_images // options.batch_size
     spreads = {mode: Spread.of(images.seconds[:whole]) for mode, images in drawn.items()}
     model = Path(options.model).resolve()
-    return {
+    record = {
         **environment("precision", device, ("diffusers",)),
         "model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name,
         "num_images": options.num_images,
@@ -197,6 +195,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "not_run": {mode: why for mode, why in refused.items() if why is not None},
         "metrics": metrics(errors, spreads, options.batch_size),
     }
+    print_table(record)
+    return record
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -217,18 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     out = options.out or results_folder(torch.device(options.device)) / "precision.json"
-    try:
-        if not 1 <= options.batch_size <= options.num_images:
-            raise ValueError(f"--batch-size {options.batch_size} must be in 1..{options.num_images}, --num-images")
-        check_writable(out.parent)
-        record = run(options)
-    except (NoFiguresError, ValueError, OSError) as error:
-        print(f"precision: {error}", file=sys.stderr)
-        return 1
-    write_json(out, record)
-    print_table(record)
-    print(json.dumps(record["metrics"]))
-    return 0
+    return finish("precision", lambda: run(options, out), out, errors=(CannotCompare, ValueError, OSError))
 
 
 if __name__ == "__main__":

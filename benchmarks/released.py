@@ -138,7 +138,11 @@ def dense_mask(released: Any, device: torch.device) -> Tensor:
 
     Not as bool: SDPA would make these numbers of it in every layer anew.
     """
-    allowed = released.build_attention_mask(released.ar_len, released.block_size, device)
+    if hasattr(released, "text_rope"):  # ImageNet's makes the mask with the text as a BlockMask alone.
+        queries, keys = (torch.arange(length, device=device) for length in released.flex_attnmask.seq_lengths)
+        allowed = released.flex_attnmask.mask_mod(0, 0, queries[:, None], keys[None])
+    else:
+        allowed = released.build_attention_mask(released.ar_len, released.block_size, device)
     return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 import madformer
 from benchmarks.record import CannotCompare, environment, finish, git_commit
 from benchmarks.released import LATENT_CHANNELS, SEED, Shape, dense_mask, load_released, positive
-from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
+from madformer.compat import madformer_ffhq, madformer_imagenet
 from madformer.files.atomic import check_writable
 from madformer.measuring.timing import Spread
 
@@ -57,6 +58,9 @@ VARIANTS = ("released", "compat", "accelerate")
 # batch, hidden, layers, diffusion layers, heads, intermediate, blocks, tokens of a block, U-Net, groups, sampling steps
 SMALL = Shape(2, 256, 6, 3, 4, 768, 4, 64, (64, 128), 8, steps=0)
 TINY = Shape(1, 64, 2, 1, 1, 64, 4, 64, (16, 32), 4, steps=0)
+
+TEXT = {"vocab_size": 11, "pad_token_id": 10, "max_position_embeddings": 2, "rope_theta": 10_000.0}
+"""What ImageNet's model configuration says beyond FFHQ's."""
 
 Factory = Callable[..., nn.Module]
 
@@ -88,12 +92,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def compose(steps: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def apply(value: Any) -> Any:
-        for step in steps:
-            value = step(value)
-        return value
-
-    return apply
+    return lambda image: functools.reduce(lambda value, step: step(value), steps, image)
 
 
 def normalize(mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> Callable[[Tensor], Tensor]:
@@ -303,27 +302,38 @@ def script_arguments(shape: Shape, folder: Path) -> list[str]:
 # Three runs
 
 
+def is_imagenet(module: ModuleType) -> bool:
+    """Whether a clone's ``models`` are the branch's that reads text."""
+    return hasattr(module, "RotaryEmbedding")
+
+
 def factories(module: ModuleType, shape: Shape, folder: Path) -> dict[str, Factory]:
     """What ``from models import MADFormer`` is in each run: the class, at ``shape``'s sizes and with equal weights."""
     sizes = {"hidden_size": shape.hidden_size, "depth": shape.num_layers, "num_heads": shape.num_heads}
-    (folder / "model.json").write_text(json.dumps(shape.model_config()))
+    config, ours = shape.model_config(), madformer_ffhq
+    if is_imagenet(module):
+        config, ours = config | TEXT, madformer_imagenet
+        # transformers 5 calls it by another name, and the released code by this one
+        module.MADFormerConfig.rope_theta = TEXT["rope_theta"]
+    (folder / "model.json").write_text(json.dumps(config))
+    weights: dict[str, Tensor] = {}
 
     def released(**arguments: Any) -> nn.Module:
         model = module.MADFormer(**arguments, **sizes)
         model.flex_attnmask = dense_mask(model, torch.device("cpu"))
         return model
 
-    torch.manual_seed(SEED)
-    first = released(model_config_path=folder / "model.json", **shape_arguments(shape))
-    weights = first.state_dict()
-    for tensor in weights.values():
-        # No bias is zero and no norm one: every parameter matters.
-        if tensor.dim() == 1:
-            tensor.add_(torch.randn_like(tensor), alpha=0.05)
-
     def prepared(make: Factory) -> Factory:
+        @torch.no_grad()
         def factory(**arguments: Any) -> nn.Module:
+            torch.manual_seed(SEED)
             model = make(**arguments)
+            if not weights:
+                for parameter in model.parameters():
+                    # No bias is zero and no norm one: every parameter matters.
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+                weights.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
             model.load_state_dict(weights)
             # Constructors draw differently many numbers.
             torch.manual_seed(SEED + 1)
@@ -333,19 +343,13 @@ def factories(module: ModuleType, shape: Shape, folder: Path) -> dict[str, Facto
 
     makers: dict[str, Factory] = {
         "released": released,
-        "compat": lambda **arguments: CompatMADFormer(**arguments, **sizes),
+        "compat": lambda **arguments: ours.MADFormer(**arguments, **sizes),
         "accelerate": lambda **arguments: madformer.accelerate(released(**arguments)),
     }
     return {name: prepared(make) for name, make in makers.items()}
 
 
-def shape_arguments(shape: Shape) -> dict[str, Any]:
-    """Of the constructor, those that ``train.py`` passes too."""
-    sizes = shape.constructor_arguments()
-    return {name: sizes[name] for name in ("latent_size", "block_size", "ar_len", "spatial_len", "diff_depth")}
-
-
-def compare(runs: Mapping[str, Run]) -> dict[str, float]:
+def compare(runs: Mapping[str, Run], limit: float = MAX_LOSS_DIFFERENCE) -> dict[str, float]:
     """The largest difference of a step's loss from the released run's.
 
     Raises:
@@ -355,10 +359,10 @@ def compare(runs: Mapping[str, Run]) -> dict[str, float]:
     differences = {
         name: float(np.abs(np.array(run.losses) - expected).max()) for name, run in runs.items() if name != "released"
     }
-    failed = {name: d for name, d in differences.items() if not d <= MAX_LOSS_DIFFERENCE}
+    failed = {name: d for name, d in differences.items() if not d <= limit}
     if failed:
         listed = ", ".join(f"{name} by {difference:.1e}" for name, difference in failed.items())
-        raise CannotCompare(f"losses differ from the released ones by more than {MAX_LOSS_DIFFERENCE:g}: {listed}")
+        raise CannotCompare(f"losses differ from the released ones by more than {limit:g}: {listed}")
     return differences
 
 
@@ -375,8 +379,8 @@ def table(runs: Mapping[str, Run], differences: Mapping[str, float]) -> str:
     return "\n".join(rows)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train three times, compare, print the table; returns the record.
+def prepare(options: argparse.Namespace) -> tuple[Shape, Any, ModuleType]:
+    """The sizes that are asked for, and the released ``train.py`` and ``models``.
 
     Raises:
         CannotCompare, OSError: see the message.
@@ -387,7 +391,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     shape = TINY if options.tiny else SMALL
     shape = replace(shape, batch=options.batch or shape.batch)
-    script, module = load_script(options.released), load_released(options.released, "cpu")
+    return shape, load_script(options.released), load_released(options.released, "cpu")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Train three times, compare, print the table; returns the record.
+
+    Raises:
+        CannotCompare, OSError: see the message.
+    """
+    shape, script, module = prepare(options)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, factory in factories(module, shape, Path(folder)).items():
@@ -410,10 +423,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def parse(description: str | None, steps: int, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a benchmark that runs the released script, ``steps`` at a time where nothing else is said."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
-    parser.add_argument("--steps", type=positive, default=20, help="optimiser steps of each run (20)")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"optimiser steps of a run ({steps})")
     parser.add_argument("--batch", type=positive, help="images of a step")
     parser.add_argument("--threads", type=positive, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
@@ -425,7 +439,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse(__doc__, 20, arguments)
     return finish("train_released", lambda: run(options), options.out, shown=None)
 
 

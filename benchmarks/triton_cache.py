@@ -23,11 +23,10 @@ KEPT = (".json", ".cubin", ".so")
 
 def fill(ops: Sequence[str] | None, seconds: float) -> int:
     """Launch forward and backward of the cases, in the order of their worth; how many there was time for."""
-    import torch
     import triton
 
     from benchmarks.gpu_stages import cases, is_few
-    from benchmarks.ops.case import leaves_of, tensors_of
+    from benchmarks.ops.case import launch_both_ways
     from madformer.kernels.launch import Target, standing_in
 
     triton.runtime.driver.set_active(StubDriver())
@@ -38,11 +37,7 @@ def fill(ops: Sequence[str] | None, seconds: float) -> int:
                 break
             if case.op == "layer" or not is_few(case) or (ops and case.op not in ops):
                 continue
-            inputs = case.inputs(torch.device("cpu"))
-            outputs = tensors_of(case.run(*inputs, backend="triton"))
-            if outputs and (leaves := leaves_of(inputs)):
-                grads = [torch.empty_like(x) for x in outputs]
-                torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+            launch_both_ways(case)
             done += 1
     return done
 

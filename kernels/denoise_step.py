@@ -200,7 +200,7 @@ def _choose(tensors: tuple[Any, ...], clip: float | None, backend: str) -> Calla
     """The implementation that runs these, where they can be run."""
     sample = tensors[0]
     op = denoise_step_op(backend, sample.device)
-    _validate(*tensors, clip=clip)
+    _validate(tensors, clip)
     return op
 
 
@@ -222,16 +222,8 @@ def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:
             raise ValueError(f"{name} must not require a gradient: denoise_step has no backward")
 
 
-def _validate(
-    sample: Tensor,
-    model_output: Tensor,
-    previous: Tensor,
-    coefficients: Tensor,
-    unconditional: Tensor | None,
-    guidance_scale: Tensor | None,
-    *,
-    clip: float | None,
-) -> None:
+def _validate(tensors: tuple[Any, ...], clip: float | None) -> None:
+    sample, model_output, previous, coefficients, unconditional, guidance_scale = tensors
     if sample.dim() < 1:
         raise ValueError("sample must have a batch dimension, got a scalar")
     expected = {

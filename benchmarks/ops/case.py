@@ -53,6 +53,14 @@ def leaves_of(inputs: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
 
 
+def launch_both_ways(case: Case) -> None:
+    """Calls the op forward and backward on uninitialised tensors of the CPU, for what becomes of its launches."""
+    inputs = case.inputs(torch.device("cpu"))
+    outputs = tensors_of(case.run(*inputs, backend="triton"))
+    if outputs and (leaves := leaves_of(inputs)):
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs], allow_unused=True)
+
+
 def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
     """A standard normal leaf; uninitialised on a CPU, where kernels are compiled but not run."""
     make = torch.empty if device.type == "cpu" else torch.randn

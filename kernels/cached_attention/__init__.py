@@ -84,7 +84,7 @@ def cached_attention(
 @once_a_kind
 def _choose(tensors: tuple[Any, ...], scale: float | None, num_splits: int | None, backend: str) -> str:
     """The backend that runs these, where they can be run."""
-    _validate(*tensors)
+    _validate(tensors)
     q_BHLD = tensors[0]
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} must be positive and finite")
@@ -107,22 +107,15 @@ def _check_no_gradient(tensors: tuple[Tensor | None, ...]) -> None:
             raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
 
 
-def _validate(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    rows: Tensor | None,
-) -> None:
+def _validate(tensors: tuple[Any, ...]) -> None:
+    q, k_cache, v_cache, lengths, k, v, rows = tensors
     if q.dim() != 4 or q.shape[-1] == 0:
         raise ValueError(f"q must have the shape (B, H, L, D), got {tuple(q.shape)}")
     if (k is None) != (v is None):
         raise ValueError(f"{'k' if k is None else 'v'} is missing: the own block needs both k and v")
     B, H, _, D = q.shape
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | ({} if k is None or v is None else {"k": k, "v": v})
-    for name, tensor in tensors.items():
+    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | ({} if k is None or v is None else {"k": k, "v": v})
+    for name, tensor in named.items():
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have four dimensions, got {tuple(tensor.shape)}")
         indexed = rows is not None and name.endswith("_cache")

@@ -89,19 +89,8 @@ def _empty_outputs(qkv: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, 
 
 
 @planned(lambda: launchers.choose_settings)
-def _forward(
-    qkv: list[Tensor],
-    weights: list[Tensor],
-    tables: list[Tensor],
-    normalised: list[bool],
-    axes: list[int],
-    num_heads: int,
-    head_dim: int,
-    eps: float,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    arguments = qkv, weights, tables, normalised, axes, num_heads, head_dim, eps
-    streams = _streams(*arguments)
-    outputs = _empty_outputs(*arguments)
+def _forward(*arguments: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    streams, outputs = _streams(*arguments), _empty_outputs(*arguments)
     new_q, new_k = fresh(outputs[0]), fresh(outputs[1])
     steps = [
         (

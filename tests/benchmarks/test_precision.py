@@ -59,7 +59,7 @@ def test_figures_of_a_known_difference() -> None:
     )
     assert benchmark.psnr(pictures, pictures, 1.0) == math.inf
     off[1, 2, 3, 4] = float("nan")
-    with pytest.raises(benchmark.NoFiguresError, match="not finite"):
+    with pytest.raises(benchmark.CannotCompare, match="not finite"):
         benchmark.compare(drawn(off, light), exact)
 
 
