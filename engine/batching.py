@@ -113,7 +113,7 @@ class InFlightBatcher:
         if guided:
             check_guidable(self.config)
         per_slot = bytes_per_image(sampler.source, max_steps, guided=guided, grid=sampler.grid)
-        self.cache, self.slots = memory.largest_fit(self._allocate, slots, per_slot, self.device)
+        self.slots, self.cache = memory.largest_fit(self._allocate, slots, per_slot, self.device)
         self.packed = PackedWeights()
         with torch.inference_mode():
             self.passes = sampler.passes(sampler.current_model(), self.cache, self.slots, self.clip, sampler.backend)
@@ -126,14 +126,9 @@ class InFlightBatcher:
         self._lock, self._arrivals = threading.Lock(), itertools.count()
 
     @torch.inference_mode()
-    def _allocate(self, slots: int) -> tuple[ConditioningCache, Slots]:
-        kind = self.kind
+    def _allocate(self, slots: int) -> tuple[Slots, ConditioningCache]:
         rows = slots + self.launcher.captures  # what a captured batch is filled up with works on a row of its own
-        slots_of = Slots(kind.config, rows, self.max_steps, kind.device, guided=self.guided)
-        cache = ConditioningCache(
-            kind.config, slots_of.branches * rows, dtype=kind.dtype, device=kind.device, backend=kind.backend
-        )
-        return cache, slots_of
+        return self.kind.allocate(rows, self.max_steps, guided=self.guided)
 
     def _table(self, num_steps: int) -> ScheduleTable:
         # On the host: a request may come from a thread that must not wait for the device, nor disturb a capture.

@@ -106,11 +106,7 @@ class Plan:
         self.key, kind = key, key.kind
         # of one kind with what passes make, or a compiled one would be compiled for both
         with torch.inference_mode():
-            self.slots = Slots(kind.config, key.batch, key.num_steps, kind.device, guided=key.guided)
-            rows = key.batch * self.slots.branches
-            self.cache = ConditioningCache(
-                kind.config, rows, dtype=kind.dtype, device=kind.device, backend=kind.backend
-            )
+            self.slots, self.cache = kind.allocate(key.batch, key.num_steps, guided=key.guided)
             self.model = self.sampler.current_model()
             options = (key.clip, self.sampler.backend, key.refresh_every)
             self.passes = self.sampler.passes(self.model, self.cache, self.slots, *options)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from madformer.config import MADFormerConfig
+from madformer.engine.cache import ConditioningCache
 from madformer.engine.options import SamplingOptions
 from madformer.engine.schedule import Schedule
+from madformer.engine.slots import Slots
 from madformer.engine.structure import dtype_and_device
 from madformer.model.madformer import MADFormer
 
@@ -28,6 +30,13 @@ class ModelKind:
     def of(cls, model: MADFormer, grid: tuple[int, int] | None = None) -> ModelKind:
         config = model.config if grid is None else model.config.at_grid(*grid)
         return cls(config, *dtype_and_device(model), model.backend, model.attention_backend)
+
+    def allocate(self, rows: int, max_steps: int, *, guided: bool) -> tuple[Slots, ConditioningCache]:
+        """What outlasts a pass of so many images at once."""
+        slots = Slots(self.config, rows, max_steps, self.device, guided=guided)
+        rows *= slots.branches
+        cache = ConditioningCache(self.config, rows, dtype=self.dtype, device=self.device, backend=self.backend)
+        return slots, cache
 
     def difference(self, expected: ModelKind) -> str:
         """What is not as expected, in one line."""

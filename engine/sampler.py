@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import nn
 from madformer.arguments import whole_number
 from madformer.conditioning.prompt import check_guidable
 from madformer.engine import memory
-from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
@@ -26,7 +26,6 @@ from madformer.engine.passes import Passes
 from madformer.engine.plan import Plan
 from madformer.engine.plan_key import ModelKind, PlanKey
 from madformer.engine.schedule import Schedule
-from madformer.engine.slots import Slots
 from madformer.engine.structure import around_the_whole, over_the_same, unwrapped
 from madformer.model.madformer import MADFormer
 
@@ -155,8 +154,7 @@ def bytes_per_image(
     grid: tuple[int, int] | None = None,
 ) -> int:
     """Of the state that outlasts a pass; what a pass needs besides is not in it."""
-    meta, kind = torch.device("meta"), ModelKind.of(model, grid)
-    slots = Slots(kind.config, 1, num_steps, meta, guided=guided)
-    cache = ConditioningCache(kind.config, slots.branches, dtype=kind.dtype, device=meta, backend="reference")
+    kind = replace(ModelKind.of(model, grid), device=torch.device("meta"), backend="reference")
+    slots, cache = kind.allocate(1, num_steps, guided=guided)
     added = cache.condition_RLC.nbytes if refresh_every > 1 else 0
     return cache.nbytes + slots.nbytes + added
