@@ -49,30 +49,14 @@ dispatch.register(OP, "xformers", ("cuda",), auto=())
 
 @overload
 def block_causal_attention(
-    q_BHLD: Tensor,
-    k_BHLD: Tensor,
-    v_BHLD: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = None,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> Tensor: ...
-
-
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: BlockLayout, *,
+    scale: float | None = None, return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
 @overload
 def block_causal_attention(
-    q_BHLD: Tensor,
-    k_BHLD: Tensor,
-    v_BHLD: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = None,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: BlockLayout, *,
+    scale: float | None = None, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_causal_attention(
     q_BHLD: Tensor,
     k_BHLD: Tensor,
