@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import check_device, check_floating, check_same, rows_of
-from madformer.kernels.norm_common import (
-    check_norm,
-    norm_backward,
-    norm_forward,
-    settings_in_use,
-    with_contiguous_columns,
-)
+from madformer.kernels.checks import check_device, check_floating, check_same, rows_of, with_contiguous_columns
+from madformer.kernels.norm_common import check_norm, empty_outputs, norm_backward, norm_forward, settings_in_use
 from madformer.kernels.plans import fresh, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register, register_differentiable
 
@@ -72,11 +66,6 @@ def _taken(
     return [None if x is None else view(x) for x, view in pairs], [taken_as(view, x) for x, view in pairs]
 
 
-def _empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``y`` and the sum, which has no elements where there is no residual."""
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
-
-
 @planned(settings_in_use)
 def _forward(
     x: Tensor,
@@ -89,13 +78,20 @@ def _forward(
     centred: bool,
     eps: float,
 ) -> Callable[..., Any]:
-    views = (*([with_contiguous_columns] * 2), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of, rows_of)
+    views: tuple[Callable[[Tensor], Tensor], ...] = (
+        *([with_contiguous_columns] * 2),
+        rows_of,
+        Tensor.contiguous,
+        Tensor.contiguous,
+        rows_of,
+        rows_of,
+    )
     examples, takers = _taken((x, residual, gate, weight, bias, shift, scale), views)
     x_BLC, residual_BLC, *rows = examples
     modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
     launch = norm_forward(x_BLC, residual=residual_BLC, **modulation, centred=centred, eps=eps)
     take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
-    new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
+    new_y, new_total = (fresh(each) for each in empty_outputs(x, residual))
 
     def run(x, shift, scale, weight, bias, residual, gate, *_):
         y, total = new_y(), new_total()
@@ -143,7 +139,13 @@ def _backward(
 ) -> Callable[..., Any]:
     names = list(itertools.compress(_GRADIENTS, wanted))
     new_gradients = [fresh(each) for each in _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)]
-    views = (*([with_contiguous_columns] * 4), rows_of, Tensor.contiguous, Tensor.contiguous, rows_of)
+    views: tuple[Callable[[Tensor], Tensor], ...] = (
+        *([with_contiguous_columns] * 4),
+        rows_of,
+        Tensor.contiguous,
+        Tensor.contiguous,
+        rows_of,
+    )
     examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
     *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
     modulation = dict(zip(("gate", "bias", "scale"), (gate_rows, bias_C, scale_rows), strict=True))
@@ -190,7 +192,7 @@ _call = register_differentiable(
     "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
     " bool centred, float eps) -> (Tensor, Tensor)",
     _forward,
-    lambda x, shift, scale, weight, bias, residual, *_: _empty_outputs(x, residual),
+    lambda x, shift, scale, weight, bias, residual, *_: empty_outputs(x, residual),
     _setup_context,
     _autograd_backward,
 )

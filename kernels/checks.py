@@ -37,8 +37,11 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
             raise ValueError(f"{name} must have {other_name}'s {what} {its}, got {mine}")
 
 
+def with_contiguous_columns(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """The tensor as ``(R, C)`` rows with contiguous columns: a view where its layout allows one, else a copy."""
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return with_contiguous_columns(tensor).reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

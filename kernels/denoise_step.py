@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import DTYPES
+from madformer.kernels.checks import DTYPES, with_contiguous_columns
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.plans import Launch, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register
@@ -77,14 +77,9 @@ def _step_kernel(
 BLOCK, NUM_WARPS = 512, 4
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """As (B, L) rows with contiguous columns: a view where its layout allows one, else a copy."""
-    rows = tensor.reshape(len(tensor), -1)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return with_contiguous_columns(tensor.reshape(len(tensor), -1))
 
 
 @planned(lambda: (BLOCK, NUM_WARPS))
@@ -102,9 +97,9 @@ def _denoise_step_triton(
     # Without guidance the kernel does not look at its arguments.
     examples = (sample, model_output, previous, model_output if unconditional is None else unconditional)
     take_x, take_m, take_x0, take_u = (taken_as(_rows, x) for x in examples)
-    take_c = taken_as(_unit_stride, coefficients)
+    take_c = taken_as(with_contiguous_columns, coefficients)
     x, m, x0, u = map(_rows, examples)
-    strides = [rows.stride(0) for rows in (x, m, x0, _unit_stride(coefficients), u)]
+    strides = [rows.stride(0) for rows in (x, m, x0, with_contiguous_columns(coefficients), u)]
     launch = Launch(
         _step_kernel, (len(x), -(-x.shape[1] // BLOCK)), x.device,
         (x.shape[1], float("inf") if clip is None else clip, *strides,

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.norm_common import (
-    check_norm,
-    norm_backward,
-    norm_forward,
-    settings_in_use,
-    with_contiguous_columns,
-)
+from madformer.kernels.checks import with_contiguous_columns
+from madformer.kernels.norm_common import check_norm, empty_outputs, norm_backward, norm_forward, settings_in_use
 from madformer.kernels.plans import fresh, itself, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register, register_differentiable
 
@@ -68,11 +63,6 @@ def _taken(x: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor | None
     return view(x), taken_as(view, x)
 
 
-def _empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``y`` and the sum, which has no elements where there is no residual."""
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
-
-
 @planned(settings_in_use)
 def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float) -> Callable[..., Any]:
     shape = _sample_shape(x, residual)
@@ -80,7 +70,7 @@ def _forward(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: flo
     assert x_BLC is not None
     launch = norm_forward(x_BLC, residual=residual_BLC, centred=False, eps=eps)
     take_weight = taken_as(Tensor.contiguous, weight)
-    new_y, new_total = (fresh(each) for each in _empty_outputs(x, residual))
+    new_y, new_total = (fresh(each) for each in empty_outputs(x, residual))
 
     def run(x, weight, residual, _):
         y, total = new_y(), new_total()
@@ -150,7 +140,7 @@ _call = register_differentiable(
     "rms_norm",
     "(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, residual, eps: _empty_outputs(x, residual),
+    lambda x, weight, residual, eps: empty_outputs(x, residual),
     _setup_context,
     _autograd_backward,
 )

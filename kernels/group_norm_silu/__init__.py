@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import check_device, check_floating, check_shape
+from madformer.kernels.checks import check_device, check_floating, check_shape, with_contiguous_columns
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
 from madformer.kernels.launch import Target, target
 from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
@@ -107,12 +107,7 @@ def next_power_of_2(number: int) -> int:
 
 def _rows(x_NCHW: Tensor) -> Tensor:
     """As (N, P, C) with neighbouring channels: a view of channels-last memory, a copy of other layouts."""
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-    return (x_NHWC if x_NHWC.stride(-1) == 1 else x_NHWC.contiguous()).flatten(1, 2)
-
-
-def _unit_stride(temb_NC: Tensor) -> Tensor:
-    return temb_NC if temb_NC.stride(-1) == 1 else temb_NC.contiguous()
+    return with_contiguous_columns(x_NCHW.permute(0, 2, 3, 1)).flatten(1, 2)
 
 
 def _channels_last(x_NCHW: Tensor) -> Tensor:
@@ -132,7 +127,7 @@ def _forward(
     slabs, num_pixels, group_channels = maps * num_groups, x_NPC.shape[1], x.shape[1] // num_groups
     settings = choose_settings(slabs, num_pixels, group_channels, target(device), backward=False)
     splits = -(-num_pixels // settings.chunk)
-    temb_stride = weight.shape[0] if temb is None else _unit_stride(temb).stride(0)
+    temb_stride = weight.shape[0] if temb is None else with_contiguous_columns(temb).stride(0)
     numbers = (num_groups, num_pixels, settings.chunk, eps, x_NPC.stride(0), x_NPC.stride(1), temb_stride)
     launches = [
         Launch(
@@ -143,7 +138,7 @@ def _forward(
         )
         for moments, output in _phases(splits)
     ]  # fmt: skip
-    take_x, take_temb = taken_as(_rows, x), taken_as(_unit_stride, temb)
+    take_x, take_temb = taken_as(_rows, x), taken_as(with_contiguous_columns, temb)
     take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
 
     new_y, new_moment = fresh(_channels_last(x)), fresh(torch.empty(maps, num_groups, device=device))
@@ -186,7 +181,7 @@ def _backward(
     settings = choose_settings(slabs, num_pixels, group_channels, target(device), backward=True)
     splits, columns = -(-num_pixels // settings.chunk), next_power_of_2(group_channels)
     num_sums = 2 if temb is None else 3
-    temb_stride = channels if temb is None else _unit_stride(temb).stride(0)
+    temb_stride = channels if temb is None else with_contiguous_columns(temb).stride(0)
     strides = (*grad_NPC.stride()[:2], *x_NPC.stride()[:2], temb_stride)
     launches = [
         Launch(
@@ -201,7 +196,7 @@ def _backward(
         weights_kernel, (num_groups,), device, (maps * splits, num_sums * channels, channels),
         K=group_channels, BLOCK_P=max(1, 2048 // columns), BLOCK_K=columns, num_warps=4,
     )  # fmt: skip
-    take_grad, take_x, take_temb = taken_as(_rows, grad), taken_as(_rows, x), taken_as(_unit_stride, temb)
+    take_grad, take_x, take_temb = taken_as(_rows, grad), taken_as(_rows, x), taken_as(with_contiguous_columns, temb)
     take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
     sums = torch.empty(maps, splits, num_sums, channels, device=device)
     new_tensors = [fresh(each) for each in (*_empty_gradients(x, temb, weight, bias), sums)]

@@ -109,9 +109,9 @@ def check_norm(
             raise ValueError(f"x must have at most {MAX_COLS} columns for the triton backend, got {x.shape[-1]}")
 
 
-def with_contiguous_columns(x: Tensor) -> Tensor:
-    """What the kernels take as rows: the tensor, or a copy of it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``y`` and the sum, which has no elements where there is no residual."""
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
 def _strides(tensor_BLC: Tensor | None) -> tuple[int, int]:

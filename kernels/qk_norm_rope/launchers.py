@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from madformer.kernels.checks import with_contiguous_columns
 from madformer.kernels.launch import target
 from madformer.kernels.plans import Launch, itself, taken_as
 from madformer.kernels.qk_norm_rope.kernels import backward_kernel, forward_kernel
@@ -99,10 +100,6 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def inner_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _table_strides(stream: Stream) -> tuple[int, int]:
     """Of cosines and sines as :func:`takers` take them: from sample to sample, and from token to token."""
     if stream.cos is None:
@@ -125,7 +122,7 @@ def takers(stream: Stream) -> list[Callable[[Any], Any]]:
     alike = cos is None or sin is None or (cos.stride(-1) == 1 and cos.stride() == sin.stride())
     table = itself if alike else Tensor.contiguous
     weights = (taken_as(Tensor.contiguous, weight) for weight in (stream.q_weight, stream.k_weight))
-    return [taken_as(inner_contiguous, stream.qkv), *weights, table, table]
+    return [taken_as(with_contiguous_columns, stream.qkv), *weights, table, table]
 
 
 def forward(
@@ -139,7 +136,7 @@ def forward(
     say. Keys and values have the same strides, channels are contiguous. ``q_BHLD`` is empty where the stream has no
     queries.
     """
-    qkv = inner_contiguous(stream.qkv)
+    qkv = with_contiguous_columns(stream.qkv)
     # Not of every batch size a kernel of its own: a constant where nobody looks at it.
     num_rows = len(k_RHSD) if has_rows else 0
     batch, num_tokens, _ = qkv.shape
@@ -176,7 +173,7 @@ def backward(
     what :func:`takers` make of the stream, the gradient, and the shares ``(N, P, D)`` of all streams in fp32, P being
     ``num_programs`` and ``first_weight`` the first of this one's; None where nobody asks.
     """
-    qkv = inner_contiguous(stream.qkv)
+    qkv = with_contiguous_columns(stream.qkv)
     batch, num_tokens, _ = qkv.shape
     settings = choose_settings(stream)
     num_tiles = batch * -(-num_tokens // settings.tokens)

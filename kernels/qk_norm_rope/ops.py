@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from madformer.kernels.checks import with_contiguous_columns
 from madformer.kernels.plans import Kind, eager, fresh, planned, taken_as
 from madformer.kernels.qk_norm_rope import launchers
 from madformer.kernels.qk_norm_rope.launchers import Stream
@@ -117,8 +118,8 @@ def _backward(
     streams = _streams(qkv, weights, *arguments)
     # As many programs for every stream, so that one sum finishes the weights of all.
     num_programs = max(launchers.num_backward_programs(stream) for stream in streams)
-    gradients = [launchers.inner_contiguous(x) for x in (dq, dk, dv)]
-    takers = [taken_as(launchers.inner_contiguous, x) for x in (dq, dk, dv)]
+    gradients = [with_contiguous_columns(x) for x in (dq, dk, dv)]
+    takers = [taken_as(with_contiguous_columns, x) for x in (dq, dk, dv)]
     shape = (len(weights) if needs_weights else 0, num_programs, dk.shape[3])
     new_partial, new_dqkv = fresh(torch.empty(shape, device=dk.device)), [fresh(x.new_empty(x.shape)) for x in qkv]
     steps = []
