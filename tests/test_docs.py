@@ -7,6 +7,8 @@ import functools
 import re
 from pathlib import Path
 
+import pytest
+
 from madformer.kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +93,32 @@ def test_every_op_has_an_entry() -> None:
     ops = {op for status in dispatch.report() for op in status.ops}
     assert len(ops) > 8
     assert ops - {name for module, name in documented() if module.startswith("madformer.kernels.")} == set()
+
+
+def code_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_what_a_page_imports_is_there(page: Path) -> None:
+    for code in code_of(page):
+        for statement in ast.parse(code).body:
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(statement), {})
+
+
+def test_the_readmes_engine_runs() -> None:
+    """As it stands there, but for the number of steps."""
+    from diffusers import DDIMScheduler
+
+    from tests.helpers.engine_cases import FLAT, draw_noise, make_model
+
+    (code,) = (code for code in code_of(ROOT / "README.md") if "InFlightBatcher" in code)
+    names = {"model": make_model(FLAT), "scheduler": DDIMScheduler(), "noise": draw_noise(FLAT, 16)}
+    exec(code.replace("steps=25", "steps=1"), names)
+    assert names["latents"].shape == names["noise"][0].shape
 
 
 def test_the_answers_name_files_and_functions_that_are_there() -> None:
