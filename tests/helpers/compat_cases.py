@@ -21,6 +21,7 @@ from madformer.compat.acdit import ACDiT
 from madformer.compat.madformer_ffhq import MADFormer as CompatMADFormer
 from madformer.model.blocks import to_maps
 from madformer.model.layer import RMSNorm, SwiGLU
+from madformer.model.plain import PreciseLinear
 from madformer.model.unet import ResnetBlock
 from tests.helpers.testing import GoldenCase, golden_case, golden_cases, relative_error
 
@@ -72,8 +73,9 @@ def foreign(part: nn.Module) -> nn.Module:
         return ForeignNorm(part)
     if isinstance(part, SwiGLU):
         return ForeignMLP(part)
-    if isinstance(part, ResnetBlock):
-        part.__class__ = ResnetBlock2D
+    for ours, theirs in ((ResnetBlock, ResnetBlock2D), (PreciseLinear, nn.Linear)):
+        if isinstance(part, ours):
+            part.__class__ = theirs
     for name, child in part.named_children():
         setattr(part, name, foreign(child))
     return part
