@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -45,6 +46,11 @@ def test_two_processes_train_as_one(
     alone = unbroken
     if objective := {name: value for name, value in changes.items() if name == "model" or "weight" in name}:
         alone = tmp_path / "alone"
+        if "model" in objective:
+            data = shutil.copytree(config.data, tmp_path / "captioned")
+            for image in list(data.iterdir()):
+                image.with_suffix(".txt").write_text(f"picture {image.stem}")
+            config = dataclasses.replace(config, data=str(data))
         Trainer(dataclasses.replace(config, **objective), alone).run()
     run_apart(tmp_path / "run", dataclasses.replace(config, save_every=4, **changes), processes=2, stop=4)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone)[:4], rel=ROUNDING)
