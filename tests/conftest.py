@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+import benchmarks  # noqa: F401 (it puts the project's root last on the path, however pytest was started)
+
 if not torch.cuda.is_available():
     # Read when Triton is imported, so before anything of madformer is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
