@@ -313,8 +313,15 @@ def sample_refreshing(model: MADFormer, scheduler: Any, steps: int, noise: Tenso
         del model.transform
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
-@pytest.mark.parametrize(("steps", "every"), [(4, 2), (6, 3)])
+@pytest.mark.parametrize(
+    ("steps", "every", "scheduler"),
+    [
+        (4, 2, DDIMScheduler),
+        (6, 3, UniPCMultistepScheduler),
+        pytest.param(4, 2, UniPCMultistepScheduler, marks=pytest.mark.slow),
+        pytest.param(6, 3, DDIMScheduler, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", ["both", "clean only", "one block"])
 def test_layers_run_in_every_so_many_steps(name: str, steps: int, every: int, scheduler: Callable[[], Any]) -> None:
     model, noise = make_model(CASES[name]), draw_noise(CASES[name])
@@ -341,7 +348,9 @@ def test_steps_that_make_no_whole_round(steps: int) -> None:
 # Changing images block by block
 
 
-@pytest.mark.parametrize("blocks", [range(2, 4), [1], [1, 3], [0], range(4)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [range(2, 4), [1, 3], range(4), *(pytest.param([at], marks=pytest.mark.slow) for at in (0, 1))], ids=str
+)
 @pytest.mark.parametrize("name", ["both", "clean only", "block-local", "text", "ACDiT", "released quirks"])
 def test_blocks_are_drawn_anew_from_what_is_before_them(name: str, blocks: Collection[int]) -> None:
     """From their own noise, what was drawn comes again; from other noise, they alone change."""

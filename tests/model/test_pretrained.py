@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from madformer import MADFormer, MADFormerConfig, MADFormerOutput
 from madformer.config import emoji64, tiny
-from tests.helpers.testing import perturb
+from tests.helpers.testing import perturb, small_config
 
 PIECES = {"max_shard_size": "500KB"}
 PICKLED = {"safe_serialization": False}
@@ -37,7 +37,7 @@ def _made(seed: int, config: MADFormerConfig) -> MADFormer:
 
 
 def make_model(seed: int = 0, config: MADFormerConfig | None = None) -> MADFormer:
-    return copy.deepcopy(_made(seed, config or tiny()))
+    return copy.deepcopy(_made(seed, config or small_config()))
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:
@@ -349,7 +349,7 @@ def test_registered_values(tmp_path: Path) -> None:
     model = make_model()
     model.register_to_config(note=[1, 2], prediction_type="sample", _private=3)
     assert (model.config.note, model.config["note"], model.config.prediction_type) == ([1, 2], [1, 2], "sample")
-    assert model.config == tiny().replace(prediction_type="sample")
+    assert model.config == small_config(prediction_type="sample")
     assert model.config.replace(num_layers=4).note == [1, 2]
     with pytest.warns(FutureWarning, match="config attribute"):
         assert model.hidden_size == 64

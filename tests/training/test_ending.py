@@ -28,7 +28,9 @@ from madformer.training.trainer import Trainer
 from tests.helpers.training_run import losses, metrics
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_signals(unbroken: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
     """The step is finished and saved; then the command goes on, as the run's own configuration says."""
     step = Trainer._train_step
