@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from madformer.training.config import TrainingConfig
-from madformer.training.costs import costs_of
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
 from tests.helpers import environment
@@ -102,7 +101,7 @@ def fork(processes: int) -> list[int]:
 
 def main(folder: str, file: str, stop: int, processes: int) -> None:
     config = TrainingConfig.from_dict(json.loads(Path(file).read_text()))
-    costs_of(config)  # Traced once for all processes.
+    # Before the first backward pass: a build with CUDA starts threads in it, which no fork has.
     children = fork(processes) if processes > 1 else []
     run = Trainer(config, folder, resume=True)
     if stop:
