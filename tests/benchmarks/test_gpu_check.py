@@ -13,9 +13,8 @@ import torch
 
 from benchmarks import gpu_check, kernel_record, kernel_speed, report, timing
 from benchmarks.ops.case import Case, every_case
-from madformer.kernels import launch
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from tests.helpers.testing import DEVICE
+from tests.helpers.testing import DEVICE, needs_triton
 
 ROOF = {"copy_tb_per_s": 4.0, "matmul_tflops": 800.0}
 
@@ -188,7 +187,7 @@ def swiglu_case(**changes: Any) -> Case:
     return Case(**{**values, "forward_bytes": 768, "backward_bytes": 1280, "peers": {"eager": swiglu_ref}, **changes})
 
 
-@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 def test_a_wrong_result_is_red() -> None:
     """Compared in results and in gradients, whichever is wrong."""
     right = kernel_speed.check(swiglu_case(), DEVICE)
@@ -245,7 +244,7 @@ def test_a_cache_that_is_hardly_filled_does_not_displace_itself() -> None:
     assert kernel_speed.touched_bytes(training, "forward", torch.device("cpu")) == 3 * 8192 * 18 * 64 * 2
 
 
-@pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_row_of_the_record(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With calls timed as they are where there is no GPU to capture them on; a peer that fails is named."""

@@ -11,12 +11,11 @@ import torch
 
 from benchmarks import gpu_stages, kernel_record, kernel_speed, timing, visit
 from benchmarks.ops.case import Case
-from madformer.kernels import launch
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu, swiglu_ref
-from tests.helpers.testing import DEVICE
+from tests.helpers.testing import DEVICE, needs_triton
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+pytestmark = needs_triton
 
 
 def rows_of(count: int) -> Any:

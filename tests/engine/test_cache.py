@@ -9,13 +9,12 @@ from torch import Tensor
 
 from madformer.config import TextConfig, tiny
 from madformer.engine.cache import ConditioningCache
-from madformer.kernels import launch
 from madformer.model.layer import Projections
-from tests.helpers.testing import DEVICE
+from tests.helpers.testing import DEVICE, needs_triton
 
 CONFIG = tiny().replace(num_heads=3, hidden_size=192, num_blocks=4, block_size=4, num_layers=2)
 HEADS, HEAD_DIM, BLOCK = CONFIG.num_heads, CONFIG.head_dim, CONFIG.block_size
-BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not launch.HAS_TRITON, reason="no Triton"))]
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 
 def make_cache(rows: int, backend: str, max_prefix: int = 0) -> ConditioningCache:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,26 +114,11 @@ def check_shard(kind: str, data: bytes, index: bytes | None) -> str:
         if index is not None:
             path.with_suffix(".index.json").write_bytes(index)
         try:
-            return (_read_latents if kind == "latents" else _read_images)(Path(folder))
+            return _read_latents(Path(folder)) if kind == "latents" else _read(lambda: open_dataset(Path(folder), 8))
         except AssertionError:
             raise
         except BaseException as error:
             raise AssertionError(f"escaped: {type(error).__name__}: {error}") from error
-
-
-def _read_images(folder: Path) -> str:
-    try:
-        dataset = open_dataset(folder, 8)
-    except (ValueError, OSError) as error:
-        return _refused(error)
-    dataset.summary()
-    outcome = "read"
-    for number in range(min(len(dataset), 20)):
-        try:
-            dataset[number]
-        except UnreadableImageError as error:
-            outcome = _refused(error)
-    return outcome
 
 
 def _read_latents(folder: Path) -> str:
@@ -141,8 +127,13 @@ def _read_latents(folder: Path) -> str:
         vae="x", vae_fingerprint="x", shard_size=3,
     )  # fmt: skip
     description.write(folder)
+    return _read(lambda: LatentDataset(folder), ValueError)
+
+
+def _read(opened: Callable[[], Any], damaged: type[Exception] = UnreadableImageError) -> str:
+    """What comes of opening a data set and reading its first samples; ``damaged`` is what a bad sample may raise."""
     try:
-        dataset = LatentDataset(folder)
+        dataset = opened()
     except (ValueError, OSError) as error:
         return _refused(error)
     dataset.summary()
@@ -150,7 +141,7 @@ def _read_latents(folder: Path) -> str:
     for number in range(min(len(dataset), 20)):
         try:
             dataset[number]
-        except ValueError as error:
+        except damaged as error:
             outcome = _refused(error)
     return outcome
 

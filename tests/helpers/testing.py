@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig, UNetConfig, tiny
+from madformer.kernels import launch
 from tests.helpers import ROOT
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def assert_within_noise(actual: Mapping[str, Tensor], truth: Mapping[str, Tensor
 def _largest(values: Tensor) -> float:
     return values.abs().max().item()
 
+
+needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels are tested: compiled on a GPU where there is one, else in Triton's interpreter on the CPU."""

@@ -12,9 +12,8 @@ from madformer import kernels
 from madformer.kernels import dispatch, launch
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.swiglu import swiglu
-from tests.helpers.testing import DEVICE
+from tests.helpers.testing import DEVICE, needs_triton
 
-needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

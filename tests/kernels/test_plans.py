@@ -23,10 +23,10 @@ from madformer.kernels.group_norm_silu import group_norm_silu
 from madformer.kernels.qk_norm_rope import qk_norm_rope
 from madformer.kernels.rms_norm import rms_norm as norm
 from madformer.kernels.swiglu import swiglu as gated
-from tests.helpers.testing import DEVICE
+from tests.helpers.testing import DEVICE, needs_triton
 
 adaln, rms_norm, swiglu = (importlib.import_module(f"madformer.kernels.{op}") for op in ("adaln", "rms_norm", "swiglu"))
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed: kernels are NOT tested here")
+pytestmark = needs_triton
 IMPLEMENTATIONS = {
     "swiglu": swiglu._forward,
     "swiglu backward": swiglu._backward,

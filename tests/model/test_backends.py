@@ -16,7 +16,7 @@ from madformer.kernels import launch
 from madformer.kernels.dispatch import BackendUnavailableError
 from madformer.model import MADFormer
 from madformer.model.layer import set_backend
-from tests.helpers.testing import DEVICE, Move, assert_within_noise, float32_noise, perturb
+from tests.helpers.testing import DEVICE, Move, assert_within_noise, float32_noise, needs_triton, perturb
 
 SMALL = tiny().replace(num_layers=2, diffusion_layers=1, num_blocks=3, block_grid=(1, 3))
 CASES: dict[str, MADFormerConfig] = {
@@ -26,7 +26,6 @@ CASES: dict[str, MADFormerConfig] = {
     ),
     "block-local, no QK norm": SMALL.replace(cross_block_attention=False, qk_norm=False),
 }
-needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 
 
 def on_triton(model: MADFormer) -> MADFormer:
