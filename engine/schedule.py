@@ -86,23 +86,17 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
     kind = type(scheduler)
     if any(callable(value) for value in vars(scheduler).values()) or _attributes(kind) != _ORIGINALS.get(kind):
         return None
-    if type(scheduler) is DDIMScheduler and _supports_ddim(scheduler):
-        scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(num_steps)
-        coefficients = _ddim_coefficients(scheduler)
-        clip = float(scheduler.config.clip_sample_range) if scheduler.config.clip_sample else None
-    elif type(scheduler) is DPMSolverMultistepScheduler and _supports_dpm_solver(scheduler):
-        scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(num_steps)
-        coefficients, clip = _dpm_solver_coefficients(scheduler), None
-    else:
+    if not _has_supported_options(scheduler):
         return None
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_steps)
+    coefficients = (_ddim_coefficients if kind is DDIMScheduler else _dpm_solver_coefficients)(scheduler)
     if not coefficients.isfinite().all():
         return None
     return ScheduleTable(
         timesteps=scheduler.timesteps.to(device),
         coefficients=coefficients.float().to(device),
-        clip=clip,
+        clip=float(scheduler.config.clip_sample_range) if scheduler.config.get("clip_sample") else None,
         init_noise_sigma=float(scheduler.init_noise_sigma),
     )
 
@@ -154,27 +148,26 @@ class Schedule:
         return scheduler
 
 
-def _to_x0(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(S,) weights of the sample and of the model output in the predicted clean sample."""
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "sample":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    return alpha, -sigma
-
-
-def _to_epsilon(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(S,) weights of the sample and of the model output in the predicted noise."""
-    if prediction_type == "epsilon":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    if prediction_type == "sample":
-        return 1 / sigma, -alpha / sigma
-    return sigma, alpha
-
-
-def _supports_ddim(scheduler: DDIMScheduler) -> bool:
+def _has_supported_options(scheduler: SchedulerMixin) -> bool:
     config = scheduler.config
-    return config.prediction_type in PREDICTION_TYPES and not config.thresholding
+    if config.prediction_type not in PREDICTION_TYPES or config.thresholding:
+        return False
+    return isinstance(scheduler, DDIMScheduler) or (
+        config.algorithm_type == "dpmsolver++"
+        and config.solver_order in (1, 2)
+        and config.variance_type is None
+        and not config.use_flow_sigmas
+    )
+
+
+def _weights(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(S,) weights of sample and model output: in the predicted clean sample, then in the predicted noise."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha, zero, one
+    if prediction_type == "sample":
+        return zero, one, 1 / sigma, -alpha / sigma
+    return alpha, -sigma, sigma, alpha
 
 
 def _ddim_coefficients(scheduler: DDIMScheduler) -> Tensor:
@@ -193,27 +186,15 @@ def _ddim_coefficients(scheduler: DDIMScheduler) -> Tensor:
     next_signal = torch.where(next_timesteps >= 0, alphas_cumprod[next_timesteps.clamp(min=0)], final_signal)
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
     next_alpha, next_sigma = next_signal.sqrt(), (1 - next_signal).sqrt()
-    epsilon_sample, epsilon_output = _to_epsilon(config.prediction_type, alpha, sigma)
+    *to_x0, epsilon_sample, epsilon_output = _weights(config.prediction_type, alpha, sigma)
     columns = (
-        *_to_x0(config.prediction_type, alpha, sigma),
+        *to_x0,
         next_sigma * epsilon_sample,
         next_sigma * epsilon_output,
         next_alpha,
         torch.zeros_like(alpha),
     )
     return torch.stack(columns, dim=1)
-
-
-def _supports_dpm_solver(scheduler: DPMSolverMultistepScheduler) -> bool:
-    config = scheduler.config
-    return (
-        config.algorithm_type == "dpmsolver++"
-        and config.solver_order in (1, 2)
-        and config.prediction_type in PREDICTION_TYPES
-        and config.variance_type is None
-        and not config.thresholding
-        and not config.use_flow_sigmas
-    )
 
 
 def _dpm_solver_coefficients(scheduler: DPMSolverMultistepScheduler) -> Tensor:
@@ -230,7 +211,7 @@ def _dpm_solver_coefficients(scheduler: DPMSolverMultistepScheduler) -> Tensor:
     previous_h = torch.cat([h.new_full((1,), torch.nan), h[:-1]])
     correction = torch.where(_is_second_order(scheduler), slope * h / previous_h, 0.0)
     columns = (
-        *_to_x0(config.prediction_type, alpha[:-1], sigma[:-1]),
+        *_weights(config.prediction_type, alpha[:-1], sigma[:-1])[:2],
         sigma[1:] / sigma[:-1],
         torch.zeros_like(h),
         to_x0 + correction,

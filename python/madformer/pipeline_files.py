@@ -101,12 +101,8 @@ class PersistentPipeline(DiffusionPipeline):
             vae = folder / "vae" if own.get("vae", [None])[0] == "diffusers" and "device_map" not in options else KEEP
         if isinstance(vae, (str, Path)):
             vae = load_vae(vae, device or "cpu", dtypes["vae"], **_form(Path(vae), options))
-        if tokenizer is KEEP and not index.get("tokenizer"):
-            tokenizer = None
-            if _reads_text(folder, options):
-                raise ValueError(f"{folder} holds no tokenizer/, and its model reads text: name a tokenizer to use")
-        elif tokenizer is KEEP:
-            tokenizer = _own_tokenizer(folder, index)
+        if tokenizer is KEEP:
+            tokenizer = _own_tokenizer(folder, index, options)
         elif isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(tokenizer)
         if not index:
@@ -338,15 +334,15 @@ def _reads_text(folder: Path, options: dict[str, Any]) -> bool:
     return False
 
 
-def _own_tokenizer(folder: Path, index: dict[str, Any]) -> Tokenizer | None:
+def _own_tokenizer(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> Tokenizer | None:
     """The one in the folder; bytes need nothing there but their name."""
-    _, name = index["tokenizer"]
-    if name is None:
-        return None
-    if (folder / "tokenizer").is_dir():
+    name = index["tokenizer"][1] if index.get("tokenizer") else None
+    if name is not None and (folder / "tokenizer").is_dir():
         return load_tokenizer(folder / "tokenizer")
     if name == ByteTokenizer.__name__:
         return ByteTokenizer()
+    if name is None and (index.get("tokenizer") or not _reads_text(folder, options)):
+        return None
     raise ValueError(f"{folder} holds no tokenizer/, and its model reads text: name a tokenizer to use")
 
 

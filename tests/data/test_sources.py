@@ -489,6 +489,8 @@ class TestSummary:
 class Endless:
     """Ten million samples, all but a few of which are one picture."""
 
+    root, shard_lengths = None, None
+
     def __init__(self, bad: set[int]) -> None:
         self.class_names: list[str] = []
         self.bad, self.reads, self.data = bad, 0, picture(255)

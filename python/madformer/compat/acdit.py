@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from madformer.compat.madformer_ffhq import check_target, draw
 from madformer.compat.parts import Names, Released, names
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
@@ -177,12 +176,11 @@ class ACDiT(Released):
         tokens in place of latents.
         """
         prompt, guidance = Prompt(label=y), max(1.0, float(cfg))
-        native = self.to_native()
-        check_target(target_shape, (self.ar_len, self.block_size, self.latent_size))
-        latents = draw(
-            native, scheduler, num_inference_steps, target_shape, generator, dtype, prompt, guidance, self.to_latents
-        )
-        return self.to_tokens(latents)
+        return self._draw(scheduler, num_inference_steps, target_shape, generator, dtype, prompt, guidance)
+
+    @property
+    def _target(self) -> tuple[int, int, int]:
+        return self.ar_len, self.block_size, self.latent_size
 
     def to_latents(self, tokens_NTBC: Tensor) -> Tensor:
         """Tokens of every block as latents in raster order, ``(N, T, L, channels)``."""

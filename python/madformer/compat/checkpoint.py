@@ -101,20 +101,15 @@ class ReleasedCheckpoint:
 
     def _infer_model_config(self) -> dict[str, Any]:
         levels = range(self._count(r"downsampler\.down_blocks\.(\d+)\."))
-        block = "downsampler.down_blocks.{}."
+        blocks = [f"downsampler.down_blocks.{level}." for level in levels]
         return {
             **RELEASED_MODEL_CONFIG,
             "intermediate_size": len(self.state["blocks.0.mlp_list.0.gate_proj.weight"]),
             "mlp_bias": "blocks.0.mlp_list.0.gate_proj.bias" in self.state,
-            "unet_block_out_channels": [
-                len(self.state[block.format(level) + "resnets.0.conv1.weight"]) for level in levels
-            ],
-            "unet_num_layers_per_block": [
-                self._count(re.escape(block.format(level)) + r"resnets\.(\d+)\.") for level in levels
-            ],
+            "unet_block_out_channels": [len(self.state[f"{block}resnets.0.conv1.weight"]) for block in blocks],
+            "unet_num_layers_per_block": [self._count(re.escape(block) + r"resnets\.(\d+)\.") for block in blocks],
             "unet_transformer_layers_per_block": [
-                int(any(name.startswith(block.format(level) + "attentions.") for name in self.state))
-                for level in levels
+                int(any(name.startswith(f"{block}attentions.") for name in self.state)) for block in blocks
             ],
             "unet_time_emb_dim": len(self.state["downsampler.time_embedding.linear_1.weight"]),
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 
 from madformer.compat.checkpoint import ReleasedCheckpoint, Weights
 from madformer.compat.parts import Names, Released, reorder
-from madformer.conditioning.prompt import Prompt
 from madformer.config import Context, MADFormerConfig, UNetConfig
-from madformer.engine.options import SamplingOptions
-from madformer.engine.sampler import Sampler
 from madformer.files.weights import load_weights
 from madformer.model import MADFormer as NativeMADFormer
 from madformer.model.blocks import to_maps
@@ -262,8 +259,7 @@ class MADFormer(Released):
         Returns:
             Latents ``(N, T, B, C)``.
         """
-        check_target(target_shape, native_target(self.config))
-        return draw(self.to_native(), scheduler, num_inference_steps, target_shape, generator, dtype)
+        return self._draw(scheduler, num_inference_steps, target_shape, generator, dtype)
 
     @classmethod
     def from_released(
@@ -329,52 +325,6 @@ def stream_parameters(layer: nn.Module, stream: int) -> list[nn.Parameter]:
     """What one stream passes in a layer with the released names, as far as it is trained."""
     parts = (layer.get_submodule(f"{name}.{stream}") for name in LISTS)
     return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-
-
-def check_target(target_shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Whether a released ``target_shape`` is ``(N, *expected)``; raises ``ValueError``."""
-    if tuple(target_shape[1:]) != expected:
-        raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, expected))})")
-
-
-def native_target(config: MADFormerConfig) -> tuple[int, int, int]:
-    """Blocks, latents of a block, and channels."""
-    return config.num_blocks, config.latents_per_block, config.latent_channels
-
-
-def draw(
-    native: NativeMADFormer,
-    scheduler: Any,
-    num_inference_steps: int,
-    target_shape: tuple[int, int, int, int],
-    generator: torch.Generator | list[torch.Generator] | None,
-    dtype: torch.dtype,
-    prompt: Prompt | None = None,
-    guidance: float = 1.0,
-    to_latents: Callable[[Tensor], Tensor] | None = None,
-    **options: Any,
-) -> Tensor:
-    """What the released samplers draw, by ``native``.
-
-    Args:
-        target_shape: see :func:`check_target`.
-        to_latents: from what has the target's shape, such as noise, to latents; None where they are the same.
-        options: :class:`Sampler`'s.
-
-    Returns:
-        Latents ``(N, T, L, C)``.
-    """
-    from diffusers.utils.torch_utils import randn_tensor
-
-    images, *_ = target_shape
-
-    def noise(block: int) -> Tensor:
-        shape = (images, 1, *target_shape[2:])
-        drawn = randn_tensor(shape, generator=generator, device=native.device, dtype=dtype)
-        return (drawn if to_latents is None else to_latents(drawn))[:, 0]
-
-    plan = Sampler(native, scheduler, **options).plan(images, SamplingOptions(num_inference_steps, guidance))
-    return plan.run(noise, prompt, generator=generator).to(dtype)
 
 
 def native_config(values: Mapping[str, Any], **fields: Any) -> MADFormerConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from madformer.compat import madformer_ffhq
 from madformer.compat.checkpoint import ReleasedCheckpoint
-from madformer.compat.madformer_ffhq import CONTEXTS, check_target, draw, native_config, native_target
+from madformer.compat.madformer_ffhq import CONTEXTS, native_config
 from madformer.compat.parts import Names
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig, TextConfig
@@ -154,9 +154,8 @@ class MADFormer(madformer_ffhq.MADFormer):
         options: dict[str, Any] = {}
         if self.denoising_mlp:
             options = {"passes": ReleasedBlockLocalPasses, "launcher": EagerLauncher()}
-        check_target(target_shape, native_target(self.config))
-        native, prompt = self.to_native(), Prompt(input_ids)
-        return draw(native, scheduler, num_inference_steps, target_shape, generator, dtype, prompt, **options)
+        prompt = Prompt(input_ids)
+        return self._draw(scheduler, num_inference_steps, target_shape, generator, dtype, prompt, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As every module; raises ``ValueError`` for texts that were rotated by another ``rope_theta``."""

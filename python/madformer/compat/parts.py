@@ -2,6 +2,8 @@
 
 A drop-in's parts hang under their released names, and its native network runs them under its own. :class:`SharedParts`
 keeps the two alike, whatever is put in a part's place and on whichever side: an adapter, a quantised layer, a new norm.
+
+Shape legend, in the released letters: N images, T blocks, B latents or tokens of a block, C channels; L latents of one.
 """
 
 from __future__ import annotations
@@ -11,9 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from torch import nn
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
 
+from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
+from madformer.engine.options import SamplingOptions
+from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer as NativeMADFormer
 
 
@@ -184,6 +191,43 @@ class Released(nn.Module):
     @property
     def config(self) -> MADFormerConfig:
         return self.__dict__["networks"]["native"].config
+
+    @property
+    def _target(self) -> tuple[int, int, int]:
+        """What a sample has besides its images: blocks, latents of a block (or tokens), and their numbers."""
+        return self.config.num_blocks, self.config.latents_per_block, self.config.latent_channels
+
+    def to_latents(self, tokens_NTBC: Tensor) -> Tensor:
+        """Of what the released code draws, such as noise, the latents ``(N, T, L, channels)``: here the very same."""
+        return tokens_NTBC
+
+    def to_tokens(self, latents_NTLC: Tensor) -> Tensor:
+        """Inverse of :meth:`to_latents`."""
+        return latents_NTLC
+
+    def _draw(
+        self,
+        scheduler: Any,
+        num_inference_steps: int,
+        target_shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        dtype: torch.dtype,
+        prompt: Prompt | None = None,
+        guidance: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
+        """What the released samplers draw; ``options`` are :class:`Sampler`'s."""
+        images, *shape = target_shape
+        if tuple(shape) != self._target:
+            raise ValueError(f"target_shape={tuple(target_shape)} must be (N, {', '.join(map(str, self._target))})")
+        native = self.to_native()
+
+        def noise(block: int) -> Tensor:
+            size = (images, 1, *self._target[1:])
+            return self.to_latents(randn_tensor(size, generator=generator, device=native.device, dtype=dtype))[:, 0]
+
+        plan = Sampler(native, scheduler, **options).plan(images, SamplingOptions(num_inference_steps, guidance))
+        return self.to_tokens(plan.run(noise, prompt, generator=generator).to(dtype))
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         self._follow(check=False)

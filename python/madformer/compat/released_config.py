@@ -52,6 +52,20 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# Defaults that differ, FFHQ's and ImageNet's.
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "DATASET_PATH": ("./datasets/ffhq-1024", "./datasets/imagenet"),
+    "EPOCHS": (200, 50),
+    "GLOBAL_BATCH_SIZE": (64, 256),
+    "PER_GPU_BATCH_SIZE": (1, 4),
+    "IMAGE_SIZE": (1024, 256),
+    "BLOCK_SIZE": (256, 64),
+    "PRE_DOWNSAMPLE_BLOCK_SIZE": (1024, 256),
+    "AR_LEN": (16, 4),
+    "SPATIAL_LEN": (4096, 256),
+}
+
+
 @dataclass(frozen=True)
 class Script:
     """What one of the scripts has for itself.
@@ -59,7 +73,7 @@ class Script:
     Attributes:
         model: ours of the class that it trains.
         num_images: in its data set.
-        defaults: of its options, besides those that both have alike.
+        defaults: of its options.
         model_config: what the JSON file released with it says, and no default does.
         data: our name for the data set at ``DATASET_PATH``.
         training: what it says in no option, by our names.
@@ -73,46 +87,22 @@ class Script:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+FFHQ_MODEL = {**RELEASED_MODEL_CONFIG, "intermediate_size": 4096}
+LLAMA_TEXT = {"vocab_size": 128_256, "pad_token_id": 128_004, "max_position_embeddings": 2}
 SCRIPTS = {
     "ffhq": Script(
-        model=madformer_ffhq.MADFormer,
+        madformer_ffhq.MADFormer,
         num_images=70_000,
-        defaults={
-            "DATASET_PATH": "./datasets/ffhq-1024",
-            "EPOCHS": 200,
-            "GLOBAL_BATCH_SIZE": 64,
-            "PER_GPU_BATCH_SIZE": 1,
-            "IMAGE_SIZE": 1024,
-            "BLOCK_SIZE": 256,
-            "PRE_DOWNSAMPLE_BLOCK_SIZE": 1024,
-            "AR_LEN": 16,
-            "SPATIAL_LEN": 4096,
-        },
-        model_config={**RELEASED_MODEL_CONFIG, "intermediate_size": 4096},
+        defaults=DEFAULTS | {key: default for key, (default, _) in DIFFERENT.items()},
+        model_config=FFHQ_MODEL,
     ),
     "imagenet": Script(
-        model=madformer_imagenet.MADFormer,
+        madformer_imagenet.MADFormer,
         num_images=1_281_167,
-        defaults={
-            "DATASET_PATH": "./datasets/imagenet",
-            "EPOCHS": 50,
-            "GLOBAL_BATCH_SIZE": 256,
-            "PER_GPU_BATCH_SIZE": 4,
-            "IMAGE_SIZE": 256,
-            "BLOCK_SIZE": 64,
-            "PRE_DOWNSAMPLE_BLOCK_SIZE": 256,
-            "AR_LEN": 4,
-            "SPATIAL_LEN": 256,
-            "IMAGE_LOSS_LAMBDA": 1.0,
-            "TEXT_LOSS_LAMBDA": 0.0,
-        },
-        model_config={
-            **RELEASED_MODEL_CONFIG,
-            "intermediate_size": 4096,
-            "vocab_size": 128_256,
-            "pad_token_id": 128_004,
-            "max_position_embeddings": 2,
-        },
+        defaults=DEFAULTS
+        | {key: default for key, (_, default) in DIFFERENT.items()}
+        | {"IMAGE_LOSS_LAMBDA": 1.0, "TEXT_LOSS_LAMBDA": 0.0},
+        model_config=FFHQ_MODEL | LLAMA_TEXT,
         # a data set that `save_to_disk` wrote
         data="hf:{}",
         training={"tokenizer": "NousResearch/Llama-3.2-1B", "caption": "label", "caption_dropout": 0.0},
@@ -178,11 +168,10 @@ def read_released_config(
     if name not in SCRIPTS:
         raise ValueError(f"{path}: DATASET={name!r} must be one of {', '.join(SCRIPTS)}")
     script = SCRIPTS[name]
-    defaults = DEFAULTS | script.defaults
-    known = [*defaults, *IGNORED]
+    known = [*script.defaults, *IGNORED]
     if unknown := [key for key in written if key not in known]:
         raise ValueError(f"{path}: unknown {', '.join(with_nearest(key, known) for key in unknown)}")
-    values = {key: _convert(path, key, written.get(key), default) for key, default in defaults.items()}
+    values = {key: _convert(path, key, written.get(key), default) for key, default in script.defaults.items()}
     if num_images is None:
         num_images = script.num_images
     try:

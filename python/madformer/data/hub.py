@@ -5,22 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from madformer.data.fields import (
-    CAPTION_FIELDS,
-    IMAGE_EXTENSIONS,
-    LABEL_FIELDS,
-    DataSummary,
-    caption_of,
-    label_of,
-    summarize,
-)
-from madformer.data.sources import MAX_FILE_BYTES, RawSample
+from madformer.data import fields
+from madformer.data.sources import RawSample, check_size, read_picture
 from madformer.files.text import first_line
 from madformer.objects import read_object
 
 __all__ = ["HuggingFaceSource", "is_saved"]
 
-IMAGE_COLUMNS = ("image", "img", "picture", "photo", *IMAGE_EXTENSIONS)
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", *fields.IMAGE_EXTENSIONS)
 
 
 def is_saved(folder: Path) -> bool:
@@ -51,10 +43,10 @@ class HuggingFaceSource:
         kinds = rows.features
         self.image_column = self._find_images(kinds)
         labels = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-        labels.sort(key=lambda column: column not in LABEL_FIELDS)
+        labels.sort(key=lambda column: column not in fields.LABEL_FIELDS)
         self.class_names = list(kinds[labels[0]].names) if labels else []
-        self.label_column = labels[0] if labels else next((c for c in LABEL_FIELDS if c in kinds), None)
-        self.caption_column = next((c for c in CAPTION_FIELDS if c in kinds and _holds_text(kinds[c])), None)
+        self.label_column = labels[0] if labels else next((c for c in fields.LABEL_FIELDS if c in kinds), None)
+        self.caption_column = next((c for c in fields.CAPTION_FIELDS if c in kinds and _holds_text(kinds[c])), None)
         # Undecoded: damage is then met in one place, and every source resizes alike.
         self.rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         if self.label_column and not labels:
@@ -91,7 +83,7 @@ class HuggingFaceSource:
                     self.class_names = names
             elif "float" in dtype:
                 for value in values:
-                    label_of(value)
+                    fields.label_of(value)
             elif "int" not in dtype and dtype != "bool":
                 raise ValueError(f"it holds {'lists' if isinstance(kind, (list, datasets.Sequence)) else dtype}")
         except ValueError as error:
@@ -111,20 +103,14 @@ class HuggingFaceSource:
         image = row[self.image_column]
         if image is None:
             raise ValueError("the row has no image")
-        if image["bytes"] is not None:
-            data = image["bytes"]
-        else:
-            with Path(image["path"]).open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"a file of more than {MAX_FILE_BYTES >> 30} GiB")
+        data = read_picture(Path(image["path"])) if image["bytes"] is None else check_size(image["bytes"])
         label, caption = self._annotations(row)
         return RawSample(f"{index:08d}", data, caption, label)
 
-    def summary(self, limit: int) -> DataSummary:
+    def summary(self, limit: int) -> fields.DataSummary:
         columns = [column for column in (self.label_column, self.caption_column) if column]
         rows = self.rows.select_columns(columns) if columns else None
-        return summarize(
+        return fields.summarize(
             len(self), lambda index: self._annotations(self._row(rows, index) if rows else {}), self.class_names, limit
         )
 
@@ -139,7 +125,7 @@ class HuggingFaceSource:
     def _annotations(self, row: dict[str, Any]) -> tuple[int, str]:
         caption = row[self.caption_column] if self.caption_column else None
         label = row[self.label_column] if self.label_column else None
-        return label_of(label, self.class_names), caption_of(caption)
+        return fields.label_of(label, self.class_names), fields.caption_of(caption)
 
 
 def _holds_text(kind: Any) -> bool:

@@ -100,24 +100,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be within [0, 1], got {max_bad_fraction}")
         self.source = source
+        self.class_names, self.root, self.shard_lengths = source.class_names, source.root, source.shard_lengths
         self.image_size = image_size
         self.on_error = on_error
         self.max_bad_fraction = max_bad_fraction
         # In shared memory, so that neither the next worker nor the next epoch forgets what was bad.
         self._seen = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self._bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.source.class_names
-
-    @property
-    def root(self) -> Path | None:
-        return self.source.root
-
-    @property
-    def shard_lengths(self) -> list[int] | None:
-        return self.source.shard_lengths
 
     @property
     def num_bad(self) -> int:

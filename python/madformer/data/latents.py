@@ -167,6 +167,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
     ``dataset[i]`` is ``{"mean": fp32 (C, H, W), "deviation": the same, "label": int, "caption": str, "key": str}``.
     Opening it reads the shards' tar headers. It pickles, as :class:`ShardDataset` does, and shares that one's limits.
 
+    Attributes:
+        class_names: by label; empty if unknown. flips: whether mirrored images were encoded, too.
+        num_bad: images of the source that were unreadable, and are left out.
+        shard_lengths: samples of each shard, in order.
+
     Raises:
         FileNotFoundError: there is no description, or not every shard of it.
         ValueError: a description or a shard that is damaged, or not one readable sample.
@@ -186,21 +191,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.shards = ShardDataset(paths)
         if not len(self.shards):
             raise ValueError(f"{folder} holds no sample: none of its {self.description.num_images} images was readable")
-
-    @property
-    def class_names(self) -> list[str]:
-        """By label; empty if unknown."""
-        return list(self.description.class_names)
-
-    @property
-    def flips(self) -> bool:
-        """Whether mirrored images were encoded, too."""
-        return self.description.flips
-
-    @property
-    def num_bad(self) -> int:
-        """Images of the source that were unreadable, and are left out."""
-        return self.description.num_images - len(self)
+        self.class_names, self.flips = list(self.description.class_names), self.description.flips
+        self.num_bad = self.description.num_images - len(self)
+        self.shard_lengths = self.shards.shard_lengths
 
     def summary(self, limit: int = 10_000) -> DataSummary:
         """Classes and captions, of up to ``limit`` samples, spread evenly; the name of a class is no caption."""
@@ -228,11 +221,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
         if data is None:
             raise ValueError("a member is missing")
         return data
-
-    @property
-    def shard_lengths(self) -> list[int]:
-        """Samples of each shard, in order."""
-        return self.shards.shard_lengths
 
     def check(self, config: MADFormerConfig, vae: AutoencoderKL | None = None, *, flip: bool = False) -> None:
         """Raises ``ValueError`` where a model does not take these latents, or ``vae``, as stored, did not make them.

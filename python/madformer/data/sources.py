@@ -13,18 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from madformer.data.fields import (
-    CAPTION_FIELDS,
-    IMAGE_EXTENSIONS,
-    LABEL_FIELDS,
-    NO_LABEL,
-    UNREAD_EXTENSIONS,
-    DataSummary,
-    caption_of,
-    first,
-    label_of,
-    summarize,
-)
+from madformer.data import fields
 from madformer.files.shards import ShardDataset, is_hidden
 from madformer.files.text import MAX_BYTES, PackedStrings, decode_json, decode_text, printable, read_text
 
@@ -43,7 +32,7 @@ class RawSample:
     key: str
     data: bytes
     caption: str = ""
-    label: int = NO_LABEL
+    label: int = fields.NO_LABEL
 
 
 class Source(Protocol):
@@ -67,7 +56,7 @@ class Source(Protocol):
     def read(self, index: int) -> RawSample:
         """Raises ``ValueError`` or ``OSError`` if the sample is damaged."""
 
-    def summary(self, limit: int) -> DataSummary:
+    def summary(self, limit: int) -> fields.DataSummary:
         """Looks into no more than ``limit`` files."""
 
 
@@ -90,7 +79,7 @@ class ShardSource:
 
     def read(self, index: int) -> RawSample:
         members = self.shards.members(index)
-        found = _by_kind(members, IMAGE_EXTENSIONS)
+        found = _by_kind(members, fields.IMAGE_EXTENSIONS)
         if not found:
             raise ValueError(f"no image among its members ({_listed(members)})")
         if len(found) > 1:
@@ -103,10 +92,10 @@ class ShardSource:
     def annotations(self, index: int) -> tuple[int, str]:
         """Label and caption."""
         label, caption = self._fields(index)
-        return label_of(label, self.class_names), caption_of(caption)
+        return fields.label_of(label, self.class_names), fields.caption_of(caption)
 
-    def summary(self, limit: int) -> DataSummary:
-        return summarize(len(self), self.annotations, self.class_names, limit)
+    def summary(self, limit: int) -> fields.DataSummary:
+        return fields.summarize(len(self), self.annotations, self.class_names, limit)
 
     def _fields(self, index: int) -> tuple[Any, Any]:
         """Label and caption as they stand there."""
@@ -123,7 +112,8 @@ class ShardSource:
                     texts[kind] = decode_text(data, name)
         if not isinstance(record, dict):
             record = {}
-        return texts.get("cls", first(record, LABEL_FIELDS)), texts.get("txt", first(record, CAPTION_FIELDS))
+        label, caption = (fields.first(record, names) for names in (fields.LABEL_FIELDS, fields.CAPTION_FIELDS))
+        return texts.get("cls", label), texts.get("txt", caption)
 
     def _check_label(self) -> None:
         """Say at once, not in the middle of training, that the labels are of a kind that cannot be used."""
@@ -160,6 +150,19 @@ def _described_names(path: Path) -> list[str]:
     return names
 
 
+def read_picture(file: Path) -> bytes:
+    """The bytes of a file; raises ``OSError``, or ``ValueError`` for one that is too large."""
+    with file.open("rb") as opened:
+        return check_size(opened.read(MAX_FILE_BYTES + 1))
+
+
+def check_size(data: bytes) -> bytes:
+    """The same, if it is not too large; raises ``ValueError``."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"a file of more than {MAX_FILE_BYTES >> 30} GiB")
+    return data
+
+
 class FolderSource:
     """Image files; first-level subfolders that hold images are classes, sorted by name. Hidden ones are left out."""
 
@@ -173,7 +176,7 @@ class FolderSource:
         left_out: Counter[str] = Counter()
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
         for name in ("", *folders):
-            label = len(self.class_names) if name else NO_LABEL
+            label = len(self.class_names) if name else fields.NO_LABEL
             before = len(labels)
             for path, has_text in _image_files(root, name, left_out):
                 self._files.append(path)
@@ -183,7 +186,7 @@ class FolderSource:
                 self.class_names.append(printable(name))
         others = ", ".join(f"{count} .{kind}" for kind, count in left_out.most_common())
         if not labels:
-            kinds = f"only {others}, which are not read" if others else ", ".join(IMAGE_EXTENSIONS)
+            kinds = f"only {others}, which are not read" if others else ", ".join(fields.IMAGE_EXTENSIONS)
             raise FileNotFoundError(f"{printable(root)} holds no .tar shards and no images ({kinds})")
         if others:
             logger.warning("%s: %s are left out; convert them to have them read", printable(root), others)
@@ -204,21 +207,17 @@ class FolderSource:
         path, label = self._files[index], int(self._labels[index])
         file = self.root / path
         if self._captioned[index]:
-            caption = caption_of(read_text(file.with_suffix(".txt")))
+            caption = fields.caption_of(read_text(file.with_suffix(".txt")))
         else:
-            caption = self.class_names[label] if label != NO_LABEL else ""
-        with file.open("rb") as opened:
-            data = opened.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"a file of more than {MAX_FILE_BYTES >> 30} GiB")
-        return RawSample(printable(path), data, caption, label)
+            caption = self.class_names[label] if label != fields.NO_LABEL else ""
+        return RawSample(printable(path), read_picture(file), caption, label)
 
-    def summary(self, limit: int) -> DataSummary:
+    def summary(self, limit: int) -> fields.DataSummary:
         """Complete, whatever the limit: the names say it all."""
-        return DataSummary(
+        return fields.DataSummary(
             num_samples=len(self),
             num_examined=len(self),
-            num_labelled=int((self._labels != NO_LABEL).sum()),
+            num_labelled=int((self._labels != fields.NO_LABEL).sum()),
             num_captioned=int(self._captioned.sum()),
             num_classes=len(self.class_names),
             class_names=tuple(self.class_names),
@@ -231,15 +230,13 @@ def _image_files(root: Path, folder: str, left_out: Counter[str]) -> Iterator[tu
 
     Of ``root`` itself, those that lie in it. Pictures of kinds that are not read are counted in ``left_out``.
     """
-    stack = [_entries(root, folder, folder != "", left_out)]
-    while stack:
-        found = next(stack[-1], None)
-        if found is None:
-            stack.pop()
-        elif found[1] is None:
-            stack.append(_entries(root, found[0], True, left_out))
+    pending: list[tuple[str, bool | None]] = [(folder, None)]
+    while pending:
+        path, has_text = pending.pop()
+        if has_text is None:
+            pending += reversed(list(_entries(root, path, folder != "", left_out)))
         else:
-            yield found[0], found[1]
+            yield path, has_text
 
 
 def _entries(root: Path, folder: str, descend: bool, left_out: Counter[str]) -> Iterator[tuple[str, bool | None]]:
@@ -250,9 +247,9 @@ def _entries(root: Path, folder: str, descend: bool, left_out: Counter[str]) -> 
     for entry in entries:
         path = f"{folder}/{entry.name}" if folder else entry.name
         stem, dot, extension = entry.name.rpartition(".")
-        if dot and stem and extension.lower() in IMAGE_EXTENSIONS and entry.is_file():
+        if dot and stem and extension.lower() in fields.IMAGE_EXTENSIONS and entry.is_file():
             yield path, f"{stem}.txt" in names
-        elif dot and stem and extension.lower() in UNREAD_EXTENSIONS:
+        elif dot and stem and extension.lower() in fields.UNREAD_EXTENSIONS:
             left_out[extension.lower()] += 1
         elif descend and entry.is_dir(follow_symlinks=False):
             yield path, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -71,8 +72,12 @@ def write_shards(samples: Iterable[Sample], folder: str | Path, prefix: str, max
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, f"{prefix}-*.tar")
+    checked, final = _checked(samples), list[Path]()
     with contextlib.ExitStack() as hidden:
-        final = _write_hidden(samples, folder, prefix, max_per_shard, hidden)
+        for first in checked:
+            final.append(folder / f"{prefix}-{len(final):06d}.tar")
+            rest = itertools.islice(checked, max_per_shard - 1)
+            _write_tar(itertools.chain((first,), rest), hidden.enter_context(atomic_path(final[-1])))
         if not final:
             raise ValueError(f"no samples to write to {folder}/{prefix}-*.tar")
     pattern = re.compile(re.escape(prefix) + r"-\d{6}\.tar")
@@ -87,11 +92,8 @@ def write_shard(samples: Iterable[Sample], path: str | Path) -> None:
 
     The caller sees to it that the keys are good and do not repeat.
     """
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for extension, value in sample.items():
-                if extension != KEY:
-                    _add_member(tar, f"{sample[KEY]}.{extension}", value)
+    with atomic_path(path) as temporary:
+        _write_tar(samples, temporary)
 
 
 def write_index(path: str | Path) -> None:
@@ -110,39 +112,28 @@ def index_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".index.json")
 
 
-def _write_hidden(
-    samples: Iterable[Sample], folder: Path, prefix: str, max_per_shard: int, hidden: contextlib.ExitStack
-) -> list[Path]:
-    """Write all shards under temporary names; their own are those that ``hidden`` gives them when it ends well."""
+def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The same samples; raises ``ValueError`` for a bad or repeated key."""
     seen: set[str] = set()
-    final: list[Path] = []
-    with contextlib.ExitStack() as stack:
-        tar: tarfile.TarFile | None = None
-        for count, sample in enumerate(samples):
-            if count % max_per_shard == 0:
-                stack.close()
-                final.append(folder / f"{prefix}-{len(final):06d}.tar")
-                temporary = hidden.enter_context(atomic_path(final[-1]))
-                tar = stack.enter_context(tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT))
-            assert tar is not None
-            key = sample.get(KEY)
-            if not isinstance(key, str) or not key or "." in key or "/" in key:
-                raise ValueError(f"sample {count}: {KEY} must be a string without '.' or '/', got {key!r}")
-            if key in seen:
-                raise ValueError(f"sample {count}: key {key!r} appears twice")
-            seen.add(key)
-            for extension, value in sample.items():
-                if extension != KEY:
-                    _add_member(tar, f"{key}.{extension}", value)
-    return final
+    for count, sample in enumerate(samples):
+        key = sample.get(KEY)
+        if not isinstance(key, str) or not key or "." in key or "/" in key:
+            raise ValueError(f"sample {count}: {KEY} must be a string without '.' or '/', got {key!r}")
+        if key in seen:
+            raise ValueError(f"sample {count}: key {key!r} appears twice")
+        seen.add(key)
+        yield sample
 
 
-def _add_member(tar: tarfile.TarFile, name: str, value: Any) -> None:
-    data = _encode(name, value)
-    # TarInfo's defaults (mtime 0, uid 0, no user name) are what makes two runs equal byte for byte.
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+def _write_tar(samples: Iterable[Sample], path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            for extension in (name for name in sample if name != KEY):
+                # TarInfo's defaults (mtime 0, uid 0, no user name) are what makes two runs equal byte for byte.
+                info = tarfile.TarInfo(f"{sample[KEY]}.{extension}")
+                data = _encode(info.name, sample[extension])
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
 
 
 def _encode(name: str, value: Any) -> bytes:

@@ -41,13 +41,13 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
-from madformer.engine.graphs import Launcher, launcher_for
+from madformer.engine.graphs import launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
 from madformer.measuring.bare import BareModel, Work
-from madformer.measuring.timing import Run, Spread, Stopwatch
+from madformer.measuring.timing import Spread, Stopwatch
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
 
@@ -166,6 +166,10 @@ def _one_line(error: RuntimeError, batch: int) -> str:
     return f"batch={batch}: {str(error).splitlines()[0]}"
 
 
+def no_reset() -> None:
+    """Of a launch that needs no state of its own."""
+
+
 def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int = 5) -> Row:
     """One row; see the head of this file.
 
@@ -181,7 +185,7 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
     with torch.inference_mode():
         bare = BareModel(plan.model, plan.cache)
-        unet = plan.launcher.loop(_prepare(plan.launcher, "U-Net alone", bare.unet), steps)
+        unet = plan.launcher.loop(plan.launcher.prepare("U-Net alone", bare.unet, no_reset), steps)
         unet_watch, rounds = Stopwatch(device), []
         with watched(plan, vae) as (watches, draw):
             for _ in range(repeats + 1):
@@ -246,8 +250,9 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
     """Seconds of one block by the plan's launches and by the bare passes, ``count`` times at most."""
     device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
     launcher = launcher_for(device)
-    bare_ar = _prepare(launcher, "bare AR pass", partial(bare.ar, block))
-    bare_loop = launcher.loop(_prepare(launcher, "bare step", partial(bare.denoise, block)), len(plan.timesteps))
+    bare_ar = launcher.prepare("bare AR pass", partial(bare.ar, block), no_reset)
+    bare_step = launcher.prepare("bare step", partial(bare.denoise, block), no_reset)
+    bare_loop = launcher.loop(bare_step, len(plan.timesteps))
 
     prepared = plan.prepared
     assert prepared is not None
@@ -271,12 +276,3 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
         first, second, third, fourth = ours(), without_engine(), without_engine(), ours()
         pairs.append(((first + fourth) / 2, (second + third) / 2))
     return pairs
-
-
-def _prepare(launcher: Launcher, name: str, work: Run) -> Run:
-    """A launch of something that needs no state of its own."""
-
-    def run() -> None:
-        work()
-
-    return launcher.prepare(name, run, lambda: None)
