@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 
 # Before torch loads OpenMP: threads that spin at a barrier while another process holds their core make a
 # microsecond's op take milliseconds.
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import benchmarks  # noqa: F401 (it puts the project's root last on the path, however pytest was started)
+from tests.helpers.interpreting import remember_builtins
 
 if not torch.cuda.is_available():
     # Read when Triton is imported, so before anything of madformer is.
@@ -65,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    if "triton.runtime.interpreter" in sys.modules:
+        remember_builtins(sys.modules["triton.runtime.interpreter"])
     # Modules and thousands of tests outlive the session: looking through them for garbage took a twentieth of its time.
     gc.collect()
     gc.freeze()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from madformer import kernels
 from madformer.kernels import dispatch, launch
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.swiglu import swiglu
+from tests.helpers.interpreting import SEARCH
 from tests.helpers.testing import DEVICE, needs_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -130,3 +133,22 @@ def test_everything_imports_without_triton() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "backend='triton' cannot run swiglu on cpu: Triton is not installed\n"
+
+
+@needs_triton
+def test_the_interpreter_patches_what_a_search_at_every_launch_finds() -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    exec(SEARCH, searching := dict(vars(interpreter)))
+    language = interpreter.tl
+
+    def patched(patch: Callable[..., None], package: Any) -> list[tuple[Any, ...]]:
+        scope = interpreter._LangPatchScope()
+        patch(package, interpreter.interpreter_builder, scope)
+        changes = list(scope._changes)
+        scope.restore()
+        return changes
+
+    for package in (language, language.core, language.math, language.tensor, language.core.tensor_descriptor_base):
+        expected = patched(searching["_patch_builtin"], package)
+        assert expected
+        assert patched(interpreter._patch_builtin, package) == expected
