@@ -1,13 +1,11 @@
 """AdaLN-Zero: gated residual, norm, scale and shift in one pass, forward and backward (arXiv:2212.09748, sec. 3.2).
 
 Shape legend: B samples, M blocks of a sample with a row of modulation each, T tokens of a block, L = M * T tokens,
-C columns. The kernels are ``norm_common``'s, which ``rms_norm`` has too.
+C columns. Its op is ``norm_common``'s, which ``rms_norm`` has too.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import check_device, check_floating, check_same, rows_of, with_contiguous_columns
-from madformer.kernels.norm_common import check_norm, empty_outputs, norm_backward, norm_forward, settings_in_use
-from madformer.kernels.plans import fresh, once_a_kind, plain_kind, planned, taken_as
-from madformer.kernels.registration import register, register_differentiable
+from madformer.kernels.checks import check_device, check_floating, check_same
+from madformer.kernels.norm_common import check_norm
+from madformer.kernels.norm_common.op import norm_op
+from madformer.kernels.plans import once_a_kind, plain_kind
 
 OP = "adaln"
 Norm = Literal["layer", "rms"]
@@ -58,154 +56,6 @@ def adaln_ref(
     return y if residual is None else (y, total.flatten(1, 2))
 
 
-def _taken(
-    tensors: Sequence[Tensor | None], views: Sequence[Callable[..., Tensor]]
-) -> tuple[list[Any], list[Callable[[Any], Any]]]:
-    """Tensors in the views that the kernels take, and how others of their kind are passed to them."""
-    pairs = list(zip(tensors, views, strict=True))
-    return [None if x is None else view(x) for x, view in pairs], [taken_as(view, x) for x, view in pairs]
-
-
-@planned(settings_in_use)
-def _forward(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    centred: bool,
-    eps: float,
-) -> Callable[..., Any]:
-    views: tuple[Callable[[Tensor], Tensor], ...] = (
-        *([with_contiguous_columns] * 2),
-        rows_of,
-        Tensor.contiguous,
-        Tensor.contiguous,
-        rows_of,
-        rows_of,
-    )
-    examples, takers = _taken((x, residual, gate, weight, bias, shift, scale), views)
-    x_BLC, residual_BLC, *rows = examples
-    modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
-    launch = norm_forward(x_BLC, residual=residual_BLC, **modulation, centred=centred, eps=eps)
-    take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
-    new_y, new_total = (fresh(each) for each in empty_outputs(x, residual))
-
-    def run(x, shift, scale, weight, bias, residual, gate, *_):
-        y, total = new_y(), new_total()
-        affine = take_weight(weight), take_bias(bias)
-        rows = *affine, take_shift(shift), take_scale(scale)
-        launch(take_x(x), take_residual(residual), take_gate(gate), *rows, None if residual is None else total, y)
-        return y, total
-
-    return run
-
-
-def _empty_gradients(
-    grad_y: Tensor,
-    total: Tensor,
-    scale: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Those of the arguments in their order, without elements where not ``wanted``."""
-    likes = (grad_y, scale, scale, weight, bias, total, gate)
-    return tuple(
-        like.new_empty(like.shape) if is_wanted and like is not None else total.new_empty(0)
-        for like, is_wanted in zip(likes, wanted, strict=True)
-    )
-
-
-_GRADIENTS = ("x", "shift", "scale", "weight", "bias", "total", "gate")
-
-
-@planned(settings_in_use)
-def _backward(
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    x: Tensor | None,
-    scale: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    centred: bool,
-    eps: float,
-    wanted: Sequence[bool],
-) -> Callable[..., Any]:
-    names = list(itertools.compress(_GRADIENTS, wanted))
-    new_gradients = [fresh(each) for each in _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)]
-    views: tuple[Callable[[Tensor], Tensor], ...] = (
-        *([with_contiguous_columns] * 4),
-        rows_of,
-        Tensor.contiguous,
-        Tensor.contiguous,
-        rows_of,
-    )
-    examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
-    *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
-    modulation = dict(zip(("gate", "bias", "scale"), (gate_rows, bias_C, scale_rows), strict=True))
-    fill = norm_backward(*tensors, x=x_BLC, **modulation, centred=centred, eps=eps, wanted=names)
-
-    def run(grad_y, grad_total, total, x, scale, gate, weight, bias, *_):
-        gradients = tuple([new() for new in new_gradients])
-        given = grad_y, grad_total, total, x, gate, weight, bias, scale
-        out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
-        fill(*(take(tensor) for take, tensor in zip(takers, given, strict=True)), out)
-        return gradients
-
-    return run
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, scale, weight, bias, residual, gate, ctx.centred, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.has_residual = x.dtype, residual is not None
-    gate_needs_x = ctx.needs_input_grad[6]
-    total = output[1] if ctx.has_residual else x
-    ctx.save_for_backward(total, x if gate_needs_x else None, scale, gate, weight, bias)
-
-
-def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, x, scale, gate, weight, bias = ctx.saved_tensors
-    _, *others = wanted = ctx.needs_input_grad[:7]
-    needs_x, needs_residual = wanted[0], wanted[5]
-    if grad_y is None:
-        grad_y = torch.zeros_like(total, dtype=ctx.dtype)
-    shared = needs_x and needs_residual and gate is None and ctx.dtype == total.dtype
-    wanted = (needs_x and not shared, *others)
-    grad_total = grad_total if ctx.has_residual else None
-    arguments = (grad_y, grad_total, total, x, scale, gate, weight, bias, ctx.centred, ctx.eps, wanted)
-    gradients = _call_backward(*arguments)
-    results = [x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)]
-    if shared:
-        results[0] = results[5]
-    return (*results, None, None)
-
-
-_call = register_differentiable(
-    "adaln",
-    "(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
-    " bool centred, float eps) -> (Tensor, Tensor)",
-    _forward,
-    lambda x, shift, scale, weight, bias, residual, *_: empty_outputs(x, residual),
-    _setup_context,
-    _autograd_backward,
-)
-_call_backward = register(
-    "adaln_backward",
-    "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? x, Tensor scale, Tensor? gate, Tensor? weight,"
-    " Tensor? bias, bool centred, float eps, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad_y, grad_total, total, x, scale, gate, weight, bias, centred, eps, wanted: _empty_gradients(
-        grad_y, total, scale, gate, weight, bias, wanted
-    ),
-)
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
 
@@ -254,7 +104,7 @@ def adaln(
         return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
     if shift.dim() == 2:
         shift, scale, gate = shift.unsqueeze(1), scale.unsqueeze(1), None if gate is None else gate.unsqueeze(1)
-    y, total = _call(x, shift, scale, weight, bias, residual, gate, norm == "layer", eps, kind=kind)
+    y, total = norm_op(x, shift, scale, weight, bias, residual, gate, norm == "layer", eps, kind=kind)
     return y if residual is None else (y, total)
 
 

@@ -1,4 +1,4 @@
-"""What ``rms_norm`` and ``adaln`` share: checks, launch settings, and launchers of the kernels beside this file.
+"""What ``rms_norm`` and ``adaln`` share: checks, launch settings, and launchers of the kernels and op beside this file.
 
 Both ops are ``total = residual + gate * x``, ``n = normalise(total) * weight + bias``, ``y = n * (1 + scale) + shift``
 with parts left out.

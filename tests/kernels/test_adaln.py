@@ -228,7 +228,7 @@ def test_nothing_to_do(samples: int, tokens: int) -> None:
 def test_opcheck() -> None:
     inputs = make_inputs(having=ALL, dtype=torch.bfloat16)
     names = ("x", "shift", "scale", "weight", "bias", "residual", "gate")
-    library.opcheck(torch.ops.madformer.adaln.default, (*(inputs[name] for name in names), True, 1e-6))
+    library.opcheck(torch.ops.madformer.residual_norm.default, (*(inputs[name] for name in names), True, 1e-6))
 
 
 def test_compiles_whole() -> None:

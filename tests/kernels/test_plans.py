@@ -16,22 +16,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madformer.kernels import launch, plans
+from madformer.kernels.adaln import adaln
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.block_causal_attention import op as attention_op
 from madformer.kernels.cached_attention import op as cached_op
 from madformer.kernels.group_norm_silu import group_norm_silu
+from madformer.kernels.norm_common import op as norm_op
 from madformer.kernels.qk_norm_rope import qk_norm_rope
 from madformer.kernels.rms_norm import rms_norm as norm
 from madformer.kernels.swiglu import swiglu as gated
 from tests.helpers.testing import DEVICE, needs_triton
 
-adaln, rms_norm, swiglu = (importlib.import_module(f"madformer.kernels.{op}") for op in ("adaln", "rms_norm", "swiglu"))
+swiglu = importlib.import_module("madformer.kernels.swiglu")
 pytestmark = needs_triton
 IMPLEMENTATIONS = {
     "swiglu": swiglu._forward,
     "swiglu backward": swiglu._backward,
-    "rms_norm": rms_norm._forward,
-    "adaln": adaln._forward,
+    "norm": norm_op._forward,
     "attention": attention_op._forward,
     "cached": cached_op._forward,
 }
@@ -84,7 +85,7 @@ def test_optional_arguments_and_numbers_make_kinds() -> None:
             torch.testing.assert_close(plain, norm(x, given_weight, eps=eps, backend="reference"))
             added = norm(x, given_weight, eps=eps, residual=residual, backend="triton")
             torch.testing.assert_close(added, norm(x, given_weight, eps=eps, residual=residual, backend="reference"))
-    assert len(rms_norm._forward.plans) == 8
+    assert len(norm_op._forward.plans) == 8
 
 
 def test_settings_that_are_replaced_are_those_of_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def calls_of_every_op() -> dict[str, Callable[[], Any]]:
     return {
         "swiglu": lambda: gated(x, x, backend="triton"),
         "rms_norm": lambda: norm(x, rows[0], eps=1e-6, residual=x, backend="triton"),
-        "adaln": lambda: adaln.adaln(x, rows, rows, residual=x, gate=rows, backend="triton"),
+        "adaln": lambda: adaln(x, rows, rows, residual=x, gate=rows, backend="triton"),
         "attention": lambda: block_causal_attention(heads(8), heads(8), heads(8), layout, backend="triton"),
         "cached": lambda: cached_op.cached_attention_triton(
             heads(4), heads(8), heads(8), lengths, heads(4), heads(4), None, 0.25, None

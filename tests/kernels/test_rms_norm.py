@@ -167,8 +167,9 @@ def test_nothing_to_do(shape: tuple[int, ...], residual: bool) -> None:
 @pytest.mark.parametrize(("dtype", "residual"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_opcheck(dtype: torch.dtype, residual: bool) -> None:
     inputs = make_inputs(3, 40, dtype=dtype)
-    arguments = (inputs["x"], inputs["weight"], inputs["residual"] if residual else None, EPS)
-    library.opcheck(torch.ops.madformer.rms_norm.default, arguments)
+    added = inputs["residual"] if residual else None
+    arguments = (inputs["x"], None, None, inputs["weight"], None, added, None, False, EPS)
+    library.opcheck(torch.ops.madformer.residual_norm.default, arguments)
 
 
 def test_compiles_whole() -> None:
