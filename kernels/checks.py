@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
         mine, its = getattr(tensor, what), getattr(other, what)
         if mine != its:
             raise ValueError(f"{name} must have {other_name}'s {what} {its}, got {mine}")
+
+
+def check_no_gradient(op: str, named: Mapping[str, Tensor | None]) -> None:
+    """Raises ``ValueError`` where a tensor of an op without a backward requires a gradient, which no kind tells."""
+    for name, tensor in named.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: {op} has no backward")
 
 
 def with_contiguous_columns(tensor: Tensor) -> Tensor:

@@ -5,20 +5,21 @@ Shape legend: B samples, each at its own step of its own schedule; ... any furth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import DTYPES, with_contiguous_columns
+from madformer.kernels.checks import DTYPES, check_no_gradient, with_contiguous_columns
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.plans import Launch, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register
 
 OP = "denoise_step"
 NUM_COEFFICIENTS = 6
+NAMES = ("sample", "model_output", "previous", "coefficients", "unconditional", "guidance_scale")
 
 
 def denoise_step_ref(
@@ -182,7 +183,7 @@ def denoise_step(
     kind = plain_kind((*tensors, clip, backend))
     op = _choose(kind, tensors, clip, backend)
     if torch.is_grad_enabled():
-        _refuse_gradients(tensors)
+        check_no_gradient(OP, dict(zip(NAMES, tensors, strict=True)))
     arguments = sample, model_output, previous, coefficients, clip, unconditional, guidance_scale
     if op is _call_triton:
         op(*arguments, kind=kind)
@@ -207,14 +208,6 @@ def denoise_step_op(backend: str, device: torch.device) -> Callable[..., None]:
     chosen = dispatch.resolve(OP, backend, device)
     ops: dict[str, Callable[..., None]] = {"triton": _call_triton, "cpp": torch.ops.madformer.denoise_step_}
     return ops.get(chosen, denoise_step_ref)
-
-
-def _refuse_gradients(tensors: Sequence[Tensor | None]) -> None:
-    """Raises ``ValueError`` where one of these requires a gradient, which no kind of arguments tells."""
-    names = "sample", "model_output", "previous", "coefficients", "unconditional", "guidance_scale"
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: denoise_step has no backward")
 
 
 def _validate(tensors: tuple[Any, ...], clip: float | None) -> None:

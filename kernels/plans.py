@@ -155,15 +155,6 @@ class Launch:
             self._start = launch.prepared(compiled, self.kernel, self.grid, self.device, self.numbers, self.settings)
 
 
-def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether an op of these means its implementation and, where a gradient is asked, its autograd function.
-
-    Not where they are traced or transformed, where a mode, a subclass or the profiler wants to see the op, nor where
-    an implementation is not for their device.
-    """
-    return plain_kind(arguments) is not None
-
-
 _short_way = True
 
 
@@ -179,7 +170,11 @@ def through_dispatcher() -> Iterator[None]:
 
 
 def plain_kind(arguments: Sequence[Any]) -> Kind | None:
-    """The kind of arguments that are :func:`is_plain`, in one pass; None of others."""
+    """The kind of arguments whose op means its implementation and, where a gradient is asked, its autograd function.
+
+    None where they are traced or transformed, where a mode, a subclass or the profiler wants to see the op, and where
+    an implementation is not for their device.
+    """
     if (
         not _short_way
         or is_compiling()

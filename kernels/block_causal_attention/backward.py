@@ -119,16 +119,9 @@ def _dq_kernel(
 
 @jit
 def _key_tile(
-    rank,
-    text_length,
-    clean_length,
-    noise_length,
-    block_size,
-    TEXT_QUERIES: tl.constexpr,
-    CLEAN_QUERIES: tl.constexpr,
-    CROSS_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rank, text_length, clean_length, noise_length, block_size,
+    TEXT_QUERIES: tl.constexpr, CLEAN_QUERIES: tl.constexpr, CROSS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Where a key tile starts in its stream, the tokens of that, its first key, and what :func:`_visible_to` needs.
 
     The packed order is the order of work already: text is read by all, early blocks by most, noise by its own.

@@ -82,16 +82,9 @@ def num_queries(text_length, clean_length, noise_length, TEXT_QUERIES: tl.conste
 
 @jit
 def query_tile(
-    rank,
-    text_length,
-    clean_length,
-    noise_length,
-    block_size,
-    TEXT_QUERIES: tl.constexpr,
-    CLEAN_QUERIES: tl.constexpr,
-    CROSS_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    rank, text_length, clean_length, noise_length, block_size,
+    TEXT_QUERIES: tl.constexpr, CLEAN_QUERIES: tl.constexpr, CROSS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Where a query tile starts in its stream, the tokens of that, its first query, and for :func:`visible_keys` its
     first key, the size of a block, the prefix that all have, the longest context that is added to that, and whether
     the own keys of a block follow its prefix at once.
@@ -154,16 +147,9 @@ def head_of(x, batch, head, stride_b, stride_h, stride_l, last_row, UNIT: tl.con
 
 @jit
 def load_tile(
-    x,
-    row,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    UNIT: tl.constexpr,
-    MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    x, row, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    UNIT: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """``(ROWS, WIDTH)`` of one head from ``row`` and column ``FIRST`` on; columns past ``DIM`` are zero.
 
     Rows past the last one repeat it: whoever uses them masks the scores, not the load.

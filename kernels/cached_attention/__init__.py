@@ -18,13 +18,14 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS, cached_attention_triton
 from madformer.kernels.cached_attention.reference import cached_attention_ref
-from madformer.kernels.checks import check_device, check_floating, check_same, check_shape
+from madformer.kernels.checks import check_device, check_floating, check_no_gradient, check_same, check_shape
 from madformer.kernels.plans import once_a_kind, plain_kind
 
 __all__ = ["cached_attention", "cached_attention_ref"]
 
 OP = "cached_attention"
 INDEX_DTYPES = (torch.int32, torch.int64)
+NAMES = ("q", "k_cache", "v_cache", "lengths", "k", "v", "rows")
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
@@ -74,7 +75,7 @@ def cached_attention(
     kind = plain_kind((*tensors, scale, num_splits, backend))
     chosen = _choose(kind, tensors, scale, num_splits, backend)
     if torch.is_grad_enabled():
-        _check_no_gradient(tensors)
+        check_no_gradient(OP, dict(zip(NAMES, tensors, strict=True)))
     scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         return cached_attention_ref(*tensors[:6], rows_B=rows_B, scale=scale)
@@ -98,13 +99,6 @@ def _choose(tensors: tuple[Any, ...], scale: float | None, num_splits: int | Non
     if too_wide:
         raise ValueError(f"q must have a head dim of at most {MAX_HEAD_DIM} for Triton, got {q_BHLD.shape[-1]}")
     return chosen
-
-
-def _check_no_gradient(tensors: tuple[Tensor | None, ...]) -> None:
-    names = ("q", "k_cache", "v_cache", "lengths", "k", "v", "rows")
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: cached_attention has no backward")
 
 
 def _validate(tensors: tuple[Any, ...]) -> None:

@@ -42,20 +42,9 @@ def _load_rows(ptr, stride, first, stop, D: tl.constexpr, ROWS: tl.constexpr, CO
 
 @jit
 def _attend(
-    state,
-    q,
-    k_ptr,
-    stride_k,
-    v_ptr,
-    stride_v,
-    first,
-    stop,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    state, q, k_ptr, stride_k, v_ptr, stride_v, first, stop, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One tile of keys in the online softmax (arXiv:2205.14135), in base 2; ``peak`` is the scaled maximum."""
     acc, norm, peak = state
     k = _load_rows(k_ptr, stride_k, first, stop, D, BLOCK_N, BLOCK_D, MASKED)
@@ -75,37 +64,12 @@ def _attend(
 
 @jit
 def split_kernel(
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    k_ptr,
-    v_ptr,
-    lengths_ptr,
-    rows_ptr,
-    out_ptr,
-    lse_ptr,
-    strides_q,
-    strides_kc,
-    strides_vc,
-    strides_k,
-    strides_v,
-    stride_lengths,
-    stride_rows,
-    num_queries,
-    num_rows,
-    capacity,
-    num_own,
-    num_splits,
-    scale_log2,
-    HAS_OWN: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, lengths_ptr, rows_ptr, out_ptr, lse_ptr,
+    strides_q, strides_kc, strides_vc, strides_k, strides_v, stride_lengths, stride_rows,
+    num_queries, num_rows, capacity, num_own, num_splits, scale_log2,
+    HAS_OWN: tl.constexpr, HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     # The tiles of queries of one head and split run at about the same time, and share its keys in the L2 cache. Samples
     # lie along the one dimension of the grid that takes more than 65,535.
     num_query_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -178,15 +142,9 @@ def split_kernel(
 
 @jit
 def combine_kernel(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    num_rows,
-    NUM_SPLITS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    partial_ptr, lse_ptr, out_ptr, num_rows,
+    NUM_SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_D)[None, :]
     live = rows < num_rows

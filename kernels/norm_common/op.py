@@ -34,13 +34,14 @@ def _has_even_rows(x: Tensor) -> bool:
     return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(rows))
 
 
-def _views(scale: Tensor | None, *tensors: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """How tensors of one shape are made (B, L, C): with modulation they are that, without it rows may be joined."""
-    shape = _sample_shape(*tensors) if scale is None else next(x.shape for x in tensors if x is not None)
-    return functools.partial(_in_samples, shape=shape)
+def _in_samples(scale: Tensor | None, *tensors: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """How tensors of one shape are taken: with modulation they are (B, L, C), without it rows may be joined."""
+    if scale is not None:
+        return with_contiguous_columns
+    return functools.partial(_reshaped, shape=_sample_shape(*tensors))
 
 
-def _in_samples(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _reshaped(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return with_contiguous_columns(x).reshape(shape)
 
 
@@ -64,7 +65,8 @@ def _forward(
     centred: bool,
     eps: float,
 ) -> Callable[..., Any]:
-    views = *[_views(scale, x, residual)] * 2, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of, rows_of
+    in_samples = _in_samples(scale, x, residual)
+    views = in_samples, in_samples, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of, rows_of
     examples, takers = _taken((x, residual, gate, weight, bias, shift, scale), views)
     x_BLC, residual_BLC, *rows = examples
     modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
@@ -118,8 +120,8 @@ def _backward(
 ) -> Callable[..., Any]:
     names = list(itertools.compress(_GRADIENTS, wanted))
     new_gradients = [fresh(each) for each in _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)]
-    in_samples = [_views(scale, grad_y, grad_total, total, x)] * 4
-    views = *in_samples, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of
+    in_samples = _in_samples(scale, grad_y, grad_total, total, x)
+    views = *[in_samples] * 4, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of
     examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
     *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
     modulation = dict(zip(("gate", "bias", "scale"), (gate_rows, bias_C, scale_rows), strict=True))

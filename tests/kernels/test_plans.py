@@ -226,20 +226,20 @@ def test_the_short_way_is_for_plain_tensors_alone() -> None:
         pass
 
     x = torch.randn(4)
-    assert plans.is_plain([x, None, 1.0, [x, torch.nn.Parameter(x)]])
-    assert not plans.is_plain([x, x.as_subclass(Subclass)])
-    assert not plans.is_plain([[x.as_subclass(Subclass)]])
-    assert not plans.is_plain([x.to("meta")])
-    assert not plans.is_plain([torch._neg_view(x)])
-    seen: list[bool] = []
-    torch.func.vmap(lambda row: (seen.append(plans.is_plain([x])), row)[1])(x)
+    assert plans.plain_kind([x, None, 1.0, [x, torch.nn.Parameter(x)]]) is not None
+    assert plans.plain_kind([x, x.as_subclass(Subclass)]) is None
+    assert plans.plain_kind([[x.as_subclass(Subclass)]]) is None
+    assert plans.plain_kind([x.to("meta")]) is None
+    assert plans.plain_kind([torch._neg_view(x)]) is None
+    seen: list[Any] = []
+    torch.func.vmap(lambda row: (seen.append(plans.plain_kind([x])), row)[1])(x)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(plans.is_plain([x]))
+        seen.append(plans.plain_kind([x]))
     with Listener():
-        seen.append(plans.is_plain([x]))
+        seen.append(plans.plain_kind([x]))
     with torch.device("cpu"):
-        seen.append(plans.is_plain([x]))
-    torch.jit.trace(lambda x: (seen.append(plans.is_plain([x])), x + 1)[1], x, check_trace=False)
+        seen.append(plans.plain_kind([x]))
+    torch.jit.trace(lambda x: (seen.append(plans.plain_kind([x])), x + 1)[1], x, check_trace=False)
     assert not any(seen)
 
 
@@ -362,7 +362,7 @@ def test_checks_are_made_for_every_kind() -> None:
 
 def test_the_dispatcher_is_heard_where_it_is_asked_for() -> None:
     x = torch.randn(2, 16)
-    assert plans.is_plain([x])
+    assert plans.plain_kind([x]) is not None
     with plans.through_dispatcher():
-        assert not plans.is_plain([x])
-    assert plans.is_plain([x])
+        assert plans.plain_kind([x]) is None
+    assert plans.plain_kind([x]) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -25,8 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from madformer.training.optimization import MovingAverages, StepGuard
-
-logger = logging.getLogger("madformer.training")
 
 # one process is what it says it assumes
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
