@@ -313,7 +313,7 @@ def serializable(timed: Mapping[str, Any]) -> dict[str, Any]:
     return {**timed, "spreads": {name: asdict(spread) for name, spread in timed["spreads"].items()}}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -322,11 +322,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="also write the record there")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     return finish("compare_released", lambda: run(options), options.out, shown=None)
 
 

@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji64"), help="folder that save_pretrained wrote")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, for a model with text")
@@ -211,11 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
     parser.add_argument("--pictures", type=Path, metavar="FILE.png", help="the first 16 images, one row a mode")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     out = options.out or results_folder(torch.device(options.device)) / "precision.json"
     return finish("precision", lambda: run(options, out), out, errors=(CannotCompare, ValueError, OSError))
 

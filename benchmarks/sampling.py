@@ -419,7 +419,7 @@ def record_of(bench: Bench, options: argparse.Namespace, device: torch.device, s
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -428,11 +428,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="seconds in all (540)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     out = options.out
     if out is None and not options.tiny:
         out = results_folder(torch.device(options.device)) / "sampling.json"

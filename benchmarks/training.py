@@ -409,7 +409,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -419,11 +419,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="of all that is done (500)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return finish("training", functools.partial(run, parse(arguments)), out=None)
+    options = parser.parse_args(arguments)
+    return finish("training", functools.partial(run, options), out=None)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels import dispatch
-from madformer.kernels.checks import DTYPES, check_no_gradient, with_contiguous_columns
+from madformer.kernels.checks import DTYPES, check_floating, check_no_gradient, check_shape, with_contiguous_columns
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.plans import Launch, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register
@@ -226,10 +226,8 @@ def _validate(tensors: tuple[Any, ...], clip: float | None) -> None:
         expected["unconditional"] = (unconditional, sample.shape, (model_output.dtype,))
         expected["guidance_scale"] = (guidance_scale, (len(sample),), (torch.float32,))
     for name, (tensor, shape, dtypes) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        check_shape(name, tensor, shape)
+        check_floating(name, tensor, dtypes)
         if tensor.device != sample.device:
             raise ValueError(f"{name} must be on {sample.device} as sample is, got {tensor.device}")
     for name, written in (("sample", sample), ("previous", previous)):

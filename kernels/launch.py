@@ -53,6 +53,11 @@ MIN_CAPABILITY = 80
 """Compute capability that the kernels need, times ten: bf16 matrix units and asynchronous copies."""
 
 
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below ``number``, for tiles, which have no other sizes; 1 for 0."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Target:
     """What a launch heuristic may look at.

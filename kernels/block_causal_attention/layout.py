@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,30 @@ class BlockLayout:
             for start, stop in ranges:
                 mask[rows, start:stop] = True
         return mask
+
+
+class Gather(torch.autograd.Function):
+    """Of a tensor's tokens some ranges, one after the other, for each of several readers: a token may have many.
+
+    Autograd's own gradient of a slice is as long as all tokens, in the working dtype, and it adds up one for every
+    reader: on two cores, 17 blocks of 64 tokens, a twelfth of a training step.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, readers: tuple[tuple[tuple[int, int], ...], ...], dim: int) -> tuple[Tensor, ...]:
+        parts = ([x.narrow(dim, start, stop - start) for start, stop in ranges] for ranges in readers)
+        return tuple(own[0] if len(own) == 1 else torch.cat(own, dim) for own in parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, int], output: tuple[Tensor, ...]) -> None:
+        x, ctx.readers, ctx.dim = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        for ranges, grad in zip(ctx.readers, grads, strict=True):
+            pieces = grad.split([stop - start for start, stop in ranges], ctx.dim)
+            for (start, stop), piece in zip(ranges, pieces, strict=True):
+                total.narrow(ctx.dim, start, stop - start).add_(piece)
+        return total.to(grads[0].dtype), None, None

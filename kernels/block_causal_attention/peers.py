@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from madformer.kernels.block_causal_attention.layout import BlockLayout
+from madformer.kernels.block_causal_attention.layout import BlockLayout, Gather
 
 
 def block_causal_attention_flex(
@@ -192,26 +192,4 @@ def _join(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _gather(x_BLHD: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-    if len(ranges) == 1:
-        return x_BLHD[:, slice(*ranges[0])]
-    return _Gather.apply(x_BLHD, ranges)
-
-
-class _Gather(torch.autograd.Function):
-    """Ranges of tokens, one after the other; a token may be in many.
-
-    Autograd's own gradient would sum a token's copies in the working dtype, each in a tensor of the full length.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BLHD: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-        ctx.length, ctx.ranges = x_BLHD.shape[1], ranges
-        return torch.cat([x_BLHD[:, start:stop] for start, stop in ranges], dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.new_zeros(grad.shape[0], ctx.length, *grad.shape[2:], dtype=torch.float32)
-        pieces = grad.split([stop - start for start, stop in ctx.ranges], dim=1)
-        for (start, stop), piece in zip(ctx.ranges, pieces, strict=True):
-            total[:, start:stop] += piece
-        return total.to(grad.dtype), None
+    return Gather.apply(x_BLHD, (ranges,), 1)[0]

@@ -6,13 +6,12 @@ Shape legend: B batch, H heads, L tokens of the packed streams, D head dim, M im
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madformer.kernels.block_causal_attention.layout import BlockLayout
+from madformer.kernels.block_causal_attention.layout import BlockLayout, Gather
 
 # Up to this many keys one masked call costs less than one small call for each block.
 # (CPU, 64 images, 48 clean and 64 noise tokens: a training step 18 % faster.)
@@ -71,34 +70,8 @@ def _blocks_as_batch(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale
 
 def _block_by_block(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     ranges = tuple(tuple(own) for own in layout.key_ranges())
-    blocks = zip(q.split(layout.block_size, dim=2), _Gather.apply(k, ranges), _Gather.apply(v, ranges), strict=True)
+    keys, values = (Gather.apply(x, ranges, 2) for x in (k, v))
+    blocks = zip(q.split(layout.block_size, dim=2), keys, values, strict=True)
     # Over (B, L, H, D) memory, as SDPA gives each part, so that joining the heads of a token costs no copy.
     parts = [F.scaled_dot_product_attention(*block, scale=scale).transpose(1, 2) for block in blocks]
     return torch.cat(parts, dim=1).transpose(1, 2)
-
-
-class _Gather(torch.autograd.Function):
-    """What each block sees of the keys or values.
-
-    Autograd's own gradient of a slice is as long as all keys, and it adds up one for every block: on two cores, 17
-    blocks of 64 tokens, a twelfth of a training step.
-    """
-
-    @staticmethod
-    def forward(x_BHLD: Tensor, ranges: tuple[tuple[tuple[int, int], ...], ...]) -> tuple[Tensor, ...]:
-        parts = ([x_BHLD[:, :, start:stop] for start, stop in own] for own in ranges)
-        return tuple(own[0] if len(own) == 1 else torch.cat(own, dim=2) for own in parts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: tuple[Tensor, ...]) -> None:
-        x_BHLD, ctx.ranges = inputs
-        ctx.shape = x_BHLD.shape
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].new_zeros(ctx.shape)
-        for own, grad in zip(ctx.ranges, grads, strict=True):
-            pieces = grad.split([stop - start for start, stop in own], dim=2)
-            for (start, stop), piece in zip(own, pieces, strict=True):
-                total[:, :, start:stop] += piece
-        return total, None

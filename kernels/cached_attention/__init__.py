@@ -126,6 +126,5 @@ def _validate(tensors: tuple[Any, ...]) -> None:
         check_same("v", v, "k", k)
     for name, index in ({"lengths": lengths} | ({} if rows is None else {"rows": rows})).items():
         check_shape(name, index, (B,))
-        if index.dtype not in INDEX_DTYPES:
-            raise ValueError(f"{name} must be {' or '.join(map(str, INDEX_DTYPES))}, got {index.dtype}")
+        check_floating(name, index, INDEX_DTYPES)
         check_device(name, index, q.device)

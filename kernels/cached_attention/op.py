@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from madformer.kernels.cached_attention.kernels import combine_kernel, split_kernel
-from madformer.kernels.launch import Target, target
+from madformer.kernels.launch import Target, next_power_of_2, target
 from madformer.kernels.plans import Launch, fresh, planned
 from madformer.kernels.registration import register
 
@@ -161,7 +161,7 @@ def _combination(num_splits: int, rows: int, head_dim: int, device: torch.device
 
 def _block_d(head_dim: int) -> int:
     """Matrix units take no fewer than 16 columns, and tiles are powers of two."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_2(head_dim))
 
 
 def _empty_output(q: Tensor, *_: object) -> Tensor:

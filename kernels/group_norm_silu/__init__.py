@@ -23,7 +23,7 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_shape, with_contiguous_columns
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
-from madformer.kernels.launch import Target, target
+from madformer.kernels.launch import Target, next_power_of_2, target
 from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
 from madformer.kernels.registration import register, register_differentiable
 
@@ -99,10 +99,6 @@ def choose_settings(
     tiles = -(-num_pixels // block_pixels)
     splits = 1 if whole else -(-4 * on.num_sms // slabs)
     return GroupNormSettings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
-
-
-def next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _rows(x_NCHW: Tensor) -> Tensor:

@@ -136,15 +136,17 @@ def settings_in_use() -> tuple[object, ...]:
 
 def norm_forward(
     x_BLC: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
     centred: bool,
     eps: float,
 ) -> Launch:
-    """The launch for tensors like these: x, residual, gate, weight, bias, shift, scale, total, y.
+    """The launch for tensors like these, and ``total`` and ``y``, in this order.
 
     ``x`` and ``residual`` have contiguous columns; ``gate``, ``shift`` and ``scale`` are (B * M, C) rows of such,
     ``weight``, ``bias``, ``total`` and ``y`` are contiguous. ``y`` has the dtype of ``x``, ``total`` the residual's.
@@ -173,18 +175,19 @@ def norm_backward(
     grad_y_BLC: Tensor,
     grad_total_BLC: Tensor | None,
     total_BLC: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
     *,
-    x: Tensor | None = None,
-    gate: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
     centred: bool,
     eps: float,
     wanted: Collection[str],
 ) -> Callable[..., None]:
     """What fills the gradients that are wanted by name, from tensors like these.
 
-    It is called with grad_y, grad_total, total, x, gate, weight, bias, scale, and a mapping of contiguous gradients.
+    It is called with these, in this order, and a mapping of contiguous gradients.
     ``total`` is what was normalised, and its gradient is that of ``residual``; that of ``x`` differs by the gate.
     ``total`` and ``x`` are (B, L, C), ``gate``, ``shift`` and ``scale`` (B * M, C), ``weight`` and ``bias`` (C,).
     ``x`` is only read for the gradient of ``gate``.

@@ -68,17 +68,14 @@ def _forward(
     in_samples = _in_samples(scale, x, residual)
     views = in_samples, in_samples, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of, rows_of
     examples, takers = _taken((x, residual, gate, weight, bias, shift, scale), views)
-    x_BLC, residual_BLC, *rows = examples
-    modulation = dict(zip(("gate", "shift", "scale"), (rows[0], rows[3], rows[4]), strict=True))
-    launch = norm_forward(x_BLC, residual=residual_BLC, **modulation, centred=centred, eps=eps)
-    take_x, take_residual, take_gate, take_weight, take_bias, take_shift, take_scale = takers
+    launch = norm_forward(*examples, centred=centred, eps=eps)
     new_y, new_total = (fresh(each) for each in empty_outputs(x, residual))
 
     def run(x, shift, scale, weight, bias, residual, gate, *_):
         y, total = new_y(), new_total()
-        affine = take_weight(weight), take_bias(bias)
-        rows = *affine, take_shift(shift), take_scale(scale)
-        launch(take_x(x), take_residual(residual), take_gate(gate), *rows, None if residual is None else total, y)
+        given = x, residual, gate, weight, bias, shift, scale
+        written = None if residual is None else total
+        launch(*[take(tensor) for take, tensor in zip(takers, given, strict=True)], written, y)
         return y, total
 
     return run
@@ -123,15 +120,13 @@ def _backward(
     in_samples = _in_samples(scale, grad_y, grad_total, total, x)
     views = *[in_samples] * 4, rows_of, Tensor.contiguous, Tensor.contiguous, rows_of
     examples, takers = _taken((grad_y, grad_total, total, x, gate, weight, bias, scale), views)
-    *tensors, x_BLC, gate_rows, _, bias_C, scale_rows = examples
-    modulation = dict(zip(("gate", "bias", "scale"), (gate_rows, bias_C, scale_rows), strict=True))
-    fill = norm_backward(*tensors, x=x_BLC, **modulation, centred=centred, eps=eps, wanted=names)
+    fill = norm_backward(*examples, centred=centred, eps=eps, wanted=names)
 
     def run(grad_y, grad_total, total, x, scale, gate, weight, bias, *_):
         gradients = tuple([new() for new in new_gradients])
         given = grad_y, grad_total, total, x, gate, weight, bias, scale
         out = dict(zip(names, itertools.compress(gradients, wanted), strict=True))
-        fill(*(take(tensor) for take, tensor in zip(takers, given, strict=True)), out)
+        fill(*[take(tensor) for take, tensor in zip(takers, given, strict=True)], out)
         return gradients
 
     return run

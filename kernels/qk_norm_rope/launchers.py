@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from madformer.kernels.checks import with_contiguous_columns
-from madformer.kernels.launch import target
+from madformer.kernels.launch import next_power_of_2, target
 from madformer.kernels.plans import Launch, itself, taken_as
 from madformer.kernels.qk_norm_rope.kernels import backward_kernel, forward_kernel
 
@@ -80,24 +80,15 @@ def choose_settings(stream: Stream) -> RopeSettings:
     """
     batch, num_tokens, _ = stream.qkv.shape
     num_sms = target(stream.qkv.device).num_sms
-    cols = _power_of_two(stream.head_dim // 2)
+    cols = next_power_of_2(stream.head_dim // 2)
     rows = max(1, 512 // cols)
     heads = min(4, rows, stream.num_heads & -stream.num_heads)
-    tokens = min(rows // heads, _power_of_two(num_tokens))
+    tokens = min(rows // heads, next_power_of_2(num_tokens))
     tiles = batch * -(-num_tokens // tokens)
     head_tiles = stream.num_heads // heads
     groups = min(head_tiles, -(-8 * num_sms // max(1, stream.parts * tiles)))
     heads_per_program = -(-head_tiles // groups) * heads
     return RopeSettings(tokens, heads, cols, heads_per_program, num_programs=min(tiles, 16 * num_sms))
-
-
-def num_backward_programs(stream: Stream) -> int:
-    return choose_settings(stream).num_programs
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 def _table_strides(stream: Stream) -> tuple[int, int]:
@@ -125,6 +116,29 @@ def takers(stream: Stream) -> list[Callable[[Any], Any]]:
     return [taken_as(with_contiguous_columns, stream.qkv), *weights, table, table]
 
 
+def _launch(
+    kernel: Any, stream: Stream, grid: tuple[int, ...], numbers: list[int], strides: list[int], **constants: int
+) -> Launch:
+    """The launch of a kernel, with what all of them are told of a stream."""
+    settings, unit = choose_settings(stream), _common_unit(strides)
+    return Launch(
+        kernel,
+        grid,
+        stream.qkv.device,
+        [*numbers, stream.eps, *(stride // unit for stride in strides)],
+        NUM_HEADS=stream.num_heads,
+        HEAD_DIM=stream.head_dim,
+        AXES=max(1, stream.axes),
+        PARTS=stream.parts,
+        TOKENS=settings.tokens,
+        HEADS=settings.heads,
+        **constants,
+        COLS=settings.cols,
+        UNIT=unit,
+        num_warps=settings.num_warps,
+    )
+
+
 def forward(
     stream: Stream, q_BHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, *, first_query: int = 0, first_key: int = 0,
     has_rows: bool = False,
@@ -143,24 +157,9 @@ def forward(
     settings = choose_settings(stream)
     tiles = batch * -(-num_tokens // settings.tokens)
     strides = [*qkv.stride()[:2], *_table_strides(stream), *q_BHLD.stride()[:3], *k_RHSD.stride()[:3]]
-    unit = _common_unit(strides)
-    return Launch(
-        forward_kernel,
-        (stream.parts * tiles, -(-stream.num_heads // settings.heads_per_program)),
-        qkv.device,
-        [num_tokens, num_rows, k_RHSD.shape[2], first_query, first_key, stream.eps]
-        + [stride // unit for stride in strides],
-        NUM_HEADS=stream.num_heads,
-        HEAD_DIM=stream.head_dim,
-        AXES=max(1, stream.axes),
-        PARTS=stream.parts,
-        TOKENS=settings.tokens,
-        HEADS=settings.heads,
-        HEADS_PER_PROGRAM=settings.heads_per_program,
-        COLS=settings.cols,
-        UNIT=unit,
-        num_warps=settings.num_warps,
-    )
+    grid = stream.parts * tiles, -(-stream.num_heads // settings.heads_per_program)
+    numbers = [num_tokens, num_rows, k_RHSD.shape[2], first_query, first_key]
+    return _launch(forward_kernel, stream, grid, numbers, strides, HEADS_PER_PROGRAM=settings.heads_per_program)
 
 
 def backward(
@@ -175,24 +174,9 @@ def backward(
     """
     qkv = with_contiguous_columns(stream.qkv)
     batch, num_tokens, _ = qkv.shape
-    settings = choose_settings(stream)
-    num_tiles = batch * -(-num_tokens // settings.tokens)
+    num_tiles = batch * -(-num_tokens // choose_settings(stream).tokens)
     strides = [*qkv.stride()[:2], *_table_strides(stream)]
     strides += [stride for x in gradients_BHLD for stride in x.stride()[:3]]
-    unit = _common_unit(strides)
-    return Launch(
-        backward_kernel,
-        (stream.parts * num_programs,),
-        qkv.device,
-        [num_tokens, num_tiles, -(-num_tiles // max(1, num_programs)), first_query, first_key, first_weight, stream.eps]
-        + [stride // unit for stride in strides],
-        NUM_HEADS=stream.num_heads,
-        HEAD_DIM=stream.head_dim,
-        AXES=max(1, stream.axes),
-        PARTS=stream.parts,
-        TOKENS=settings.tokens,
-        HEADS=settings.heads,
-        COLS=settings.cols,
-        UNIT=unit,
-        num_warps=settings.num_warps,
-    )
+    tiles_per_program = -(-num_tiles // max(1, num_programs))
+    numbers = [num_tokens, num_tiles, tiles_per_program, first_query, first_key, first_weight]
+    return _launch(backward_kernel, stream, (stream.parts * num_programs,), numbers, strides)

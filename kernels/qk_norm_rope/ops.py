@@ -117,7 +117,7 @@ def _backward(
 ) -> Callable[..., tuple[list[Tensor], Tensor]]:
     streams = _streams(qkv, weights, *arguments)
     # As many programs for every stream, so that one sum finishes the weights of all.
-    num_programs = max(launchers.num_backward_programs(stream) for stream in streams)
+    num_programs = max(launchers.choose_settings(stream).num_programs for stream in streams)
     gradients = [with_contiguous_columns(x) for x in (dq, dk, dv)]
     takers = [taken_as(with_contiguous_columns, x) for x in (dq, dk, dv)]
     shape = (len(weights) if needs_weights else 0, num_programs, dk.shape[3])
