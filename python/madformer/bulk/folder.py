@@ -22,10 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from madformer.arguments import whole_number
 from madformer.bulk.settings import Settings
 from madformer.files.atomic import atomic_path, locked, remove_leftover, write_json
-from madformer.files.damage import is_whole
 from madformer.files.number_set import NumberSet
 from madformer.files.resumable import LOCK, dealt, first_difference, goes_on, span, taken
 from madformer.files.shards import KEY, write_shard
@@ -40,6 +41,7 @@ VERSION = 1
 _FIRST_RECORD = ("seed", "steps", "scheduler", "precision", "model", "prompt", "labels")
 _IMAGE = re.compile(r"(\d{8,})\.(?:png|safetensors)")
 _SHARD = re.compile(r"(?:images|latents)-(\d{6,})\.tar")
+_ENDS = {".png": b"\0\0\0\0IEND\xaeB`\x82", ".tar": bytes(2 * tarfile.BLOCKSIZE)}
 # how `atomic_path` names what it has not finished
 _TEMPORARY = re.compile(rf"\.({_IMAGE.pattern}|{_SHARD.pattern}|{re.escape(MANIFEST)})\.[^.]+")
 
@@ -148,7 +150,7 @@ class OutputFolder:
     def finish(self) -> bool:
         """Note in the manifest that all images are there, if they are; whether this call was the one to do it."""
         with locked(self.path / LOCK):
-            if self._read_manifest()["complete"]:
+            if read_manifest(self.path / MANIFEST)["complete"]:
                 return False
             if len(self.present()) < self.num_images:
                 return False
@@ -223,7 +225,7 @@ class OutputFolder:
         """
         found, manifest = self._first_file(), {}
         if (self.path / MANIFEST).exists():
-            manifest = self._read_manifest()
+            manifest = read_manifest(self.path / MANIFEST)
             if found and "recorded" not in manifest["settings"]:
                 self._go_on_as_before()
 
@@ -247,7 +249,7 @@ class OutputFolder:
     def _drop_damaged(self) -> None:
         """Remove what was damaged since it appeared, to be drawn again."""
         for file in itertools.chain(map(self.file, self._unpacked()), map(self._shard, self._shards())):
-            if not is_whole(file):
+            if not _is_whole(file):
                 logger.warning("%s is damaged, and drawn again", file)
                 file.unlink(missing_ok=True)
 
@@ -301,9 +303,6 @@ class OutputFolder:
         shutil.rmtree(self.path / UNPACKED, ignore_errors=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
 
-    def _read_manifest(self) -> dict[str, Any]:
-        return read_manifest(self.path / MANIFEST)
-
     def _write_manifest(self, complete: bool) -> None:
         values = {
             "version": VERSION,
@@ -329,6 +328,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return {name: manifest[name] for name in ("settings", "num_images", "complete")}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a sampling run: {error}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a picture, its latents or a shard ends as files of its kind do; no more of it is looked at.
+
+    A crashed system, or a copy that was broken off, leaves files that end before their contents do.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):  # which compares the file's length with what its header says
+                return True
+        with path.open("rb") as file:
+            if path.suffix == ".tar" and os.fstat(file.fileno()).st_size % tarfile.RECORDSIZE:
+                return False
+            file.seek(-len(_ENDS[path.suffix]), os.SEEK_END)
+            return file.read() == _ENDS[path.suffix]
+    except (OSError, SafetensorError):
+        return False
 
 
 def _matches(pattern: re.Pattern[str], folder: Path) -> Iterator[re.Match[str]]:

@@ -1,6 +1,6 @@
 """Parts of one network under two sets of names.
 
-A drop-in's parts hang under their released names, and its native network runs them under its own. :class:`SharedParts`
+A drop-in's parts hang under their released names, and its native network runs them under its own. :class:`Container`
 keeps the two alike, whatever is put in a part's place and on whichever side: an adapter, a quantised layer, a new norm.
 
 Shape legend, in the released letters: N images, T blocks, B latents or tokens of a block, C channels; L latents of one.
@@ -75,8 +75,46 @@ class Container:
     containers: dict[str, Container] = field(default_factory=dict)
     parts: dict[str, list[Place]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, model: nn.Module, pairs: Iterable[tuple[str, nn.Module, str]], idle: Iterable[str] = ()) -> Container:
+        """The root of the parts that a drop-in and its native networks have in common.
+
+        Args:
+            model: the drop-in.
+            pairs: a part's name in it, a network, and the name there. What ``model`` has is put there.
+            idle: modules of it that are not called, and hold no part.
+        """
+        root = cls("", type(model), len(model._modules))
+        for released, network, native in pairs:
+            prefix, _, name = released.rpartition(".")
+            owner, _, last = native.rpartition(".")
+            part = model.get_submodule(released)
+            place = Place(network.get_submodule(owner), last, part)
+            place.owner._modules[last] = part
+            root.within(model, prefix).parts.setdefault(name, []).append(place)
+        for released in idle:
+            root.within(model, released)
+        return root
+
+    def within(self, module: nn.Module, path: str) -> Container:
+        """The one at a path below ``module``, which is made where there is none."""
+        container = self
+        for step in path.split(".") if path else ():
+            module = module.get_submodule(step)
+            made = Container(f"{container.path}{step}.", type(module), len(module._modules))
+            container = container.containers.setdefault(step, made)
+        return container
+
     def follow(self, module: nn.Module, *, check: bool) -> None:
-        """Settle all parts below; ``check`` raises ``ValueError`` where something would not be run."""
+        """Bring both sides of all parts below up to date.
+
+        Args:
+            check: whether everything that hangs under a released name is run.
+
+        Raises:
+            ValueError: a part was removed, or replaced on both sides; with ``check`` also a module that holds parts
+                was replaced or has hooks, neither of which would run.
+        """
         siblings = module._modules
         for name, places in self.parts.items():
             for place in places:
@@ -115,48 +153,6 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-class SharedParts:
-    """The parts that a drop-in and its native networks have in common.
-
-    Args:
-        model: the drop-in.
-        pairs: a part's name in it, a network, and the name there. What ``model`` has is put there.
-        idle: modules of it that are not called, and hold no part.
-    """
-
-    def __init__(self, model: nn.Module, pairs: Iterable[tuple[str, nn.Module, str]], idle: Iterable[str] = ()) -> None:
-        self.root = Container("", type(model), len(model._modules))
-        for released, network, native in pairs:
-            prefix, _, name = released.rpartition(".")
-            owner, _, last = native.rpartition(".")
-            part = model.get_submodule(released)
-            place = Place(network.get_submodule(owner), last, part)
-            place.owner._modules[last] = part
-            self._container(model, prefix).parts.setdefault(name, []).append(place)
-        for released in idle:
-            self._container(model, released)
-
-    def _container(self, model: nn.Module, path: str) -> Container:
-        container, module = self.root, model
-        for step in path.split(".") if path else ():
-            module = module.get_submodule(step)
-            made = Container(f"{container.path}{step}.", type(module), len(module._modules))
-            container = container.containers.setdefault(step, made)
-        return container
-
-    def follow(self, model: nn.Module, *, check: bool = True) -> None:
-        """Bring both sides up to date.
-
-        Args:
-            check: whether everything that hangs under a released name is run.
-
-        Raises:
-            ValueError: a part was removed, or replaced on both sides; with ``check`` also a module that holds parts
-                was replaced or has hooks, neither of which would run.
-        """
-        self.root.follow(model, check=check)
-
-
 class Released(nn.Module):
     """A drop-in: parts under released names, run by native networks that are no submodules of it."""
 
@@ -167,10 +163,10 @@ class Released(nn.Module):
         idle: Iterable[str] = (),
     ) -> None:
         # Not registered as submodules: parameters must appear once, under their released names.
-        self.__dict__.update(networks=networks, parts=SharedParts(self, pairs, idle))
+        self.__dict__.update(networks=networks, parts=Container.of(self, pairs, idle))
 
     def _follow(self, *, check: bool = True) -> None:
-        """Run what hangs under the released names now; see :meth:`SharedParts.follow`."""
+        """Run what hangs under the released names now; see :meth:`Container.follow`."""
         self.__dict__["parts"].follow(self, check=check)
 
     def to_native(self) -> NativeMADFormer:
