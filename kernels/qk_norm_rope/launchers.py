@@ -117,7 +117,7 @@ def takers(stream: Stream) -> list[Callable[[Any], Any]]:
 
 
 def _launch(
-    kernel: Any, stream: Stream, grid: tuple[int, ...], numbers: list[int], strides: list[int], **constants: int
+    kernel: Any, stream: Stream, grid: tuple[int, ...], numbers: list[int], strides: list[int], **constants: Any
 ) -> Launch:
     """The launch of a kernel, with what all of them are told of a stream."""
     settings, unit = choose_settings(stream), _common_unit(strides)
