@@ -18,12 +18,11 @@ from madformer.arguments import floats
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
-from madformer.engine.graphs import EagerLauncher, Launcher, launcher_for
+from madformer.engine.graphs import EagerLauncher, Launcher, Prepared, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
 from madformer.engine.passes import Passes
-from madformer.engine.plan_key import PlanKey
-from madformer.engine.prepared import Prepared
+from madformer.engine.pool import PlanKey
 from madformer.engine.progress import Change, FinishedBlock, Progress, stops
 from madformer.engine.running import (
     Exclusive,

@@ -24,7 +24,7 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
 from madformer.engine.passes import Passes
 from madformer.engine.plan import Plan
-from madformer.engine.plan_key import ModelKind, PlanKey
+from madformer.engine.pool import ModelKind, PlanKey
 from madformer.engine.schedule import Schedule
 from madformer.engine.structure import around_the_whole, over_the_same, unwrapped
 from madformer.model.madformer import MADFormer

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from madformer import MADFormer, MADFormerPipeline
 from madformer.bulk.records import read_record
+from madformer.cli.info import command as described
 from madformer.cli.main import main
-from madformer.cli.recorded import command as described
 from madformer.conditioning.prompt import Prompt
 from madformer.config import emoji64, tiny
 from madformer.engine.options import SamplingOptions

@@ -34,8 +34,7 @@ from madformer.model import MADFormer
 from madformer.model.blocks import check_blocks, from_blocks, order_around, to_blocks
 from madformer.pipeline_callbacks import Callback, CallbackPipeline, RunState, StepEnd, effective, tensor_inputs
 from madformer.pipeline_files import PersistentPipeline, names_of_classes
-from madformer.pipeline_inputs import check_no_embeddings, generators_of, images_each, noise_of
-from madformer.pipeline_keywords import keywords_checked
+from madformer.pipeline_inputs import check_no_embeddings, generators_of, images_each, keywords_checked, noise_of
 from madformer.pipeline_lora import LoraLoaderMixin
 from madformer.pipeline_memory import OffloadingPipeline
 from madformer.streaming import reports

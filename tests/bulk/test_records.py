@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import madformer
+from madformer.cli.info import command
 from madformer.cli.main import main
-from madformer.cli.recorded import command
 from madformer.conditioning.tokenizer import ByteTokenizer
 from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler

@@ -3,6 +3,6 @@
 from madformer.bulk.drawing import Drawing, draw_missing
 from madformer.bulk.folder import OutputFolder
 from madformer.bulk.settings import Settings
-from madformer.conditioning.dealt import Prompts
+from madformer.conditioning.reader import Prompts
 
 __all__ = ["Drawing", "OutputFolder", "Prompts", "Settings", "draw_missing"]

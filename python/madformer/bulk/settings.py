@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import madformer
 from madformer.arguments import whole_number
-from madformer.conditioning.dealt import Prompts
+from madformer.conditioning.reader import Prompts
 from madformer.engine.options import SamplingOptions
 from madformer.files.weights import fingerprint
 from madformer.seeds import check_seed

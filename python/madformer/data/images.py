@@ -219,7 +219,8 @@ def _open_source(source: str) -> Source:
     if path.is_dir():
         if is_saved(path):
             return HuggingFaceSource(source)
-        if not any(_is_shard(entry) for entry in os.scandir(path)):
+        visible = (entry for entry in os.scandir(path) if not is_hidden(entry.name))
+        if not any(entry.name.endswith(".tar") and entry.is_file() for entry in visible):
             try:
                 return _open_folder(path)
             except FileNotFoundError as error:
@@ -233,10 +234,6 @@ def _open_source(source: str) -> Source:
             f"no data set at {printable(source)}: not a folder, a .tar shard, a glob of shards or hf:NAME[:SPLIT]"
         ) from error
     return ShardSource(shards)
-
-
-def _is_shard(entry: os.DirEntry[str]) -> bool:
-    return entry.name.endswith(".tar") and not is_hidden(entry.name) and entry.is_file()
 
 
 def _open_folder(path: Path) -> FolderSource:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -159,7 +160,8 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     if sharded:
         _shard(model.to("meta"), config, world)
         model.to_empty(device=world.device)
-        _fill(model, drawn)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+        set_model_state_dict(model, drawn, options=options)
     else:
         model.to(world.device)
         # cuDNN and oneDNN convolve channels-last fastest, and blocks of latents arrive so
@@ -183,14 +185,6 @@ def _shard(model: MADFormer, config: TrainingConfig, world: World) -> None:
         fully_shard(layer, mesh=world.mesh, mp_policy=layers)
     # timesteps are raw integers, which bf16 cannot hold; autocast casts the convolutions' weights
     fully_shard(model, mesh=world.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-
-
-def _fill(model: nn.Module, drawn: dict[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(
-        model, drawn, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    )
 
 
 def _keep_less(layer: nn.Module, mode: str) -> None:
