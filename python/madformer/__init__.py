@@ -40,16 +40,7 @@ __all__ = [
     "restore",
 ]
 
-__getattr__ = exporter(
-    __name__,
-    {
-        "madformer.compat.accelerate": ("accelerate", "restore"),
-        "madformer.compat.released": ("from_released",),
-        "madformer.conditioning.tokenizer": ("ByteTokenizer", "PretrainedTokenizer"),
-        "madformer.model": ("MADFormer", "MADFormerOutput"),
-        "madformer.pipeline": ("MADFormerPipeline",),
-    },
-)
+__getattr__ = exporter(__name__)
 
 optional.shield_diffusers()  # before anything imports diffusers; takes time where xFormers is installed alone
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
-from collections.abc import Callable, Collection, Mapping
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 
-def exporter(package: str, homes: Mapping[str, Collection[str]]) -> Callable[[str], Any]:
-    """A package's ``__getattr__``.
+def exporter(package: str) -> Callable[[str], Any]:
+    """A package's ``__getattr__``: a name comes from where the package imports it under ``TYPE_CHECKING``.
 
     Args:
-        package: its ``__name__``.
-        homes: names by the module that defines them.
+        package: its ``__name__``. Its source says where names come from, so that it says so once.
     """
-    modules = {name: module for module, names in homes.items() for name in names}
+
+    @functools.cache
+    def homes() -> dict[str, str]:
+        statements = ast.walk(ast.parse(inspect.getsource(sys.modules[package])))
+        imports = [(node.module, node.names) for node in statements if isinstance(node, ast.ImportFrom)]
+        return {alias.name: module for module, aliases in imports if module is not None for alias in aliases}
 
     def export(name: str) -> Any:
-        if name in modules:
-            return getattr(importlib.import_module(modules[name]), name)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name.startswith("_") or name not in homes():
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes()[name]), name)
 
     return export
