@@ -28,10 +28,11 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 demo: install
 	$(BIN)/madformer $(DEMO)
 
-# One thread a process: two of them on two cores take little more than half the time of one with two threads.
+# One thread a process: two of them on two cores take little more than half the time of one with two threads. Bytecode is
+# kept, whatever the environment says: some fifty processes are started, which need not compile the package each.
 TEST_PROCESSES ?= 2
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -17,14 +17,15 @@ from diffusers.callbacks import (
 )
 
 from madformer.conditioning.tokenizer import ByteTokenizer
-from madformer.config import TextConfig, tiny
+from madformer.config import TextConfig
 from madformer.engine.schedulers import default_scheduler
 from madformer.model import MADFormer
 from madformer.model.blocks import to_blocks
 from madformer.pipeline import MADFormerPipeline
+from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import perturb, small_vae
 
-CONFIG = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
+CONFIG = FLAT.replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
 GUIDED: dict[str, Any] = {"prompt": "cat", "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 4}
 
 

@@ -25,6 +25,7 @@ from madformer.engine.schedulers import default_scheduler
 from madformer.kernels import launch
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
+from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import GOLDEN, golden_cases, perturb, relative_error, small_vae
 
 FOUR_LATENT_CHANNELS = GOLDEN / "ffhq"
@@ -62,7 +63,7 @@ def model(checkpoint: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory)
 def save_random(folder: Path, *extras: object, **changes: object) -> Path:
     """A pipeline with random weights, one block to draw."""
     torch.manual_seed(0)
-    transformer = perturb(MADFormer(tiny().replace(num_blocks=1, **changes)))
+    transformer = perturb(MADFormer(FLAT.replace(num_blocks=1, **changes)))
     vae = small_vae(block_out_channels=(8,))
     MADFormerPipeline(transformer, vae, default_scheduler("epsilon"), *extras).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
@@ -233,7 +234,7 @@ def test_precisions_are_the_engines() -> None:
 
 def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    model = perturb(MADFormer(tiny()))
+    model = perturb(MADFormer(FLAT))
     MADFormerPipeline(model, small_vae(), default_scheduler("epsilon")).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
     sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--precision", "exact", "--width", 24]
     assert main([*map(str, sample), "--out", str(tmp_path / "wide")]) == 0
@@ -253,7 +254,7 @@ def test_images_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_an_elastic_model_is_sampled_at_the_split_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    elastic = perturb(MADFormer(tiny().replace(elastic_diffusion_layers=(1, 2))))
+    elastic = perturb(MADFormer(FLAT.replace(elastic_diffusion_layers=(1, 2))))
     assert isinstance(elastic, MADFormer)
     elastic.save_pretrained(tmp_path / "model")
     sample = ["sample", "--model", tmp_path / "model", "--steps", 2, "--latents", "--precision", "exact"]

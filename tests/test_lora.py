@@ -17,19 +17,20 @@ from madformer.bulk.records import read_record
 from madformer.cli.info import command as described
 from madformer.cli.main import main
 from madformer.conditioning.prompt import Prompt
-from madformer.config import emoji64, tiny
+from madformer.config import emoji64
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.model.lora import TARGETS, add_lora, lora_config
 from madformer.pipeline_lora import WEIGHTS
+from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import perturb, relative_error
 
 pytest.importorskip("peft")
 
 CONFIGS = {
     "three towers": emoji64().replace(num_layers=2, diffusion_layers=1, num_classes=0, time_conditioning="unet"),
-    "AdaLN": tiny().replace(time_conditioning="unet+adaln"),
-    "GELU, shared": tiny().replace(mlp="gelu", shared_towers=True),
+    "AdaLN": FLAT.replace(time_conditioning="unet+adaln"),
+    "GELU, shared": FLAT.replace(mlp="gelu", shared_towers=True),
 }
 
 

@@ -30,10 +30,11 @@ from madformer.model.blocks import from_blocks, to_blocks
 from madformer.pipeline import MADFormerPipeline
 from madformer.sheets import image_grid
 from madformer.streaming import reports
+from tests.helpers.engine_cases import FLAT
 from tests.helpers.testing import perturb, relative_error, small_vae
 
-TEXT = tiny().replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
-CLASSES = tiny().replace(time_conditioning="unet+adaln", num_classes=3)
+TEXT = FLAT.replace(text=TextConfig(vocab_size=257, length=6, pad_token_id=256))
+CLASSES = FLAT.replace(time_conditioning="unet+adaln", num_classes=3)
 NAMES = ["Flags", "Food & Drink", "Animals"]
 
 
@@ -48,7 +49,7 @@ def make_pipeline(config: MADFormerConfig, **options: Any) -> MADFormerPipeline:
 
 @pytest.fixture(scope="module")
 def pipeline() -> MADFormerPipeline:
-    return make_pipeline(tiny())
+    return make_pipeline(FLAT)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_callback_and_progress_bar(pipeline: MADFormerPipeline, capsys: pytest.C
         assert own is pipeline
         calls.append((step, int(timestep), tensors["block"]))
         if step % 3 == 2:
-            blocks.append(to_blocks(tensors["latents"], tiny())[:, tensors["block"]].clone())
+            blocks.append(to_blocks(tensors["latents"], FLAT)[:, tensors["block"]].clone())
 
     pipeline.set_progress_bar_config(disable=False)
     try:
@@ -171,7 +172,7 @@ def test_callback_and_progress_bar(pipeline: MADFormerPipeline, capsys: pytest.C
         pipeline.set_progress_bar_config(disable=True)
     timesteps = [999, 666, 332]
     assert calls == [(4 * 0 + 3 * block + step, timesteps[step], block) for block in range(4) for step in range(3)]
-    assert torch.equal(from_blocks(torch.stack(blocks, dim=1), tiny()), result)
+    assert torch.equal(from_blocks(torch.stack(blocks, dim=1), FLAT), result)
     assert "12/12" in capsys.readouterr().err
 
 
@@ -193,7 +194,7 @@ def test_the_scheduler_can_be_changed(pipeline: MADFormerPipeline) -> None:
 
 def test_the_split_can_be_changed() -> None:
     """Of an elastic model; the plan for the other split is not used again."""
-    elastic = make_pipeline(tiny().replace(elastic_diffusion_layers=(1, 2)))
+    elastic = make_pipeline(FLAT.replace(elastic_diffusion_layers=(1, 2)))
     before = latents(elastic, 1, 3, seed=0)
     elastic.transformer.set_split(1)
     changed = latents(elastic, 1, 3, seed=0)
@@ -367,7 +368,7 @@ def test_parts_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="class_names has 2 entries for num_classes=3"):
         make_pipeline(CLASSES, class_names=["a", "b"])
     with pytest.raises(ValueError, match=r"has 257 tokens, and the model text\.vocab_size=11"):
-        make_pipeline(tiny().replace(text=TextConfig(11, 4)), tokenizer=ByteTokenizer())
+        make_pipeline(FLAT.replace(text=TextConfig(11, 4)), tokenizer=ByteTokenizer())
     with pytest.raises(ValueError, match="a prompt needs a tokenizer, and this pipeline has none"):
         make_pipeline(TEXT)(num_inference_steps=3, prompt="cat")
     strict = make_pipeline(CLASSES.replace(null_class=False))
@@ -407,7 +408,7 @@ def test_blocks_as_they_are_done(writing: MADFormerPipeline) -> None:
     blocks: list[tuple[int, torch.Tensor]] = []
     whole = latents(writing, 2, 3, **options, on_block=lambda *done: blocks.append(done))
     assert [block for block, _ in blocks] == [0, 1, 2, 3]
-    assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1), tiny()), whole)
+    assert torch.equal(from_blocks(torch.stack([done for _, done in blocks], dim=1), FLAT), whole)
     outputs = [
         output.images
         for output in writing.stream(num_images_per_prompt=2, num_inference_steps=3, output_type="latent", **options)
@@ -479,13 +480,14 @@ def test_an_error_comes_after_what_was_reported() -> None:
 # Going on from an image
 
 
-def test_blocks_of_an_image_are_drawn_anew(writing: MADFormerPipeline) -> None:
+def test_blocks_of_an_image_are_drawn_anew() -> None:
     """With its own seed and prompt the image comes again; the kept blocks are the given ones."""
+    writing = make_pipeline(tiny().replace(text=TEXT.text), tokenizer=ByteTokenizer())
     options: dict[str, Any] = {"prompt": "cat", "guidance_scale": 2.0}
     whole = latents(writing, 1, 3, **options, seed=3)
     assert torch.equal(latents(writing, 1, 3, **options, seed=3, image=whole[0], blocks=[2, 3]), whole)
     other = latents(writing, 2, 3, **options, seed=8, image=whole, blocks=[2])
-    blocks, expected = to_blocks(other, tiny()), to_blocks(whole, tiny()).expand(2, -1, -1, -1)
+    blocks, expected = to_blocks(other, FLAT), to_blocks(whole, FLAT).expand(2, -1, -1, -1)
     assert torch.equal(blocks[:, [0, 1, 3]], expected[:, [0, 1, 3]])
     assert all(relative_error(block, expected[0, 2]) > 0.1 for block in blocks[:, 2])
     outputs = writing.stream(
@@ -497,7 +499,7 @@ def test_blocks_of_an_image_are_drawn_anew(writing: MADFormerPipeline) -> None:
         blocks=[2, 1],
         output_type="latent",
     )
-    first, last = (to_blocks(output.images, tiny()) for output in outputs)
+    first, last = (to_blocks(output.images, FLAT) for output in outputs)
     assert torch.equal(first[:, [0, 3]], expected[:, [0, 3]])
     assert torch.equal(first[:, 1], last[:, 1])
     assert not first[:, 2].any()
@@ -652,7 +654,7 @@ def test_a_picture_is_read_as_training_data_are(pipeline: MADFormerPipeline) -> 
 
 
 def test_a_name_that_two_classes_have() -> None:
-    reader = PromptReader(tiny().replace(num_classes=3, time_conditioning="unet+adaln"), None, ["crane", "ox", "crane"])
+    reader = PromptReader(FLAT.replace(num_classes=3, time_conditioning="unet+adaln"), None, ["crane", "ox", "crane"])
     assert [reader.class_number(label) for label in ("ox", "2", 0)] == [1, 2, 0]
     with pytest.raises(ValueError, match="class 'crane' is the name of 0, 2: give a number"):
         reader.class_number("crane")

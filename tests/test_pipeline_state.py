@@ -23,12 +23,12 @@ from diffusers import (
 from torch import Tensor
 
 from madformer.conditioning.tokenizer import ByteTokenizer
-from madformer.config import TextConfig, tiny
+from madformer.config import TextConfig
 from madformer.pipeline import MADFormerPipeline
-from tests.helpers.engine_cases import make_model
+from tests.helpers.engine_cases import FLAT, make_model
 from tests.helpers.testing import relative_error
 
-CONFIG = tiny().replace(num_blocks=2, block_grid=(1, 2))
+CONFIG = FLAT.replace(num_blocks=2, block_grid=(1, 2))
 OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
 

@@ -21,7 +21,6 @@ from tests.helpers.compat_cases import (
     BASELINE,
     CASES,
     OUTPUT_TOLERANCE,
-    SCHEDULERS,
     TEXT_BASELINE,
     TEXT_CASES,
     Released,
@@ -30,6 +29,7 @@ from tests.helpers.compat_cases import (
     assert_golden_training,
     loss_of,
     make_compat,
+    samples,
 )
 from tests.helpers.testing import GoldenCase, relative_error
 
@@ -53,8 +53,7 @@ def test_outputs_losses_and_gradients_are_the_released_ones(case: GoldenCase) ->
     assert_golden_training(madformer.accelerate(Released(make_compat(case))), case)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("case", [BASELINE, *TEXT_CASES], ids=name_of)
+@samples([BASELINE, *TEXT_CASES], name_of)
 def test_samples_are_the_released_ones(case: GoldenCase, scheduler: str) -> None:
     """What the sampler of the model with text does block-locally included."""
     assert_golden_samples(madformer.accelerate(Released(make_compat(case))), case, scheduler)

@@ -32,6 +32,7 @@ from tests.helpers.compat_cases import (
     assert_golden_training,
     golden_samples,
     make_compat,
+    samples,
 )
 from tests.helpers.testing import GoldenCase, relative_error
 
@@ -41,8 +42,7 @@ def test_forward_losses_and_gradients(case: GoldenCase) -> None:
     assert_golden_training(make_compat(case), case)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@samples(CASES)
 def test_samples(case: GoldenCase, scheduler: str) -> None:
     assert_golden_samples(make_compat(case), case, scheduler, times=2 if case is BASELINE else 1)
 

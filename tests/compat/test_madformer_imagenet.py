@@ -26,6 +26,7 @@ from tests.helpers.compat_cases import (
     assert_golden_samples,
     assert_golden_training,
     make_compat,
+    samples,
 )
 from tests.helpers.compat_cases import TEXT_BASELINE as BASELINE
 from tests.helpers.compat_cases import TEXT_CASES as CASES
@@ -39,8 +40,7 @@ def test_forward_losses_and_gradients(case: GoldenCase) -> None:
     assert_golden_training(make_compat(case), case)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@each_case
+@samples(CASES)
 def test_samples(case: GoldenCase, scheduler: str) -> None:
     assert_golden_samples(make_compat(case), case, scheduler, times=2 if case is BASELINE else 1)
 

@@ -231,7 +231,24 @@ def unchanged(family: str) -> tuple[Tensor, Tensor]:
     return both(make(family), family)
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in PARTS.items() for name in names])
+# The others are of the same kinds.
+OFTEN = {
+    *("blocks.1.self_attn.qkv_list.1", "blocks.0.self_attn.proj_list.1", "blocks.2.mlp_list.1.gate_proj"),
+    *("blocks.1.input_layernorm_list.0", "blocks.1.self_attn.k_norm_list.0", "upsampler.conv_out", "downsampler"),
+    *("upsampler.up_blocks.0.resnets.0.norm1", "downsampler.time_embedding.linear_1", "embed_tokens", "lm_head"),
+    *("upsampler.up_blocks.0.attentions.0", "blocks.0.self_attn.qkv_list.0", "blocks.2.mlp_list.1", "upsampler"),
+    *PARTS["acdit"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=() if name in OFTEN else pytest.mark.slow)
+        for family, names in PARTS.items()
+        for name in names
+    ],
+)
 def test_a_part_replaced_or_hooked_is_run(family: str, name: str) -> None:
     """Both halve what the part gives, and both do the same, in predictions and in samples."""
     before, after = unchanged(family), []

@@ -13,14 +13,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from torch import Tensor
 
 from madformer.conditioning.prompt import Prompt
-from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.running import NonFiniteError
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
-from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
+from tests.helpers.engine_cases import CASES, FLAT, draw_noise, draw_prompt, make_model, one_of
 from tests.helpers.recording import RecordingLauncher
 from tests.helpers.testing import relative_error
 
@@ -86,7 +85,7 @@ def test_guided_requests(name: str, launcher: str) -> None:
 
 def test_company_does_not_change_an_image() -> None:
     """Nor do the neighbours' numbers: the same image beside others, bit for bit where the batch has the same size."""
-    model, noise = make_model(tiny()), draw_noise(tiny(), batch=3)
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=3)
     images = []
     for neighbour in (1, 2):
         batcher = make_batcher(model, 2)
@@ -98,7 +97,7 @@ def test_company_does_not_change_an_image() -> None:
 
 
 def test_joining_between_steps() -> None:
-    model, noise = make_model(tiny()), draw_noise(tiny())
+    model, noise = make_model(FLAT), draw_noise(FLAT)
     batcher = make_batcher(model, 2)
     early = batcher.submit(noise[0], SamplingOptions(3))
     assert batcher.step() == 1
@@ -121,8 +120,8 @@ def order_of(futures: dict[str, Future[Tensor]], batcher: InFlightBatcher) -> li
 
 
 def test_priorities_then_arrival() -> None:
-    batcher = make_batcher(make_model(tiny()), 1)
-    noise = draw_noise(tiny(), batch=1)[0]
+    batcher = make_batcher(make_model(FLAT), 1)
+    noise = draw_noise(FLAT, batch=1)[0]
     priorities = {"late": 1, "first": 0, "urgent": -1, "second": 0}
     futures = {name: batcher.submit(noise, SamplingOptions(1), priority=value) for name, value in priorities.items()}
     assert order_of(futures, batcher) == ["urgent", "first", "second", "late"]
@@ -130,7 +129,7 @@ def test_priorities_then_arrival() -> None:
 
 def test_cancelling_frees_the_slot() -> None:
     """One that waits never starts; one that is being drawn leaves at the next step, and its slot is drawn in anew."""
-    model, noise = make_model(tiny()), draw_noise(tiny(), batch=3)
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=3)
     batcher = make_batcher(model, 1)
     running, waiting, kept = (batcher.submit(noise[index], SamplingOptions(3)) for index in range(3))
     for _ in range(4):
@@ -147,8 +146,8 @@ def test_cancelling_frees_the_slot() -> None:
 
 
 def test_admission_limit() -> None:
-    batcher = make_batcher(make_model(tiny()), 1, max_waiting=2)
-    noise = draw_noise(tiny(), batch=1)[0]
+    batcher = make_batcher(make_model(FLAT), 1, max_waiting=2)
+    noise = draw_noise(FLAT, batch=1)[0]
     futures = [batcher.submit(noise, SamplingOptions(1)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait already"):
         batcher.submit(noise, SamplingOptions(1))
@@ -159,7 +158,7 @@ def test_admission_limit() -> None:
 
 
 def test_a_fault_is_one_images_own() -> None:
-    model, noise = make_model(tiny()), draw_noise(tiny())
+    model, noise = make_model(FLAT), draw_noise(FLAT)
     noise[0, 2, 0, 0] = torch.nan
     batcher = make_batcher(model, 2)
     bad, good = (batcher.submit(noise[index], SamplingOptions(3)) for index in range(2))
@@ -170,7 +169,7 @@ def test_a_fault_is_one_images_own() -> None:
 
 
 def test_new_weights_are_seen_once_nothing_runs() -> None:
-    model, noise = make_model(tiny()), draw_noise(tiny())[0]
+    model, noise = make_model(FLAT), draw_noise(FLAT)[0]
     batcher = make_batcher(model, 1)
     for scale in (1.0, 0.5):
         with torch.no_grad():
@@ -182,8 +181,8 @@ def test_new_weights_are_seen_once_nothing_runs() -> None:
 
 def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not at every step: a step is a launch and nothing else."""
-    batcher = make_batcher(make_model(tiny()), 2, RecordingLauncher(), max_steps=2).warmup()
-    noise = draw_noise(tiny(), batch=2)
+    batcher = make_batcher(make_model(FLAT), 2, RecordingLauncher(), max_steps=2).warmup()
+    noise = draw_noise(FLAT, batch=2)
     futures = [batcher.submit(noise[0], SamplingOptions(2)), batcher.submit(noise[1], SamplingOptions(2))]
     make, copied = torch.tensor, []
 
@@ -192,7 +191,7 @@ def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.Monk
         return make(data, **options)
 
     monkeypatch.setattr(torch, "tensor", tensor)
-    for _ in range(2 * tiny().num_blocks):
+    for _ in range(2 * FLAT.num_blocks):
         batcher.step()
     assert [data for data in copied if data == [0, 1]] == [[0, 1]] * 3  # first block, denoise, next block
     monkeypatch.undo()
@@ -205,9 +204,9 @@ def test_rows_are_copied_to_the_device_when_they_change(monkeypatch: pytest.Monk
 
 def test_a_request_touches_no_device() -> None:
     """It may come from any thread, while a pass is being captured in another."""
-    batcher = make_batcher(make_model(tiny()), 1)
+    batcher = make_batcher(make_model(FLAT), 1)
     batcher.device = torch.device("cuda:7")  # none that could be touched here
-    batcher.submit(draw_noise(tiny(), batch=1)[0], SamplingOptions(2))
+    batcher.submit(draw_noise(FLAT, batch=1)[0], SamplingOptions(2))
     (job,) = batcher._waiting
     parts = (job.schedule.timesteps_T, job.schedule.guidance_T, job.schedule.coefficients_T6)
     assert {part.device.type for part in parts} == {"cpu"}
@@ -216,17 +215,17 @@ def test_a_request_touches_no_device() -> None:
 def test_captured_sizes() -> None:
     """A batch is filled up to the next captured size, never replayed at another."""
     launcher = RecordingLauncher()
-    batcher = make_batcher(make_model(tiny()), 3, launcher, max_steps=1).warmup()
+    batcher = make_batcher(make_model(FLAT), 3, launcher, max_steps=1).warmup()
     sizes = [f"{name}, {size} slots" for size in (1, 2, 3) for name in ("first_block", "denoise", "next_block")]
     assert launcher.prepared == sizes
-    batcher.submit(draw_noise(tiny(), batch=1)[0], SamplingOptions(1))
+    batcher.submit(draw_noise(FLAT, batch=1)[0], SamplingOptions(1))
     batcher.step()
     with pytest.raises(RuntimeError, match=r"warmup\(\) while 1 images are being drawn"):
         batcher.warmup()
 
 
 def test_bad_requests() -> None:
-    model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=1)[0]
     batcher = make_batcher(model, 1, max_steps=5)
     with pytest.raises(ValueError, match=r"noise must have the shape \(4, 16, 4\), got \(3, 16, 4\)"):
         batcher.submit(noise[:3], SamplingOptions(1))
@@ -249,7 +248,7 @@ def test_bad_requests() -> None:
 
 def test_packed_weights_and_ddim() -> None:
     """As a user has it: defaults, in whatever way this machine packs."""
-    model, noise = make_model(tiny()), draw_noise(tiny())
+    model, noise = make_model(FLAT), draw_noise(FLAT)
     sampler = Sampler(model, DDIMScheduler())
     batcher = InFlightBatcher(sampler, 2)
     futures = [batcher.submit(noise[index], SamplingOptions(3)) for index in range(2)]
@@ -277,7 +276,7 @@ def fail_at(model: MADFormer, call: int) -> None:
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_what_a_step_raises_ends_the_images_it_was_drawing(call: int) -> None:
     """They are not gone on with from what it left half done, nor waited for in vain; the others are drawn."""
-    config = tiny().replace(num_blocks=2, block_grid=(1, 2))
+    config = FLAT.replace(num_blocks=2, block_grid=(1, 2))
     noise, model = draw_noise(config, batch=3), make_model(config)
     batcher = make_batcher(model, 2, max_steps=1)
     fail_at(model, call)
@@ -293,7 +292,7 @@ def test_what_a_step_raises_ends_the_images_it_was_drawing(call: int) -> None:
 
 
 def test_a_model_of_another_dtype_ends_what_was_asked_for() -> None:
-    model, noise = make_model(tiny()), draw_noise(tiny(), batch=1)[0]
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=1)[0]
     batcher = make_batcher(model, 1, max_steps=1)
     model.bfloat16()
     future = batcher.submit(noise, SamplingOptions(1))

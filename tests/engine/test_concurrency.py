@@ -16,17 +16,16 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from madformer.config import tiny
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.pool import PlanPool
 from madformer.engine.running import InUseError
 from madformer.engine.sampler import Sampler
 from madformer.streaming import reports
-from tests.helpers.engine_cases import draw_noise, make_model
+from tests.helpers.engine_cases import FLAT, draw_noise, make_model
 
 STEPS = 2
-CONFIG = tiny().replace(num_blocks=2, block_grid=(1, 2))
+CONFIG = FLAT.replace(num_blocks=2, block_grid=(1, 2))
 NOISE = [draw_noise(CONFIG, 1, seed) for seed in range(4)]
 SCHEDULERS: list[Callable[[], Any]] = [DDIMScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler]
 

@@ -27,11 +27,19 @@ def make_plan(
 
 # What the network predicts, and how, is the same to a graph.
 PASSES = [name for name in CASES if name not in ("no QK-norm", "sample prediction", "v prediction", "shared towers")]
+# One of each kind of pass; the others differ from them in the network alone.
+OFTEN = [
+    *("a U-Net of two levels", "both", "clean only", "condition only", "noisy blocks only", "block-local", "one block"),
+    *("released quirks, condition only", "text, block-local", "text and classes", "ACDiT", "spiral", "any order"),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    [*((name, 1.0) for name in PASSES), *((name, 3.0) for name in ("text", "text, block-local", "ACDiT"))],
+    [
+        *(pytest.param(name, 1.0, marks=() if name in OFTEN else pytest.mark.slow) for name in PASSES),
+        *[("text, block-local", 3.0), ("ACDiT", 3.0), pytest.param("text", 3.0, marks=pytest.mark.slow)],
+    ],
 )
 def test_replay_equals_eager(name: str, guidance: float) -> None:
     """Bit for bit, at every block, and again for a second request with other noise and texts."""
@@ -45,7 +53,7 @@ def test_replay_equals_eager(name: str, guidance: float) -> None:
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("both", 1.0), ("text", 3.0)])
-@pytest.mark.parametrize("refresh_every", [2, 3, 4])
+@pytest.mark.parametrize("refresh_every", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_replayed_rounds_equal_eager_ones(name: str, guidance: float, refresh_every: int) -> None:
     launchers = EagerLauncher(), RecordingLauncher()
     eager, replayed = (make_plan(name, launcher, guidance, refresh_every) for launcher in launchers)

@@ -5,7 +5,7 @@ A stand-in's own ``forward`` and ``sample`` raise, so whatever comes out of it w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -36,6 +36,20 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "dpmpp": lambda: DPMSolverMultistepScheduler.from_config(DDIMScheduler().config),
 }
+
+
+def samples(
+    cases: Iterable[GoldenCase], ids: Callable[[GoldenCase], str] = lambda case: case.name
+) -> pytest.MarkDecorator:
+    """Draw the first case under each scheduler, the others under one: the native model draws them under each."""
+    return pytest.mark.parametrize(
+        ("case", "scheduler"),
+        [
+            pytest.param(case, name, id=f"{ids(case)}-{name}", marks=pytest.mark.slow if number and later else ())
+            for number, case in enumerate(cases)
+            for later, name in enumerate(SCHEDULERS)
+        ],
+    )
 
 
 def make_compat(case: GoldenCase = BASELINE) -> CompatMADFormer:

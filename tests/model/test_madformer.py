@@ -22,7 +22,7 @@ from tests.helpers.testing import perturb, relative_error
 
 TEXT = TextConfig(vocab_size=11, length=5)
 MODELS = {
-    "both": tiny(),
+    "both": FLAT,
     "clean only": FLAT.replace(context="clean"),
     "condition only": FLAT.replace(context="condition"),
     "noisy blocks only": FLAT.replace(context="noise"),
@@ -33,7 +33,7 @@ MODELS = {
     "text, condition only": FLAT.replace(text=TEXT, context="condition"),
     "text, block-local": FLAT.replace(text=TEXT, cross_block_attention=False),
     "text, shared towers": FLAT.replace(text=TEXT, shared_towers=True),
-    "AdaLN and U-Net": tiny().replace(time_conditioning="unet+adaln", num_classes=7),
+    "AdaLN and U-Net": FLAT.replace(time_conditioning="unet+adaln", num_classes=7),
     "AdaLN alone": FLAT.replace(time_conditioning="adaln"),
     "patches": tiny().replace(unet=None, time_conditioning="adaln", num_classes=7),
     "patches, GELU, text": tiny().replace(
@@ -338,15 +338,22 @@ def test_compile_without_gradients(config: MADFormerConfig) -> None:
         assert relative_error(traced(*arguments).prediction, model(*arguments).prediction) < 1e-5
 
 
-@pytest.mark.parametrize("config", [pytest.param(ONE_LEVEL, id="a U-Net of one level"), *WHOLE])
-def test_compile(config: MADFormerConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    [
+        pytest.param(ONE_LEVEL, "eager", id="a U-Net of one level"),
+        pytest.param(ONE_LEVEL, "aot_eager", id="a U-Net of one level, backward too", marks=pytest.mark.slow),
+        *(pytest.param(*whole.values, "aot_eager", id=whole.id, marks=whole.marks) for whole in WHOLE),
+    ],
+)
+def test_compile(config: MADFormerConfig, backend: str) -> None:
     """Traced whole, without a break; forward and backward as in eager.
 
     Gradients in float64: a traced graph may take sums apart that eager makes at once, and what cancels in them costs it
     digits. There it has them to spare, and what is traced wrong is off by far more.
     """
     model, arguments = make_model(config).double(), draw(config)
-    traced = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    traced = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     clean, noisy, *others = arguments
     for network in (model, traced):
         output = network(clean.double(), noisy.double(), *others)

@@ -15,14 +15,14 @@ from madformer import MADFormer, MADFormerConfig
 from madformer.config import emoji64, tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
-from tests.helpers.engine_cases import draw_noise, draw_prompt
+from tests.helpers.engine_cases import FLAT, draw_noise, draw_prompt
 from tests.helpers.testing import perturb, relative_error
 
 CONFIGS = {
-    "U-Net": tiny(),
+    "U-Net": FLAT,
     "text, classes, AdaLN": emoji64().replace(num_layers=2, diffusion_layers=1, num_classes=3),
     "patches": tiny().replace(unet=None, time_conditioning="adaln", mlp="gelu"),
-    "no QK norm": tiny().replace(qk_norm=False, context="clean"),
+    "no QK norm": FLAT.replace(qk_norm=False, context="clean"),
 }
 
 
