@@ -323,7 +323,7 @@ def sample_refreshing(model: MADFormer, scheduler: Any, steps: int, noise: Tenso
         pytest.param(6, 3, DDIMScheduler, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", ["both", "clean only", "one block"])
+@pytest.mark.parametrize("name", ["both", pytest.param("clean only", marks=pytest.mark.slow), "one block"])
 def test_layers_run_in_every_so_many_steps(name: str, steps: int, every: int, scheduler: Callable[[], Any]) -> None:
     model, noise = make_model(CASES[name]), draw_noise(CASES[name])
     drawn = Sampler(model, scheduler()).plan(BATCH, SamplingOptions(steps, refresh_every=every)).run(noise)
