@@ -41,4 +41,18 @@ __all__ = [
     "tabulate",
 ]
 
-__getattr__ = exporter(__name__)
+__getattr__ = exporter(
+    __name__,
+    {
+        "madformer.engine.batching": ("InFlightBatcher", "QueueFullError"),
+        "madformer.conditioning.prompt": ("Prompt",),
+        "madformer.engine.memory": ("OutOfMemoryError",),
+        "madformer.engine.options": ("SamplingOptions",),
+        "madformer.engine.plan": ("NoiseSource", "Plan"),
+        "madformer.engine.progress": ("Change", "FinishedBlock", "Progress"),
+        "madformer.engine.reference": ("sample_uncached",),
+        "madformer.engine.running": ("InUseError", "NonFiniteError"),
+        "madformer.engine.sampler": ("Sampler", "bytes_per_image"),
+        "madformer.engine.schedule": ("ScheduleTable", "tabulate"),
+    },
+)

@@ -40,7 +40,16 @@ __all__ = [
     "restore",
 ]
 
-__getattr__ = exporter(__name__)
+__getattr__ = exporter(
+    __name__,
+    {
+        "madformer.compat.accelerate": ("accelerate", "restore"),
+        "madformer.compat.released": ("from_released",),
+        "madformer.conditioning.tokenizer": ("ByteTokenizer", "PretrainedTokenizer"),
+        "madformer.model": ("MADFormer", "MADFormerOutput"),
+        "madformer.pipeline": ("MADFormerPipeline",),
+    },
+)
 
 optional.shield_diffusers()  # before anything imports diffusers; takes time where xFormers is installed alone
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
-import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def exporter(package: str) -> Callable[[str], Any]:
-    """A package's ``__getattr__``: a name comes from where the package imports it under ``TYPE_CHECKING``.
+def exporter(package: str, homes: Mapping[str, Collection[str]]) -> Callable[[str], Any]:
+    """A package's ``__getattr__``.
 
     Args:
-        package: its ``__name__``. Its source says where names come from, so that it says so once.
+        package: its ``__name__``.
+        homes: names by the module that defines them.
     """
-
-    @functools.cache
-    def homes() -> dict[str, str]:
-        statements = ast.walk(ast.parse(inspect.getsource(sys.modules[package])))
-        imports = [(node.module, node.names) for node in statements if isinstance(node, ast.ImportFrom)]
-        return {alias.name: module for module, aliases in imports if module is not None for alias in aliases}
+    modules = {name: module for module, names in homes.items() for name in names}
 
     def export(name: str) -> Any:
-        if name.startswith("_") or name not in homes():
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes()[name]), name)
+        if name in modules:
+            return getattr(importlib.import_module(modules[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return export

@@ -13,4 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "LossWeights", "Losses", "Trainer", "TrainingConfig", "training_losses"]
 
-__getattr__ = exporter(__name__)
+__getattr__ = exporter(
+    __name__,
+    {
+        "madformer.training.config": ("TrainingConfig",),
+        "madformer.training.losses": ("Batch", "LossWeights", "Losses", "training_losses"),
+        "madformer.training.trainer": ("Trainer",),
+    },
+)
