@@ -177,6 +177,8 @@ def fixed_batches(data: LatentDataset, config: TrainingConfig, options: argparse
     stream = BatchStream(data, None, config.model, share, draws)
     batches = list(itertools.islice(stream, options.samples // options.batch_size))
     stream.close()
+    for batch in () if config.model.num_classes else batches:
+        batch.labels_B = None
     return batches
 
 

@@ -48,6 +48,7 @@ class OnePicture:
 
     def __init__(self, count: int) -> None:
         self.class_names: list[str] = []
+        self.root, self.shard_lengths = None, None
         self.count, self.data = count, picture()
 
     def __len__(self) -> int:
