@@ -39,26 +39,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import released
 from benchmarks.record import CannotCompare, environment, finish, git_commit
-from benchmarks.released import (
-    FFHQ_1024,
-    MAX_RELATIVE_ERROR,
-    SEED,
-    SMALL,
-    TINY,
-    Models,
-    Shape,
-    check,
-    dense_mask,
-    load_released,
-    make_models,
-    make_scheduler,
-    positive,
-    relative_error,
-    sample_ours,
-    sample_released,
-    tf32,
-)
 from benchmarks.timing import Run, Spread, interleaved, seconds
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
@@ -83,9 +65,9 @@ class Batch:
     timestep: Tensor
 
     @classmethod
-    def draw(cls, shape: Shape, device: torch.device) -> Batch:
-        clean = torch.randn(shape.latents, generator=torch.Generator().manual_seed(SEED + 1))
-        generator, scheduler = torch.Generator().manual_seed(SEED), DDPMScheduler()
+    def draw(cls, shape: released.Shape, device: torch.device) -> Batch:
+        clean = torch.randn(shape.latents, generator=torch.Generator().manual_seed(released.SEED + 1))
+        generator, scheduler = torch.Generator().manual_seed(released.SEED), DDPMScheduler()
         noise = torch.randn(shape.latents, generator=generator)
         limit = scheduler.config.num_train_timesteps
         timestep = torch.randint(0, limit, shape.latents[:2], generator=generator)
@@ -122,20 +104,22 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
 
 
-def compare(models: Models, plan: Plan, batch: Batch, shape: Shape) -> dict[str, float]:
+def compare(models: released.Models, plan: Plan, batch: Batch, shape: released.Shape) -> dict[str, float]:
     """Relative errors of everything that is timed in fp32, by name."""
     expected = released_step(models.released, batch)
     actual = released_step(models.compat, batch)
     errors = {
-        name: relative_error([a], [e])
+        name: released.relative_error([a], [e])
         for name, a, e in zip(("loss", "prediction", "condition", "clean_tower"), actual, expected, strict=True)
     }
-    errors["gradients"] = relative_error(gradients(models.compat), gradients(models.released))
-    errors["native_loss"] = relative_error([native_step(models.native, batch)], [expected[0]])
-    errors["native_gradients"] = relative_error(gradients(models.compat), gradients(models.released))
+    errors["gradients"] = released.relative_error(gradients(models.compat), gradients(models.released))
+    errors["native_loss"] = released.relative_error([native_step(models.native, batch)], [expected[0]])
+    errors["native_gradients"] = released.relative_error(gradients(models.compat), gradients(models.released))
     for model in (models.released, models.compat):
         model.zero_grad(set_to_none=True)
-    errors["samples"] = relative_error([sample_ours(plan, shape)], [sample_released(models.released, shape)])
+    errors["samples"] = released.relative_error(
+        [released.sample_ours(plan, shape)], [released.sample_released(models.released, shape)]
+    )
     return errors
 
 
@@ -165,7 +149,7 @@ def released_backends(model: Any, device: torch.device) -> dict[str, Context]:
         yield
         model.flex_attnmask = before
 
-    dense = dense_mask(model, device)
+    dense = released.dense_mask(model, device)
     return {"flex": contextlib.nullcontext, "fused, dense mask": functools.partial(masked, dense)}
 
 
@@ -187,24 +171,26 @@ def with_best_attention(run: Run, backends: Mapping[str, Context], device: torch
     return best, runs[best]
 
 
-def time_sampling(models: Models, plan: Plan, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+def time_sampling(
+    models: released.Models, plan: Plan, shape: released.Shape, repeats: int, device: torch.device
+) -> dict[str, Any]:
     """Sampling of all three by name, and what a first call and half precision cost: seconds and relative error."""
     half = copy.deepcopy(models.native).to(torch.bfloat16)
-    half_plan = Sampler(half, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
+    half_plan = Sampler(half, released.make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
     runs: dict[str, Run] = {
-        "released fp32": lambda: sample_released(models.released, shape),
-        "ours fp32": lambda: sample_ours(plan, shape),
-        "ours bf16": lambda: sample_ours(half_plan, shape),
+        "released fp32": lambda: released.sample_released(models.released, shape),
+        "ours fp32": lambda: released.sample_ours(plan, shape),
+        "ours bf16": lambda: released.sample_ours(half_plan, shape),
     }
     return {
         "spreads": interleaved(runs, repeats, device),
         "first_call_seconds": seconds(
-            lambda: sample_ours(
-                Sampler(models.native, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps)), shape
+            lambda: released.sample_ours(
+                Sampler(models.native, released.make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps)), shape
             ),
             device,
         ),
-        "bf16_relative_error": relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
+        "bf16_relative_error": released.relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
         "overhead": {"fp32": overhead(plan, repeats), "bf16": overhead(half_plan, repeats)},
     }
 
@@ -216,7 +202,7 @@ def overhead(plan: Plan, repeats: int) -> float:
     return statistics.median(ours / bare for ours, bare in pairs) - 1
 
 
-def time_training(models: Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Any]:
+def time_training(models: released.Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Any]:
     """Training steps of all three by name, and the attention backend of each."""
     ours = attention_backends(device)
     candidates: dict[str, tuple[Run, dict[str, Context]]] = {
@@ -228,7 +214,7 @@ def time_training(models: Models, batch: Batch, repeats: int, device: torch.devi
         "ours fp32, native": (lambda: native_step(models.native, batch), ours),
     }
     # As the released train.py sets it; a CPU does not care.
-    with tf32(matmul=True, convolution=True):
+    with released.tf32(matmul=True, convolution=True):
         best = {name: with_best_attention(run, backends, device) for name, (run, backends) in candidates.items()}
         spreads = interleaved({name: run for name, (_, run) in best.items()}, repeats, device)
     return {"spreads": spreads, "attention": {name: backend for name, (backend, _) in best.items()}}
@@ -276,18 +262,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         check_writable(options.out.parent)
     if options.threads:
         torch.set_num_threads(options.threads)
-    shape = TINY if options.tiny else FFHQ_1024 if device.type == "cuda" else SMALL
+    shape = released.TINY if options.tiny else released.FFHQ_1024 if device.type == "cuda" else released.SMALL
     shape = replace(shape, steps=options.steps or shape.steps)
 
-    models = make_models(load_released(options.released, options.device), shape, device)
+    models = released.make_models(released.load_released(options.released, options.device), shape, device)
     if device.type == "cpu":
-        models.released.flex_attnmask = dense_mask(models.released, device)
+        models.released.flex_attnmask = released.dense_mask(models.released, device)
     batch = Batch.draw(shape, device)
-    plan = Sampler(models.native, make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
-    with tf32(matmul=False, convolution=False):
+    plan = Sampler(models.native, released.make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
+    with released.tf32(matmul=False, convolution=False):
         errors = compare(models, plan, batch, shape)
-    max_error = check(errors)
-    print(f"fp32: largest relative error {max_error:.1e} (limit {MAX_RELATIVE_ERROR:g})", flush=True)
+    max_error = released.check(errors)
+    print(f"fp32: largest relative error {max_error:.1e} (limit {released.MAX_RELATIVE_ERROR:g})", flush=True)
 
     sampling = time_sampling(models, plan, shape, options.repeats, device)
     print(table(f"sampling, {shape.steps} steps", sampling["spreads"]))
@@ -317,9 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=positive, help="sampling steps of a block (10 on a CPU, 20 on a GPU)")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds")
-    parser.add_argument("--threads", type=positive, help="CPU threads (PyTorch's choice)")
+    parser.add_argument("--steps", type=released.positive, help="sampling steps of a block (10 on a CPU, 20 on a GPU)")
+    parser.add_argument("--repeats", type=released.positive, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=released.positive, help="CPU threads (PyTorch's choice)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="also write the record there")
     options = parser.parse_args(arguments)

@@ -44,21 +44,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from benchmarks import released
 from benchmarks.compare_released import HIDDEN_WEIGHT, Batch, gradients, native_step, released_step
 from benchmarks.record import CannotCompare, environment, finish, git_commit, results_folder, save
-from benchmarks.released import (
-    FFHQ_1024,
-    TINY,
-    Models,
-    Shape,
-    check,
-    dense_mask,
-    load_released,
-    make_models,
-    positive,
-    relative_error,
-    tf32,
-)
 from madformer.machine import matmul_rate, seconds
 from madformer.measuring.timing import Spread
 from madformer.model.blocks import to_maps
@@ -94,8 +82,8 @@ class Pass:
 
     def errors(self, expected: Pass) -> dict[str, float]:
         return {
-            "loss": relative_error([self.loss], [expected.loss]),
-            "gradients": relative_error(self.gradients, expected.gradients),
+            "loss": released.relative_error([self.loss], [expected.loss]),
+            "gradients": released.relative_error(self.gradients, expected.gradients),
         }
 
 
@@ -207,7 +195,7 @@ class Course:
     """
 
     module: ModuleType
-    shape: Shape
+    shape: released.Shape
     device: torch.device
     batches: Sequence[int]
     repeats: int
@@ -228,35 +216,35 @@ class Sweep:
     ended: str | None
 
 
-def build(module: ModuleType, shape: Shape, device: torch.device) -> Models:
+def build(module: ModuleType, shape: released.Shape, device: torch.device) -> released.Models:
     """The same weights at every call, drawn where they stay: a processor takes minutes."""
     with device:
-        models = make_models(module, shape, device)
+        models = released.make_models(module, shape, device)
     # where its script leaves them
     models.released.position_ids_precompute = models.released.position_ids_precompute.cpu()
     return models
 
 
-def agreement(models: Models, batch: Batch, device: torch.device) -> tuple[dict[str, float], Pass]:
+def agreement(models: released.Models, batch: Batch, device: torch.device) -> tuple[dict[str, float], Pass]:
     """Relative errors of loss and gradients in fp32; and the released pass.
 
     With the dense mask: FlexAttention is checked in bf16, in which it is timed.
     """
-    models.released.flex_attnmask = dense_mask(models.released, device)
-    with tf32(matmul=False, convolution=False):
+    models.released.flex_attnmask = released.dense_mask(models.released, device)
+    with released.tf32(matmul=False, convolution=False):
         expected, actual = released_step(models.released, batch)[0], native_step(models.native, batch)
     errors = {
-        "loss": relative_error([actual], [expected]),
-        "gradients": relative_error(gradients(models.compat), gradients(models.released)),
+        "loss": released.relative_error([actual], [expected]),
+        "gradients": released.relative_error(gradients(models.compat), gradients(models.released)),
     }
     return errors, Pass.of(expected, models.released)
 
 
-def prepare(name: str, models: Models, unread: frozenset[str], device: torch.device) -> None:
+def prepare(name: str, models: released.Models, unread: frozenset[str], device: torch.device) -> None:
     """Make the contender's model what its loop trains."""
     if name == RELEASED:
         if device.type == "cpu":
-            models.released.flex_attnmask = dense_mask(models.released, device)
+            models.released.flex_attnmask = released.dense_mask(models.released, device)
         return
     for parameter_name, parameter in models.native.named_parameters():
         parameter.requires_grad_(parameter_name not in unread)
@@ -268,7 +256,7 @@ def prepare(name: str, models: Models, unread: frozenset[str], device: torch.dev
                 layer.compile(backend="aot_eager")  # Inductor's C++ takes minutes.
 
 
-def autocast_pass(name: str, models: Models, batch: Batch) -> Pass:
+def autocast_pass(name: str, models: released.Models, batch: Batch) -> Pass:
     """The contender's, as its loop makes it."""
     with torch.autocast(batch.clean.device.type, torch.bfloat16):
         if name == RELEASED:
@@ -289,7 +277,7 @@ def make_contender(name: str, course: Course) -> tuple[Step, dict[str, float]]:
     models = build(course.module, course.shape, course.device)
     prepare(name, models, course.costs.unread, course.device)
     errors = autocast_pass(name, models, course.draw(course.batches[0])).errors(course.expected)
-    check(errors, MAX_BF16_ERROR)
+    released.check(errors, MAX_BF16_ERROR)
     if name == RELEASED:
         return released_loop(models.released, course.device), errors
     return our_loop(models.native, course.device, name == CAPTURED), errors
@@ -303,7 +291,7 @@ def sweep(name: str, course: Course, limit: float) -> Sweep:
     try:
         release(device)
         # as the released train.py sets them, and as they are
-        with at_most(limit), tf32(matmul=name == RELEASED, convolution=True):
+        with at_most(limit), released.tf32(matmul=name == RELEASED, convolution=True):
             step, errors = make_contender(name, course)
             gc.collect()  # the other model
             for size in course.batches:
@@ -335,7 +323,7 @@ def line(row: Row) -> str:
 
 def metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Ours is the fastest of its ways at each batch."""
-    released = {row.batch: row for row in rows if row.name == RELEASED}
+    theirs = {row.batch: row for row in rows if row.name == RELEASED}
     ours: dict[int, Row] = {}
     for row in rows:
         if row.name != RELEASED and (row.batch not in ours or row.seconds.median < ours[row.batch].seconds.median):
@@ -344,12 +332,12 @@ def metrics(rows: Sequence[Row]) -> dict[str, float]:
         return {}
     best = max(ours.values(), key=lambda row: row.images_per_second)
     values = {"training_mfu": best.mfu, "training_images_per_second": best.images_per_second}
-    if not released:
+    if not theirs:
         return values
-    values["training_best_vs_released"] = best.images_per_second / max(r.images_per_second for r in released.values())
-    if 1 in ours and 1 in released:
-        values["training_b1_vs_released"] = released[1].seconds.median / ours[1].seconds.median
-    largest = released[max(released)]
+    values["training_best_vs_released"] = best.images_per_second / max(r.images_per_second for r in theirs.values())
+    if 1 in ours and 1 in theirs:
+        values["training_b1_vs_released"] = theirs[1].seconds.median / ours[1].seconds.median
+    largest = theirs[max(theirs)]
     if largest.batch in ours and largest.peak_bytes:
         own = [row.peak_bytes or 0 for row in rows if row.name != RELEASED and row.batch == largest.batch]
         values["training_memory_vs_released"] = min(own) / largest.peak_bytes
@@ -367,11 +355,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise CannotCompare("--device cuda: this PyTorch sees no CUDA device")
     out = options.out or (None if options.tiny else results_folder(device) / "training.json")
     batches = sorted(set(options.batches))
-    shape = replace(TINY if options.tiny else FFHQ_1024, batch=batches[0])
-    module = load_released(options.released, options.device)
+    shape = replace(released.TINY if options.tiny else released.FFHQ_1024, batch=batches[0])
+    module = released.load_released(options.released, options.device)
     models = build(module, shape, device)
     errors, expected = agreement(models, Batch.draw(shape, device), device)
-    print(f"fp32: largest relative error {check(errors):.1e}", flush=True)
+    print(f"fp32: largest relative error {released.check(errors):.1e}", flush=True)
     costs = costs_of(TrainingConfig(model=models.native.config))
     del models
     roof = matmul_rate(device, torch.bfloat16)
@@ -414,8 +402,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--released", type=Path, required=True, metavar="PATH", help="clone of the released code")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     batches = [1, 2, 3, 4, 6, 8, 12, 16, 24]
-    parser.add_argument("--batches", type=positive, nargs="+", default=batches, help=" ".join(map(str, batches)))
-    parser.add_argument("--repeats", type=positive, default=5, help="timed steps (5)")
+    parser.add_argument(
+        "--batches", type=released.positive, nargs="+", default=batches, help=" ".join(map(str, batches))
+    )
+    parser.add_argument("--repeats", type=released.positive, default=5, help="timed steps (5)")
     parser.add_argument("--budget", type=float, default=500, metavar="SECONDS", help="of all that is done (500)")
     parser.add_argument("--tiny", action="store_true", help="a toy geometry, to try the script out")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")

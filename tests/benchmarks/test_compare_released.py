@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare_released
+from benchmarks import compare_released, released
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
 
@@ -43,7 +43,7 @@ def test_import_leaves_no_trace_and_redirects_the_device(tmp_path: Path, inside:
     with pytest.MonkeyPatch.context() as patch:
         for name, module in ours.items():
             patch.setitem(sys.modules, name, module)
-        module = compare_released.load_released(tmp_path, "cpu")
+        module = released.load_released(tmp_path, "cpu")
         assert {name: sys.modules[name] for name in ours} == ours
     assert (module.NAME, module.DEVICE, module.WORD) == ("theirs", "cpu", "cuda core")
     assert "rope" not in sys.modules
@@ -53,15 +53,15 @@ def test_import_leaves_no_trace_and_redirects_the_device(tmp_path: Path, inside:
 def test_relative_error_is_that_of_all_tensors_together() -> None:
     expected = [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
     actual = [torch.tensor([3.0, 0.3]), torch.tensor([4.4])]
-    assert compare_released.relative_error(actual, expected) == pytest.approx(0.1)
-    assert compare_released.relative_error(expected, expected) == 0
+    assert released.relative_error(actual, expected) == pytest.approx(0.1)
+    assert released.relative_error(expected, expected) == 0
 
 
 @pytest.mark.parametrize("wrong", [4e-3, float("nan"), float("inf")])
 def test_gate_names_what_disagrees(wrong: float) -> None:
-    assert compare_released.check({"loss": 1e-7, "samples": 1e-4}) == 1e-4
+    assert released.check({"loss": 1e-7, "samples": 1e-4}) == 1e-4
     with pytest.raises(compare_released.CannotCompare, match="samples"):
-        compare_released.check({"loss": 1e-7, "samples": wrong})
+        released.check({"loss": 1e-7, "samples": wrong})
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ import torch
 import torch._dynamo  # takes seconds, which are not to be a contender's
 
 from benchmarks import training
-from benchmarks.released import TINY, dense_mask, load_released
-from benchmarks.training import COMPILED, OURS, RELEASED, Batch, Course, Models, Pass, Row, Sweep
+from benchmarks.released import TINY, Models, dense_mask, load_released
+from benchmarks.training import COMPILED, OURS, RELEASED, Batch, Course, Pass, Row, Sweep
 from madformer.measuring.timing import Spread
 from madformer.training.costs import Costs
 
