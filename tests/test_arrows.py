@@ -38,6 +38,7 @@ RULES = {
     "pipeline": f"{FOUNDATION} config kernels model engine conditioning vae data sheets streaming",
     "training": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline",
     "bulk": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline madformer",
+    "evaluation": f"{FOUNDATION} config kernels model engine conditioning vae data pipeline bulk madformer",
     "measuring": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
     "madformer": "kernels config model engine pipeline compat conditioning lazy",
 }

@@ -21,10 +21,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from madformer.data.fields import DataSummary
+from madformer.data.sources import RawSample
 from madformer.files.atomic import write_json
 from madformer.files.shards import KEY, write_shards
 
-__all__ = ["DEFAULT_FONT", "Emoji", "EmojiRenderer", "caption_of", "read_emoji_list", "write_emoji_shards"]
+__all__ = [
+    "DEFAULT_FONT",
+    "Emoji",
+    "EmojiRenderer",
+    "EmojiSource",
+    "caption_of",
+    "read_emoji_list",
+    "write_emoji_shards",
+]
 
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 """Where Debian's package ``fonts-noto-color-emoji`` has it."""
@@ -122,9 +132,13 @@ class EmojiRenderer:
             raise ValueError(f"{font} is no Noto Color Emoji with bitmaps: {error}") from error
         self._advance = self._font.getlength("\U0001f600")
 
+    def has(self, text: str) -> bool:
+        """Whether the font has a single glyph for ``text``."""
+        return bool(self._font.getlength(text) == self._advance)
+
     def render(self, text: str) -> Image.Image | None:
         """A (size, size) RGB image, or None if the font has no single glyph for ``text``."""
-        if self._font.getlength(text) != self._advance:
+        if not self.has(text):
             return None
         cell = Image.new("RGBA", (2 * _CELL[0], 2 * _CELL[1]))
         ImageDraw.Draw(cell).text((_CELL[0] // 2, _CELL[1] // 2), text, font=self._font, embedded_color=True)
@@ -211,6 +225,41 @@ def write_emoji_shards(
     }
     write_json(Path(folder) / "dataset.json", description)
     return description
+
+
+class EmojiSource:
+    """The samples that :func:`write_emoji_shards` writes, rendered as they are read: for evaluation without files.
+
+    Raises:
+        As :class:`EmojiRenderer` and :func:`read_emoji_list`.
+    """
+
+    root, shard_lengths = None, None
+
+    def __init__(self, size: int = 64) -> None:
+        self._renderer = EmojiRenderer(size=size)
+        emoji = read_emoji_list()
+        self.class_names = list(dict.fromkeys(e.group for e in emoji))
+        self._emoji = [e for e in emoji if self._renderer.has(e.text)]
+
+    def __len__(self) -> int:
+        return len(self._emoji)
+
+    def name(self, index: int) -> str:
+        return f"emoji {self._emoji[index].key}"
+
+    def read(self, index: int) -> RawSample:
+        item = self._emoji[index]
+        image = self._renderer.render(item.text)
+        if image is None:
+            raise ValueError("the font draws nothing")
+        sample = _sample(item, image, self.class_names.index(item.group))
+        return RawSample(item.key, sample["png"], sample["txt"], sample["cls"])
+
+    def summary(self, limit: int) -> DataSummary:
+        """Complete, whatever the limit."""
+        count = len(self)
+        return DataSummary(count, count, count, count, len(self.class_names), tuple(self.class_names))
 
 
 def _sample(item: Emoji, image: Image.Image, label: int) -> dict[str, Any]:

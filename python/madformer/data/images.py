@@ -67,7 +67,7 @@ def open_dataset(
         ValueError: an argument out of range, a damaged or compressed shard, a Hugging Face data set without images, or
             labels that are no class numbers: lists of several classes, say.
     """
-    opened = _open_source(str(source))
+    opened = open_source(str(source))
     return ImageDataset(opened, image_size, on_error=on_error, max_bad_fraction=max_bad_fraction)
 
 
@@ -212,7 +212,8 @@ def decode_image(data: bytes, shape: tuple[int, int]) -> Tensor:
     return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
 
 
-def _open_source(source: str) -> Source:
+def open_source(source: str) -> Source:
+    """What :func:`open_dataset` reads from, whose samples are not decoded; raises as it does."""
     if source.startswith("hf:"):
         return HuggingFaceSource(source.removeprefix("hf:"))
     path = Path(source)

@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 """Any array of NumPy's."""
 BLOCK = 1024
 """Rows that are in memory as float64 at a time."""
-_DESCRIPTION = "madformer"  # of the array in a file of statistics that says what they are of
+_DESCRIPTION = "madformer"  # the array in a file of statistics that says what they are of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def write_statistics(path: Path, moments: Moments, description: dict[str, Any]) 
         raise ValueError(f"{path} must end in .npz, as pytorch-fid's statistics do")
     note = np.array(json.dumps({**description, "count": moments.count}))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=moments.mean_D, sigma=moments.covariance_DD, **{_DESCRIPTION: note})
+        np.savez(file, mu=moments.mean_D, sigma=moments.covariance_DD, madformer=note)
 
 
 def read_statistics(path: Path) -> tuple[Moments, dict[str, Any]]:

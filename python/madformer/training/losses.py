@@ -2,7 +2,7 @@
 
 Where its arguments come from: ``training/data.py`` draws latents, noise and timesteps of a sample from the seed and its
 position in the run alone; ``data/sources.py`` reads samples (tar shards, folders, Hugging Face; another is a class with
-the members of ``Source`` and a line in ``data/images.py``, ``_open_source``). ``madformer train tiny --data photos
+the members of ``Source`` and a line in ``data/images.py``, ``open_source``). ``madformer train tiny --data photos
 --out run`` is all of it, for your own pictures.
 
 Shape legend: B batch, M blocks, L latents of a block, C channels, P tokens of a text.

@@ -1,0 +1,56 @@
+"""How good pictures are: metrics with intervals and protocols, of folders, shards, and of what a model draws.
+
+```python
+from madformer.evaluation import evaluate, load_extractor, open_images, open_reference
+
+found = evaluate(open_images("samples"), open_reference("data/emoji64"), load_extractor(), metrics=["fd", "kid"])
+print(found.scores["kid"].estimate)
+```
+"""
+
+from madformer.evaluation.evaluate import (
+    METRICS,
+    Evaluation,
+    Metric,
+    Statistics,
+    evaluate,
+    open_reference,
+    save_statistics,
+)
+from madformer.evaluation.extractors import EXTRACTORS, Extractor, load_extractor
+from madformer.evaluation.features import FeatureSet, default_cache, extract
+from madformer.evaluation.images import ArrayImages, DrawnImages, ImageSet, Part, StoredImages, open_images
+from madformer.evaluation.protocol import MEASURED, PRESETS, Preset, Protocol, Score, check_comparable, preset
+from madformer.evaluation.uncertainty import Estimate, Spread, variance_components
+
+__all__ = [
+    "EXTRACTORS",
+    "MEASURED",
+    "METRICS",
+    "PRESETS",
+    "ArrayImages",
+    "DrawnImages",
+    "Estimate",
+    "Evaluation",
+    "Extractor",
+    "FeatureSet",
+    "ImageSet",
+    "Metric",
+    "Part",
+    "Preset",
+    "Protocol",
+    "Score",
+    "Spread",
+    "Statistics",
+    "StoredImages",
+    "check_comparable",
+    "default_cache",
+    "evaluate",
+    "extract",
+    "load_extractor",
+    "open_images",
+    "open_reference",
+    "preset",
+    "save_statistics",
+    "variance_components",
+]

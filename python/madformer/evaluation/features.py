@@ -1,0 +1,170 @@
+"""Features of a set of images: made once, kept by content, and read from the disk.
+
+The images go by in parts. What the network makes of a part is a file named by the part's content, in a folder of the
+network's: a set that was looked at before, or a run that was stopped, or two sets with images in common, take no second
+look. The whole is a file, mapped into memory.
+
+Shape legend: N images, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import safetensors
+import torch
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from madformer.evaluation.extractors import Extractor
+from madformer.evaluation.images import ImageSet, Part, sources_fingerprint
+from madformer.evaluation.moments import Array
+from madformer.files.atomic import atomic_path, remove_leftovers
+
+__all__ = ["FeatureSet", "default_cache", "extract"]
+
+DECODERS = 4
+"""Threads that read and resize, most of whose time Pillow lets others run."""
+
+_CODE = ("data/pixels.py", "data/metadata.py", "evaluation/extractors.py")  # that a feature depends on
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What an extractor makes of a set of images.
+
+    Attributes:
+        features_ND: float32, mapped from a file without a name.
+        name: of the set. hash: 16 hexadecimal digits of its content, in its order. image_size: height and width.
+        drawn: how a model drew the images; empty where nobody knows.
+        num_computed: how many had to be looked at. seconds: that it took, drawing included.
+    """
+
+    features_ND: Array
+    name: str
+    hash: str
+    image_size: tuple[int, int]
+    drawn: dict[str, Any]
+    num_computed: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.features_ND)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Those that were looked at; None where none had to be."""
+        return self.num_computed / self.seconds if self.num_computed and self.seconds else None
+
+
+def default_cache() -> Path:
+    """Where features are kept unless told otherwise: ``madformer/features`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madformer" / "features"
+
+
+def extract(
+    images: ImageSet, extractor: Extractor, *, cache: str | Path | None = None, progress: bool = False
+) -> FeatureSet:
+    """Features of all images of a set.
+
+    Args:
+        cache: the folder where features are kept; several processes may share it. None: they are made anew.
+        progress: show a bar.
+
+    Raises:
+        ValueError: images of several sizes, or one that cannot be read; one line that names it.
+        FloatingPointError: features that are not finite. OSError: the cache cannot be written.
+    """
+    with _folder(cache, extractor) as folder:
+        remove_leftovers(folder, "*.safetensors")
+        features_ND = _mapped(folder, (len(images), extractor.width))
+        digest, size, first, computed, started = hashlib.sha256(), None, 0, 0, time.perf_counter()
+        with (
+            ThreadPoolExecutor(DECODERS, "decode") as decoders,
+            tqdm(total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress) as bar,
+        ):
+            for part in images.parts():
+                path = folder / f"{part.key}.safetensors"
+                found = _read(path, part.count, extractor.width)
+                if found is None:
+                    found = _compute(part, extractor, decoders, images.name)
+                    computed += part.count
+                    with atomic_path(path) as temporary:
+                        temporary.write_bytes(save({"features": found[0], "size": np.array(found[1])}))
+                if size is not None and size != found[1]:
+                    raise ValueError(_mixed(images.name, size, found[1]))
+                size = found[1]
+                features_ND[first : first + part.count] = found[0]
+                first += part.count
+                digest.update(part.key.encode())
+                bar.update(part.count)
+        if size is None:
+            raise ValueError(f"{images.name} holds no images")
+    seconds = time.perf_counter() - started
+    return FeatureSet(features_ND, images.name, digest.hexdigest()[:16], size, dict(images.drawn), computed, seconds)
+
+
+def _compute(
+    part: Part, extractor: Extractor, decoders: ThreadPoolExecutor, name: str
+) -> tuple[Array, tuple[int, int]]:
+    """Features, and height and width of the images."""
+    size: tuple[int, int] | None = None
+    rows: list[Array] = []
+    images = part.images()
+    while some := list(itertools.islice(images, DECODERS * 2)):
+        for image in some:
+            if size is not None and size != (image.height, image.width):
+                raise ValueError(_mixed(name, size, (image.height, image.width)))
+            size = (image.height, image.width)
+        rows.append(extractor.features(torch.stack(list(decoders.map(extractor.prepare, some)))))
+    assert size is not None
+    return np.concatenate(rows), size
+
+
+def _mixed(name: str, first: tuple[int, int], second: tuple[int, int]) -> str:
+    sizes = " and ".join(f"{height} x {width}" for height, width in (first, second))
+    return f"{name} holds images of {sizes} pixels: a figure is of images of one size, so resize them first"
+
+
+@contextmanager
+def _folder(cache: str | Path | None, extractor: Extractor) -> Iterator[Path]:
+    """Where the parts of an extractor are; one that ends with the context where nothing is to be kept."""
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="madformer-features-") as name:
+            yield Path(name)
+        return
+    # whatever else changes a feature by more than nothing
+    how = [extractor.hash, str(extractor.device.type), PIL.__version__, torch.__version__, sources_fingerprint(*_CODE)]
+    folder = Path(cache) / f"{extractor.name}-{hashlib.sha256(repr(how).encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
+def _mapped(folder: Path, shape: tuple[int, int]) -> Array:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # the mapping keeps the file, which has no name any more
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def _read(path: Path, count: int, width: int) -> tuple[Array, tuple[int, int]] | None:
+    """A part that is there and whole; None otherwise."""
+    with (
+        suppress(OSError, ValueError, KeyError, safetensors.SafetensorError),
+        safetensors.safe_open(path, "np") as file,
+    ):
+        features, size = file.get_tensor("features"), file.get_tensor("size")
+        if features.shape == (count, width) and size.shape == (2,):
+            return features, (int(size[0]), int(size[1]))
+    return None
