@@ -17,6 +17,7 @@ from madformer.cli.bench import Bench
 from madformer.cli.config_file import toml
 from madformer.cli.convert import Convert
 from madformer.cli.data import Emoji, Latents
+from madformer.cli.evaluate import Evaluate
 from madformer.cli.export import Export
 from madformer.cli.info import Info
 from madformer.cli.process import exit_status, output_is_closed, settle_streams, terminable
@@ -46,6 +47,7 @@ class Completion(Request):
 # with a line for the list of commands
 COMMANDS: dict[str, tuple[type[Request], str]] = {
     "sample": (Sample, "draw images from a model"),
+    "evaluate": (Evaluate, "say how good images are, a folder's or a model's"),
     "train": (Train, "train a model"),
     "data emoji": (Emoji, "render Noto Color Emoji"),
     "data latents": (Latents, "encode images once, so that training needs no VAE"),

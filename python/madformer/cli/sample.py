@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import re
 import sys
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from madformer.cli.loading import load, prepare
 from madformer.cli.process import exit_status
 from madformer.cli.request import resolved
 from madformer.cli.sample_options import SHARD_SIZE, SampleOptions, check, texts_of
-from madformer.engine.schedulers import scheduler_class
 from madformer.machine import this_process
 
 if TYPE_CHECKING:
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
     from madformer.bulk import OutputFolder, Settings
     from madformer.pipeline import MADFormerPipeline
-
-# What the released scripts decode with; the one download that sampling may make.
-RELEASED_VAE = "stabilityai/sd-vae-ft-mse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,9 @@ def _sample(request: Sample) -> None:
     texts = texts_of(request)
     if request.ray is not None:
         request = _with_whole_paths(request)
-    pipeline, lora = _load(request if request.ray is None else dataclasses.replace(request, device="cpu"))
+    pipeline, lora = load(
+        request if request.ray is None else dataclasses.replace(request, device="cpu"), latents=request.latents
+    )
     tabulate(pipeline.scheduler, request.steps)  # to refuse a step count before anything is written
     sampling = request.sampling
     prompts = Prompts.of(
@@ -148,54 +146,6 @@ def _pictures(pipeline: MADFormerPipeline, settings: Settings, request: Sample) 
             bar.update(len(batch))
 
 
-def _load(request: Sample) -> tuple[MADFormerPipeline, dict[str, Any] | None]:
-    """The pipeline with the network as stored, in fp32, and the autoencoder as it will run; what LoRA is in it."""
-    import diffusers
-    import torch
-
-    from madformer.engine.precision import PRECISIONS
-    from madformer.files.hub import resolve_folder
-    from madformer.pipeline import MADFormerPipeline
-    from madformer.vae import load_vae, set_tile
-
-    device = request.device
-    if device.startswith("cuda"):
-        # kernels are launched on the current device
-        torch.cuda.set_device(torch.device(device).index or 0)
-    vae_dtype = PRECISIONS[request.precision].dtype
-    pipeline = MADFormerPipeline.from_pretrained(
-        request.model,
-        **{name: value for name in ("vae", "tokenizer") if (value := getattr(request, name)) is not None},
-        dtype=torch.float32,
-        vae_dtype=vae_dtype,
-        device=device,
-    )
-    if request.diffusion_layers is not None:
-        pipeline.transformer.set_split(request.diffusion_layers)
-    if pipeline.vae is None and not request.latents:
-        try:
-            pipeline.vae = load_vae(RELEASED_VAE, device, vae_dtype)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{request.model} holds no autoencoder and {RELEASED_VAE} cannot be fetched: give --vae FOLDER, "
-                "or --latents to write latents"
-            ) from error
-    if request.vae_tile is not None:
-        set_tile(pipeline.vae, request.vae_tile)
-    pipeline.transformer.set_grid(*pipeline.grid_of(request.height, request.width))
-    if request.scheduler:
-        config, cls = pipeline.scheduler.config, getattr(diffusers, scheduler_class(request.scheduler))
-        # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
-        clamps = "clip_sample" in inspect.signature(cls.__init__).parameters
-        options = {"clip_sample": config.get("clip_sample", False)} if clamps else {}
-        pipeline.scheduler = cls.from_config(config, **options)
-    lora = None
-    if request.lora is not None:
-        strength = 1.0 if request.lora_strength is None else request.lora_strength
-        lora = pipeline.merge_lora(resolve_folder(request.lora), strength)
-    return pipeline, lora
-
-
 def _with_whole_paths(request: Sample) -> Sample:
     """Folders by their whole paths: an actor works in another one."""
     assert request.out is not None
@@ -206,19 +156,15 @@ def _with_whole_paths(request: Sample) -> Sample:
 
 
 def _prepare(pipeline: MADFormerPipeline, request: Sample) -> None:
-    """Put the network into its precision, on its kernels."""
-    from madformer.engine.precision import apply
-
-    pipeline.transformer = apply(pipeline.transformer, request.precision)
-    pipeline.transformer.set_backend(request.backend)
+    prepare(pipeline, request)
     alone = request.num_images <= request.batch_size and this_process()[0] == 0
     pipeline.set_progress_bar_config(disable=request.json or not alone, desc="sampling", unit="step")
 
 
 def _load_and_prepare(request: Sample) -> MADFormerPipeline:
     """For an actor, which has no terminal."""
-    pipeline, _ = _load(request)
-    _prepare(pipeline, request)
+    pipeline, _ = load(request, latents=request.latents)
+    prepare(pipeline, request)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -166,12 +166,17 @@ def _memorization(sides: _Sides) -> tuple[dict[str, Estimate], dict[str, Any]]:
 
 METRICS = {
     "fd": Metric(_fd, "moments", "Frechet distance of the features, FID where they are Inception's"),
-    "fd-infinity": Metric(_fd_infinity, "moments", "Frechet distance extrapolated to infinitely many images"),
+    "fd-infinity": Metric(
+        _fd_infinity, "moments", "Frechet distance extrapolated to infinitely many images", "seed={seed}"
+    ),
     "kid": Metric(
-        _kid, "features", "kernel distance, without bias", f"subsets={kernel.SUBSETS}, size={kernel.SUBSET_SIZE}"
+        _kid,
+        "features",
+        "kernel distance, without bias",
+        f"subsets={kernel.SUBSETS}, size={kernel.SUBSET_SIZE}, seed={{seed}}",
     ),
     "prdc": Metric(_prdc, "features", "precision, recall, density, coverage", f"nearest_k={manifold.NEAREST_K}"),
-    "is": Metric(_is, "nothing", "Inception Score", f"splits={inception_score.SPLITS}"),
+    "is": Metric(_is, "nothing", "Inception Score", f"splits={inception_score.SPLITS}, seed={{seed}}"),
     "cmmd": Metric(_cmmd, "features", "kernel distance of CLIP's embeddings", f"sigma={kernel.SIGMA}", "clip"),
     "memorization": Metric(_memorization, "features", "share nearer to the training set than held-out images are"),
 }
@@ -226,7 +231,9 @@ def evaluate(
         figures, found = METRICS[name].run(sides)
         details |= found
         for figure, estimate in figures.items():
-            scores[figure] = Score(estimate, replace(base, metric=figure, options=METRICS[name].options))
+            scores[figure] = Score(
+                estimate, replace(base, metric=figure, options=METRICS[name].options.format(seed=seed))
+            )
     return Evaluation(scores, tuple(warnings), sides.images, target, details)
 
 

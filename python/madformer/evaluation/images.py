@@ -25,7 +25,7 @@ from madformer.bulk.folder import MANIFEST, read_manifest
 from madformer.data.emoji import EmojiSource
 from madformer.data.images import open_source
 from madformer.data.pixels import UnreadableImageError, decode
-from madformer.data.sources import Source
+from madformer.data.sources import RawSample, Source
 from madformer.files.text import first_line, printable
 from madformer.machine import device_name
 from madformer.seeds import check_seed
@@ -107,15 +107,23 @@ class StoredImages:
     def parts(self) -> Iterator[Part]:
         for first in range(0, len(self), PART):
             span = range(first, min(first + PART, len(self)))
-            files = [self._read(index) for index in span]
+            files = [self._sample(index).data for index in span]
             digest = hashlib.sha256()
             for file in files:
                 digest.update(len(file).to_bytes(8) + file)
             yield Part(digest.hexdigest(), len(span), functools.partial(map, self._decode, span, files))
 
-    def _read(self, index: int) -> bytes:
+    def caption(self, index: int) -> str:
+        """Of an image; empty where it has none."""
+        return self._sample(index).caption
+
+    def label(self, index: int) -> int:
+        """Of an image; -1 where it has none."""
+        return self._sample(index).label
+
+    def _sample(self, index: int) -> RawSample:
         try:
-            return self.source.read(index).data
+            return self.source.read(index)
         except (ValueError, OSError) as error:
             raise UnreadableImageError(f"{self.source.name(index)}: {first_line(error)}") from error
 

@@ -47,5 +47,5 @@ def memorization(features_ND: Array, held_out_MD: Array, training_TD: Array) -> 
         raise ValueError(f"{len(held_out_MD)} held-out images are too few: {1 / NEAR:.0f} at least")
     ours_N, theirs_M = (nearest_distances(rows, training_TD) for rows in (features_ND, held_out_MD))
     threshold = float(np.quantile(theirs_M, NEAR))
-    quantiles = [{f"{q:g}": float(np.quantile(rows, q)) for q in QUANTILES} for rows in (ours_N, theirs_M)]
-    return Memorization(*quantiles, threshold, share(int((ours_N <= threshold).sum()), len(ours_N)))
+    ours, theirs = ({f"{q:g}": float(np.quantile(rows, q)) for q in QUANTILES} for rows in (ours_N, theirs_M))
+    return Memorization(ours, theirs, threshold, share(int((ours_N <= threshold).sum()), len(ours_N)))

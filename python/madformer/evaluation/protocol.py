@@ -27,9 +27,9 @@ class Protocol:
         images_hash: of the images' content, in their order.
         reference: its name. reference_hash: of its content. num_reference: its images; None where nobody noted them.
         preset: the name of the preset that all of it agrees with; None without one.
-        weights: of the model and of its autoencoder. seed: of the first image, the next ones having the next. scheduler,
-            steps, guidance, guidance_interval, refresh_every, precision: how the images were drawn. prompts: a hash of
-            what they are of. All of these are None where nobody knows.
+        weights: of the model and of its autoencoder. seed: of the first image, the next ones having the next.
+        scheduler, steps, guidance, guidance_interval, refresh_every, precision: how the images were drawn. prompts: a
+            hash of what they are of. All of these are None where nobody knows.
     """
 
     metric: str
@@ -69,7 +69,9 @@ class Protocol:
         """
         check_names(values, [field.name for field in dataclasses.fields(cls)])
         lists = ("image_size", "guidance_interval")
-        known = {name: tuple(value) if name in lists and value is not None else value for name, value in values.items()}
+        known: dict[str, Any] = {
+            name: tuple(value) if name in lists and value is not None else value for name, value in values.items()
+        }
         try:
             return cls(**known)
         except TypeError as error:
