@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Any, Self
 
 from madformer.cli.request import file_of, filled, resolved
 from madformer.cli.sample_options import DrawingOptions, check_drawing, texts_of
@@ -55,7 +53,7 @@ class Evaluate(DrawingOptions):
         None  # write mean and covariance of the images to this .npz file, as pytorch-fid does
     )
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
-    no_cache: Annotated[bool, arg(name="fresh")] = False  # keep no features, and use none that were kept
+    fresh: bool = False  # keep no features, and use none that were kept
     json: bool = False  # print one JSON object with scores and protocols, and no progress bar
     verbose: bool = False  # print each number's protocol
 
@@ -108,7 +106,7 @@ def _check(request: Evaluate) -> None:
         and (request.model is None or request.reference is None),
         "--captions say what to draw: leave out --prompt and --prompts": request.captions
         and bool(request.prompt or request.prompts),
-        "--cache keeps features and --fresh keeps none: give one": request.cache is not None and request.no_cache,
+        "--cache keeps features and --fresh keeps none: give one": request.cache is not None and request.fresh,
     }
     for message, refused in refusals.items():
         if refused:
@@ -143,9 +141,9 @@ def _evaluated(request: Evaluate) -> Evaluation | None:
         if isinstance(reference, evaluation.Statistics):
             reference.check(extractor)
     images = _images(request, reference)
-    cache = None if request.no_cache else request.cache or evaluation.default_cache()
+    cache = None if request.fresh else request.cache or evaluation.default_cache()
     progress = not request.json
-    target = reference
+    target: Any = reference
     if reference is not None and not isinstance(reference, evaluation.Statistics):
         # what is wrong with it is known before images are drawn
         target = evaluation.extract(reference, extractor, cache=cache, progress=progress)

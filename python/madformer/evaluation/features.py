@@ -99,7 +99,7 @@ def extract(
                 path = folder / f"{part.key}.safetensors"
                 found = _read(path, part.count, extractor.width)
                 if found is None:
-                    found = _compute(part, extractor, decoders, images.name)
+                    found = _compute(part, extractor, decoders, images.name, bar)
                     computed += part.count
                     with atomic_path(path) as temporary:
                         temporary.write_bytes(save({"features": found[0], "size": np.array(found[1])}))
@@ -109,7 +109,7 @@ def extract(
                 features_ND[first : first + part.count] = found[0]
                 first += part.count
                 digest.update(part.key.encode())
-                bar.update(part.count)
+                bar.update(first - bar.n)
         if size is None:
             raise ValueError(f"{images.name} holds no images")
     seconds = time.perf_counter() - started
@@ -117,7 +117,7 @@ def extract(
 
 
 def _compute(
-    part: Part, extractor: Extractor, decoders: ThreadPoolExecutor, name: str
+    part: Part, extractor: Extractor, decoders: ThreadPoolExecutor, name: str, bar: Any
 ) -> tuple[Array, tuple[int, int]]:
     """Features, and height and width of the images."""
     size: tuple[int, int] | None = None
@@ -129,6 +129,7 @@ def _compute(
                 raise ValueError(_mixed(name, size, (image.height, image.width)))
             size = (image.height, image.width)
         rows.append(extractor.features(torch.stack(list(decoders.map(extractor.prepare, some)))))
+        bar.update(len(some))
     assert size is not None
     return np.concatenate(rows), size
 

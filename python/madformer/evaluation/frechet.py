@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from madformer.evaluation.moments import Array, Moments, scatter
-from madformer.evaluation.uncertainty import Estimate, groups_of, jackknife
+from madformer.evaluation.uncertainty import FEWEST, TOO_FEW, Estimate, groups_of, jackknife
 
 __all__ = ["frechet_at_infinity", "frechet_distance", "frechet_estimate"]
 
@@ -45,10 +45,12 @@ def frechet_estimate(features_ND: Array, reference: Moments, *, seed: int = 0) -
     would not do: images that are drawn twice make the covariance narrower, and the distance is biased by its rank.
 
     Raises:
-        ValueError: as :func:`frechet_distance`, or fewer images than groups.
+        ValueError: as :func:`frechet_distance`, or fewer than two images.
     """
     moments = Moments.of(features_ND)
     value = frechet_distance(moments, reference)
+    if len(features_ND) < FEWEST:
+        return Estimate.bare(value, TOO_FEW)
     root_DD, replicates = root(reference.covariance_DD), []
     for group in groups_of(len(features_ND), seed):
         left = _without(moments, np.asarray(features_ND[np.sort(group)], np.float64))

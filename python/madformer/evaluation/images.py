@@ -270,7 +270,7 @@ def open_images(source: str | Path, count: int | None = None) -> ImageSet:
         size = name.removeprefix(_EMOJI)
         if not (size.isascii() and size.isdecimal()):
             raise ValueError(f"{printable(name)}: the size must be pixels along one side, as in emoji:64")
-        return StoredImages(EmojiSource(int(size)), name, count)
+        return StoredImages(EmojiSource(int(size), count), name, count)
     if name.endswith(".npz"):
         return ArrayImages(Path(name), count)
     return StoredImages(open_source(name), name, count, _how_drawn(Path(name)))

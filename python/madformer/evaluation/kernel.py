@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from madformer.evaluation.moments import Array, blocks
-from madformer.evaluation.uncertainty import GROUPS, Estimate, groups_of
+from madformer.evaluation.uncertainty import FEWEST, GROUPS, TOO_FEW, Estimate, groups_of
 
 __all__ = ["cmmd_estimate", "kid_estimate", "polynomial_mmd", "rbf_mmd"]
 
@@ -52,7 +53,7 @@ def kid_estimate(
         subset_size: less where either set has fewer images.
 
     Raises:
-        ValueError: fewer than 40 images in either, or features of different extractors.
+        ValueError: fewer than two images in either, or features of different extractors.
     """
     size = min(subset_size, len(features_ND), len(reference_MD))
     random = np.random.default_rng(seed)
@@ -60,11 +61,10 @@ def kid_estimate(
     def subset(rows: Array) -> Array:
         return np.asarray(rows[np.sort(random.choice(len(rows), size, replace=False))])
 
-    error = _error(polynomial_mmd, features_ND, reference_MD, seed)
     values = [polynomial_mmd(subset(features_ND), subset(reference_MD)) for _ in range(subsets)]
-    method = f"{GROUPS} disjoint groups; deviation over {subsets} subsets of {size}"
-    value, deviation = float(np.mean(values)), float(np.std(values))
-    return Estimate.around(value, error, method, degrees=GROUPS - 1, deviation=deviation)
+    found = _with_interval(float(np.mean(values)), polynomial_mmd, features_ND, reference_MD, seed)
+    method = f"{found.method}; deviation over {subsets} subsets of {size}"
+    return replace(found, method=method, deviation=float(np.std(values)))
 
 
 def rbf_mmd(features_ND: Array, reference_MD: Array) -> float:
@@ -84,18 +84,21 @@ def cmmd_estimate(features_ND: Array, reference_MD: Array, *, seed: int = 0) -> 
     """:func:`rbf_mmd` with an interval from twenty disjoint groups.
 
     Raises:
-        ValueError: as :func:`rbf_mmd`, or fewer than 40 images in either.
+        ValueError: as :func:`rbf_mmd`.
     """
-    error = _error(rbf_mmd, features_ND, reference_MD, seed)
-    value = rbf_mmd(features_ND, reference_MD)
-    return Estimate.around(value, error, f"{GROUPS} disjoint groups", degrees=GROUPS - 1)
+    return _with_interval(rbf_mmd(features_ND, reference_MD), rbf_mmd, features_ND, reference_MD, seed)
 
 
-def _error(distance: Callable[[Array, Array], float], features_ND: Array, reference_MD: Array, seed: int) -> float:
-    """The standard error of a distance, from its values on disjoint groups of both sets."""
+def _with_interval(
+    value: float, distance: Callable[[Array, Array], float], features_ND: Array, reference_MD: Array, seed: int
+) -> Estimate:
+    """From the distance's values on disjoint groups of both sets."""
+    if min(len(features_ND), len(reference_MD)) < FEWEST:
+        return Estimate.bare(value, TOO_FEW)
     pairs = zip(groups_of(len(features_ND), seed), groups_of(len(reference_MD), seed + 1), strict=True)
     values = [distance(features_ND[np.sort(ours)], reference_MD[np.sort(theirs)]) for ours, theirs in pairs]
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Estimate.around(value, error, f"{GROUPS} disjoint groups", degrees=GROUPS - 1)
 
 
 def _pair(features_ND: Array, reference_MD: Array) -> tuple[Array, Array]:

@@ -52,14 +52,13 @@ class Estimate:
         return cls(value, math.nan, math.nan, why)
 
 
-def groups_of(count: int, seed: int, groups: int = GROUPS) -> list[Array]:
-    """The numbers below ``count``, dealt at random to groups whose sizes differ by one at most.
+FEWEST = 2 * GROUPS
+"""Images that an interval takes."""
+TOO_FEW = f"no interval: fewer than {FEWEST} images"
 
-    Raises:
-        ValueError: fewer than two for a group.
-    """
-    if count < 2 * groups:
-        raise ValueError(f"{count} images are too few for an interval: {2 * groups} at least")
+
+def groups_of(count: int, seed: int, groups: int = GROUPS) -> list[Array]:
+    """The numbers below ``count``, dealt at random to groups whose sizes differ by one at most."""
     order = np.random.default_rng(seed).permutation(count)
     return [order[first::groups] for first in range(groups)]
 
