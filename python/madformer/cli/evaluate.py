@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -82,11 +81,12 @@ class Evaluate(DrawingOptions):
 
     def run(self) -> None:
         _check(self)
-        logging.basicConfig(format="madformer evaluate: %(message)s")
         request = resolved(self)
         found = _evaluated(request)
         if found is None:
             return
+        for line in found.warnings:
+            print(f"madformer evaluate: warning: {line}", file=sys.stderr)
         if request.json:
             print(json.dumps(found.to_dict(), allow_nan=False))
             return

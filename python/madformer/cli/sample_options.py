@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,12 +56,12 @@ class DrawingOptions(SamplingOptions, Request):
     @property
     def sampling(self) -> SamplingOptions:
         """Raises ``ValueError`` where they are not to be had."""
-        return SamplingOptions(**{field.name: getattr(self, field.name) for field in fields(SamplingOptions)})
+        return SamplingOptions(**{one.name: getattr(self, one.name) for one in fields(SamplingOptions)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(DrawingOptions):
-    model: str  # folder (or hub id) that save_pretrained or convert wrote
+    model: str = field()  # folder (or hub id) that save_pretrained or convert wrote
     num_images: int = 1  # how many to draw; with several prompts or classes they take them in turn
 
     # what to draw, for a model with text; one or more

@@ -6,7 +6,6 @@ Shape legend: N images, M images of the reference, D features.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,7 +23,6 @@ from madformer.objects import with_nearest
 
 __all__ = ["METRICS", "Evaluation", "Metric", "Statistics", "evaluate", "open_reference", "save_statistics"]
 
-logger = logging.getLogger("madformer.evaluation")
 IMAGE_FORMAT = "RGB, 8 bits"
 
 
@@ -223,8 +221,6 @@ def evaluate(
     target, trained = features(reference), features(training)
     sides = _Sides(features(images), target, trained, extractor, seed)
     warnings = _warnings(sides, metrics)
-    for line in warnings:
-        logger.warning(line)
     base = _protocol(sides, preset)
     scores, details = dict[str, Score](), dict[str, Any]()
     for name in dict.fromkeys(metrics):
