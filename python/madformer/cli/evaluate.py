@@ -48,9 +48,7 @@ class Evaluate(DrawingOptions):
     protocol: str | None = None
     captions: bool = False  # draw for the captions of the reference, evenly from all over it
     num_reference: int | None = None  # how many images of the reference, the first ones; unless given, all
-    save_statistics: Path | None = (
-        None  # write mean and covariance of the images to this .npz file, as pytorch-fid does
-    )
+    save_statistics: Path | None = None  # .npz file for mean and covariance of the images, as pytorch-fid writes it
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
     fresh: bool = False  # keep no features, and use none that were kept
     json: bool = False  # print one JSON object with scores and protocols, and no progress bar
