@@ -120,7 +120,7 @@ def _check(request: Evaluate) -> None:
 def _evaluated(request: Evaluate) -> Evaluation | None:
     """None where statistics alone were asked for."""
     from madformer import evaluation
-    from madformer.evaluation.evaluate import check_metrics
+    from madformer.evaluation.scoring import check_metrics
     from madformer.files.atomic import check_writable
 
     if request.save_statistics is not None:

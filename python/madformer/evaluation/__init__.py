@@ -8,20 +8,27 @@ print(found.scores["kid"].estimate)
 ```
 """
 
-from madformer.evaluation.evaluate import (
-    METRICS,
-    Evaluation,
-    Metric,
-    Statistics,
-    evaluate,
-    open_reference,
-    save_statistics,
-)
-from madformer.evaluation.extractors import EXTRACTORS, Extractor, load_extractor
-from madformer.evaluation.features import FeatureSet, default_cache, extract
-from madformer.evaluation.images import ArrayImages, DrawnImages, ImageSet, Part, StoredImages, open_images
-from madformer.evaluation.protocol import MEASURED, PRESETS, Preset, Protocol, Score, check_comparable, preset
-from madformer.evaluation.uncertainty import Estimate, Spread, variance_components
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from madformer.lazy import exporter
+
+if TYPE_CHECKING:
+    from madformer.evaluation.extractors import EXTRACTORS, Extractor, load_extractor
+    from madformer.evaluation.features import FeatureSet, default_cache, extract
+    from madformer.evaluation.images import ArrayImages, DrawnImages, ImageSet, Part, StoredImages, open_images
+    from madformer.evaluation.protocol import MEASURED, PRESETS, Preset, Protocol, Score, check_comparable, preset
+    from madformer.evaluation.scoring import (
+        METRICS,
+        Evaluation,
+        Metric,
+        Statistics,
+        evaluate,
+        open_reference,
+        save_statistics,
+    )
+    from madformer.evaluation.uncertainty import Estimate, Spread, variance_components
 
 __all__ = [
     "EXTRACTORS",
@@ -54,3 +61,5 @@ __all__ = [
     "save_statistics",
     "variance_components",
 ]
+
+__getattr__ = exporter(__name__)
