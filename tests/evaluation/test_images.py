@@ -65,7 +65,11 @@ def test_every_packaging_gives_the_same_features(tmp_path: Path) -> None:
         assert (len(found), found.image_size, found.num_computed) == (len(images), (16, 16), len(images))
         hashes[source] = found.hash
     assert hashes[folder] == hashes[tmp_path / "shards"]
-    np.testing.assert_array_equal(extract(open_images(batch, 7), extractor).features_ND, found.features_ND[:7])
+    for source in (folder, batch):
+        np.testing.assert_array_equal(extract(open_images(source, 7), extractor).features_ND, found.features_ND[:7])
+        # 17 images: 0, 4, 8 and 12 of them
+        spread = extract(open_images(source, 4, spread=True), extractor)
+        np.testing.assert_array_equal(spread.features_ND, found.features_ND[[0, 4, 8, 12]])
 
 
 def test_features_are_made_once(tmp_path: Path) -> None:

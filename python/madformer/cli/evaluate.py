@@ -47,7 +47,7 @@ class Evaluate(DrawingOptions):
     # preset of all that is not given: emoji-3k, fid-50k, paper-ffhq-8k or paper-imagenet-50k
     protocol: str | None = None
     captions: bool = False  # draw for the captions of the reference, evenly from all over it
-    num_reference: int | None = None  # how many images of the reference, the first ones; unless given, all
+    num_reference: int | None = None  # how many images of the reference, evenly from all over it; unless given, all
     save_statistics: Path | None = None  # .npz file for mean and covariance of the images, as pytorch-fid writes it
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
     fresh: bool = False  # keep no features, and use none that were kept

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import itertools
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -229,20 +228,17 @@ class EmojiSource:
 
     All 3,700 are rendered at once, in 10 s and 20 MB at 64 pixels, since only then is known which the font has.
 
-    Args:
-        size: side in pixels. limit: of the first ones.
-
     Raises:
         As :class:`EmojiRenderer` and :func:`read_emoji_list`.
     """
 
     root, shard_lengths = None, None
 
-    def __init__(self, size: int = 64, limit: int | None = None) -> None:
+    def __init__(self, size: int = 64) -> None:
         renderer, emoji = EmojiRenderer(size=size), read_emoji_list()
         self.class_names = list(dict.fromkeys(e.group for e in emoji))
         drawn = ((e, image) for e in emoji if (image := renderer.render(e.text)) is not None)
-        samples = (_sample(e, image, self.class_names.index(e.group)) for e, image in itertools.islice(drawn, limit))
+        samples = (_sample(e, image, self.class_names.index(e.group)) for e, image in drawn)
         self._samples = [RawSample(one[KEY], one["png"], one["txt"], one["cls"]) for one in samples]
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -86,7 +87,8 @@ class StoredImages:
     """The pictures of a data set as they are, neither resized nor cropped.
 
     Attributes:
-        source: of undecoded samples. name: what messages call it. count: how many of the first ones; None for all.
+        source: of undecoded samples. name: what messages call it. count: how many of them; None for all.
+        spread: take them evenly from all over the source, which may be in an order, and not its first ones.
         drawn: see :class:`ImageSet`.
 
     Raises:
@@ -96,6 +98,7 @@ class StoredImages:
     source: Source
     name: str
     count: int | None = None
+    spread: bool = False
     drawn: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,29 +126,33 @@ class StoredImages:
 
     def _sample(self, index: int) -> RawSample:
         try:
-            return self.source.read(index)
+            return self.source.read(self._place(index))
         except (ValueError, OSError) as error:
-            raise UnreadableImageError(f"{self.source.name(index)}: {first_line(error)}") from error
+            raise UnreadableImageError(f"{self.source.name(self._place(index))}: {first_line(error)}") from error
+
+    def _place(self, index: int) -> int:
+        """In the source."""
+        return index * len(self.source) // len(self) if self.spread else index
 
     def _decode(self, index: int, data: bytes) -> Image.Image:
         try:
             return decode(data)
         except ValueError as error:
-            raise UnreadableImageError(f"{self.source.name(index)}: {first_line(error)}") from error
+            raise UnreadableImageError(f"{self.source.name(self._place(index))}: {first_line(error)}") from error
 
 
 class ArrayImages:
     """The array ``arr_0`` of an ``.npz`` file, bytes ``(N, H, W, 3)``, as ADM's batches are; never all of it in memory.
 
     Args:
-        count: how many of the first ones; None for all.
+        count: how many of them; None for all. spread: see :class:`StoredImages`.
 
     Raises:
         OSError: there is no such file. ValueError: it is damaged, holds no such array, or fewer than ``count``.
     """
 
-    def __init__(self, path: Path, count: int | None = None) -> None:
-        self.path, self.name, self.drawn = path, printable(path), dict[str, Any]()
+    def __init__(self, path: Path, count: int | None = None, *, spread: bool = False) -> None:
+        self.path, self.name, self.drawn, self.spread = path, printable(path), dict[str, Any](), spread
         with self._opened() as (_, shape):
             self._shape = shape
         _check_count(self.name, count, shape[0])
@@ -155,14 +162,23 @@ class ArrayImages:
         return self._count
 
     def parts(self) -> Iterator[Part]:
-        each = int(np.prod(self._shape[1:]))
+        read = self._images()
+        while some := list(itertools.islice(read, PART)):
+            data, count = b"".join(some), len(some)
+            images = np.frombuffer(data, np.uint8).reshape(count, *self._shape[1:])
+            key = hashlib.sha256(repr(images.shape).encode() + data).hexdigest()
+            yield Part(key, count, functools.partial(map, Image.fromarray, images))
+
+    def _images(self) -> Iterator[bytes]:
+        each, place = int(np.prod(self._shape[1:])), 0
         with self._opened() as (file, _):
-            for first in range(0, len(self), PART):
-                count = min(PART, len(self) - first)
-                data = self._read(file, count * each)
-                images = np.frombuffer(data, np.uint8).reshape(count, *self._shape[1:])
-                key = hashlib.sha256(repr(images.shape).encode() + data).hexdigest()
-                yield Part(key, count, functools.partial(map, Image.fromarray, images))
+            for index in range(len(self)):
+                wanted = index * self._shape[0] // len(self) if self.spread else index
+                while place < wanted:
+                    self._read(file, each)
+                    place += 1
+                yield self._read(file, each)
+                place += 1
 
     def _opened(self) -> _Opened:
         return _Opened(self.path)
@@ -252,14 +268,15 @@ class DrawnImages:
             yield from map(Image.fromarray, to_uint8(pixels).cpu().numpy())
 
 
-def open_images(source: str | Path, count: int | None = None) -> ImageSet:
+def open_images(source: str | Path, count: int | None = None, *, spread: bool = False) -> ImageSet:
     """A set of images by name.
 
     Args:
         source: what :func:`madformer.data.open_dataset` takes, ``emoji:SIZE`` for the rendered emoji of ``madformer
             data emoji``, or an ``.npz`` file with an array ``arr_0``. Of a folder that ``madformer sample`` wrote, how
             its images were drawn is known.
-        count: how many of the first ones; None for all.
+        count: how many of them; None for all.
+        spread: take them evenly from all over the source, which may be in an order, and not its first ones.
 
     Raises:
         FileNotFoundError: the source is missing or empty. ImportError: a package for it is.
@@ -270,10 +287,10 @@ def open_images(source: str | Path, count: int | None = None) -> ImageSet:
         size = name.removeprefix(_EMOJI)
         if not (size.isascii() and size.isdecimal()):
             raise ValueError(f"{printable(name)}: the size must be pixels along one side, as in emoji:64")
-        return StoredImages(EmojiSource(int(size), count), name, count)
+        return StoredImages(EmojiSource(int(size)), name, count, spread)
     if name.endswith(".npz"):
-        return ArrayImages(Path(name), count)
-    return StoredImages(open_source(name), name, count, _how_drawn(Path(name)))
+        return ArrayImages(Path(name), count, spread=spread)
+    return StoredImages(open_source(name), name, count, spread, _how_drawn(Path(name)))
 
 
 def is_statistics(source: str | Path) -> bool:

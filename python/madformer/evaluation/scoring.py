@@ -254,11 +254,15 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: objec
 def open_reference(source: str | Path, count: int | None = None) -> ImageSet | Statistics:
     """A reference by name: what :func:`open_images` takes, or a file of statistics.
 
+    Args:
+        count: how many images, taken evenly from all over it, since data sets may be in the order of their classes;
+            None for all.
+
     Raises:
         As :func:`open_images` and :func:`~madformer.evaluation.moments.read_statistics`.
     """
     if not is_statistics(source):
-        return open_images(source, count)
+        return open_images(source, count, spread=True)
     moments, description = read_statistics(Path(source))
     digest = hashlib.sha256(moments.mean_D.tobytes() + moments.covariance_DD.tobytes()).hexdigest()[:16]
     return Statistics(moments, str(source), description.get("hash", digest), description)
