@@ -62,4 +62,20 @@ __all__ = [
     "variance_components",
 ]
 
-__getattr__ = exporter(__name__)
+__getattr__ = exporter(
+    __name__,
+    {
+        "madformer.evaluation.scoring": (
+            "METRICS", "Evaluation", "Metric", "Statistics", "evaluate", "open_reference", "save_statistics",
+        ),
+        "madformer.evaluation.extractors": ("EXTRACTORS", "Extractor", "load_extractor"),
+        "madformer.evaluation.features": ("FeatureSet", "default_cache", "extract"),
+        "madformer.evaluation.images": (
+            "ArrayImages", "DrawnImages", "ImageSet", "Part", "StoredImages", "open_images",
+        ),
+        "madformer.evaluation.protocol": (
+            "MEASURED", "PRESETS", "Preset", "Protocol", "Score", "check_comparable", "preset",
+        ),
+        "madformer.evaluation.uncertainty": ("Estimate", "Spread", "variance_components"),
+    },
+)  # fmt: skip
