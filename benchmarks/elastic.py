@@ -47,6 +47,7 @@ from madformer.conditioning.tokenizer import load_tokenizer
 from madformer.data import open_dataset
 from madformer.data.encoding import write_latents
 from madformer.data.latents import LatentDataset, LatentDescription
+from madformer.evaluation.following import Retrieval, retrieval
 from madformer.files.atomic import atomic_path
 from madformer.measuring.bare import Work
 from madformer.model import MADFormer
@@ -59,17 +60,6 @@ from madformer.training.trainer import Trainer
 from madformer.vae import decode, encode, load_vae
 
 ELASTIC, AUTOENCODER = "elastic", "autoencoder"
-NEAREST = 10
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """How pictures find the captions they were drawn for; the head of this file says what the figures are."""
-
-    precision_at_1: float
-    precision_at_10: float
-    median_rank: float
-    own_distance: float
 
 
 @dataclass(frozen=True)
@@ -191,28 +181,6 @@ def image_loss(model: MADFormer, batches: Sequence[Batch], schedule: DDPMSchedul
     return statistics.fmean(losses)
 
 
-def retrieval(drawn_KCHW: Tensor, own_K: Tensor, means_NCHW: Tensor, texts_NP: Tensor) -> Retrieval:
-    """Look every drawn picture up among all.
-
-    Args:
-        drawn_KCHW: posterior means of the pictures. own_K: from which images their captions are.
-        means_NCHW: of all images. texts_NP: the captions of these, as the model reads them.
-    """
-    dim = means_NCHW[0].numel()
-    # not by a matrix product, in which equal ones would be apart by its rounding
-    exact = "donot_use_mm_for_euclid_dist"
-    distance_KN = torch.cdist(drawn_KCHW.flatten(1), means_NCHW.flatten(1), compute_mode=exact).square() / dim
-    own_distance_K1 = distance_KN.gather(1, own_K[:, None])
-    nearest_KT = distance_KN.topk(min(NEAREST, len(means_NCHW)), largest=False).indices
-    found_KT = (texts_NP[nearest_KT] == texts_NP[own_K][:, None]).all(-1)
-    return Retrieval(
-        precision_at_1=found_KT[:, 0].double().mean().item(),
-        precision_at_10=found_KT.any(1).double().mean().item(),
-        median_rank=statistics.median((1 + (distance_KN < own_distance_K1).sum(1)).tolist()),
-        own_distance=own_distance_K1.mean().item(),
-    )
-
-
 class Captions:
     """Those that pictures are drawn for, evenly from all over the data, and the images to find them among."""
 
@@ -267,7 +235,7 @@ def evaluate(
         losses[row] = image_loss(pipeline.transformer, batches, schedule)
         latents = [draw(pipeline, captions.prompts[group], options, options.seed + group.start) for group in groups]
         retrievals[row] = captions.score(pipeline, torch.cat(latents))
-        print(f"{row}: image loss {losses[row]:.4f}, {retrievals[row]}", file=sys.stderr)
+        print(f"{row}: image loss {losses[row]:.4f}, {retrievals[row].values()}", file=sys.stderr)
     batch = captions.prompts[: options.batch_size]
     spreads = interleaved(
         {row: partial(draw, pipeline, batch, options, 0) for row, pipeline in pipelines.items()},
@@ -299,9 +267,9 @@ def trained_steps(folder: Path) -> int:
 
 
 def metrics(rows: Sequence[Row], ceiling: Retrieval) -> dict[str, float]:
-    values = {f"{AUTOENCODER}_{figure}": value for figure, value in asdict(ceiling).items()}
+    values = {f"{AUTOENCODER}_{figure}": value for figure, value in ceiling.values().items()}
     for row in rows:
-        values |= {f"{row.name}_{figure}": value for figure, value in asdict(row.retrieval).items()}
+        values |= {f"{row.name}_{figure}": value for figure, value in row.retrieval.values().items()}
         values[f"{row.name}_image_loss"] = row.image_loss
         values[f"{row.name}_seconds_per_image"] = row.seconds_per_image.median
         values[f"{row.name}_gflop_per_image"] = row.flops_per_image / 1e9
@@ -313,8 +281,8 @@ def print_table(rows: Sequence[Row], ceiling: Retrieval) -> None:
     print(f"{'':<12}" + "".join(f"{name:>12}" for name in head))
 
     def scores(found: Retrieval) -> str:
-        shares = f"{found.precision_at_1:>12.1%}{found.precision_at_10:>12.1%}"
-        return f"{shares}{found.median_rank:>12.1f}{found.own_distance:>12.4f}"
+        at_1, at_10, rank, distance = found.values().values()
+        return f"{at_1:>12.1%}{at_10:>12.1%}{rank:>12.1f}{distance:>12.4f}"
 
     for row in rows:
         cost = f"{row.seconds_per_image.median:>12.3f}{row.flops_per_image / 1e9:>12.2f}"

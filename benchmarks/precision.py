@@ -14,7 +14,6 @@ The last line on stdout is the metrics as JSON. Exit status 1: the model cannot 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,8 @@ from benchmarks.timing import Spread, seconds
 from madformer.bulk import Prompts
 from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply, refusal
+from madformer.evaluation.extractors import Extractor
+from madformer.evaluation.fidelity import Pictures, fidelity
 from madformer.files.atomic import atomic_path, check_writable
 from madformer.pipeline import MADFormerPipeline
 from madformer.vae import to_uint8
@@ -44,11 +45,9 @@ MODES: dict[str, tuple[str, int]] = {
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a mode drew: latents ``(B, C, H, W)``, pictures ``(B, 3, H, W)`` in [0, 1], seconds of every batch."""
+class Drawn(Pictures):
+    """What a mode drew, and the seconds of every batch."""
 
-    latents: Tensor
-    pictures: Tensor
     seconds: tuple[float, ...]
 
 
@@ -100,29 +99,17 @@ def draw(
     }
 
 
-def psnr(actual: Tensor, expected: Tensor, peak: float) -> float:
-    """Peak signal-to-noise ratio in dB, of all values together; infinite where they are equal."""
-    error = (actual.double() - expected.double()).square().mean().item()
-    return 10 * math.log10(peak**2 / error) if error else math.inf
-
-
-def compare(actual: Drawn, exact: Drawn) -> dict[str, float]:
-    """How far a mode is from ``exact``.
+def compare(actual: Drawn, exact: Drawn, extractor: Extractor | None = None) -> dict[str, float]:
+    """How far a mode is from ``exact``, by the names of :class:`~madformer.evaluation.fidelity.Fidelity`.
 
     Raises:
         CannotCompare: it gave something that is not a number.
     """
-    if not (actual.latents.isfinite().all() and actual.pictures.isfinite().all()):
-        raise CannotCompare("a latent or a pixel is not finite")
-    difference = (actual.latents.double() - exact.latents.double()).abs()
-    pairs = zip(actual.pictures, exact.pictures, strict=True)
-    return {
-        "picture_psnr_db": psnr(actual.pictures, exact.pictures, 1.0),
-        "worst_picture_psnr_db": min(psnr(a, e, 1.0) for a, e in pairs),
-        "latent_psnr_db": psnr(actual.latents, exact.latents, latent_peak(exact)),
-        "largest_latent_difference": difference.max().item(),
-        "mean_latent_difference": difference.mean().item(),
-    }
+    try:
+        found = fidelity(actual, exact, extractor)
+    except FloatingPointError as error:
+        raise CannotCompare(str(error)) from error
+    return {name: value for name, value in asdict(found).items() if value is not None}
 
 
 def latent_peak(exact: Drawn) -> float:

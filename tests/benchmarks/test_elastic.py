@@ -45,24 +45,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return make_command(tmp_path_factory.mktemp("elastic"))
 
 
-def test_own_latents_are_found() -> None:
-    means, texts = torch.randn(30, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(30)[:, None]
-    own = torch.tensor([3, 7, 29])
-    assert elastic.retrieval(means[own], own, means, texts) == elastic.Retrieval(1.0, 1.0, 1, 0.0)
-
-
-def test_retrieval_by_hand() -> None:
-    """Images at 0, 1, ..., 14 on a line of two equal coordinates; those at 1 and 14 have one caption."""
-    means = torch.arange(15.0)[:, None, None, None].expand(-1, 2, 1, 1)
-    texts = torch.stack([torch.arange(15), torch.ones(15, dtype=torch.int64)], dim=1)
-    texts[14] = texts[1]
-    # nearest: its own; the one before it; ten others, of which one has its caption; ten others
-    own, drawn = torch.tensor([5, 9, 14, 13]), torch.tensor([5.25, 8.25, -0.25, -0.25])
-    found = elastic.retrieval(drawn[:, None, None, None].expand(-1, 2, 1, 1), own, means, texts)
-    distance = (0.25**2 + 0.75**2 + 14.25**2 + 13.25**2) / 4
-    assert found == elastic.Retrieval(1 / 4, 3 / 4, (2 + 14) / 2, pytest.approx(distance))
-
-
 @pytest.mark.slow
 def test_from_training_to_the_record(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(command[1]).parent
