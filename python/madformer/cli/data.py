@@ -56,6 +56,7 @@ class Latents(Request):
     vae: str  # autoencoder, a folder or hub id; the one that the model will be trained and sampled with
     image_size: tuple[int, ...]  # pixels: N of a square, or HxW, height x width
     out: Path  # folder for the shards; goes on where it stopped
+    holdout: float = 0.0  # share of the images to leave out, by the hash of their names, so that none is trained on
     flip: bool = True  # encode the mirror images too, for train --flip; without them half the time and half the room
     dtype: Literal["float16", "float32"] = "float16"  # of what is stored; the rounding of float16 is printed at the end
     shard_size: int = 1000  # images of a shard; fewer where many processes share a small data set
@@ -70,12 +71,12 @@ class Latents(Request):
         from madformer.vae import load_vae
 
         rank, world_size = this_process()  # which share nothing but the folder
-        images = open_dataset(self.data, _sides(self.image_size))
+        images = open_dataset(self.data, _sides(self.image_size), holdout=self.holdout)
         vae = load_vae(self.vae, device_of(self.device))
         description = LatentDescription.of(
             images,
             vae,
-            source=self.data,
+            source=self.data + (f", without {self.holdout:g} held out" if self.holdout else ""),
             vae_name=self.vae,
             dtype=self.dtype,
             flips=self.flip,

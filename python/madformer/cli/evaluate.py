@@ -38,7 +38,8 @@ class Evaluate(DrawingOptions):
 
     images: str | None = None  # images to evaluate; or --model, which draws --num-images of them on the way
     reference: str | None = None  # images to compare with, or saved statistics (.npz)
-    training: str | None = None  # images that the model was trained on, --reference being held out: for memorization
+    # images that the model was trained on, for memorization; with --holdout the rest of --reference
+    training: str | None = None
     # names with commas between them: fd, fd-infinity, kid, prdc, is, cmmd, memorization; unless given fd,kid,prdc
     metrics: str | None = None
     # network that compares: efficientnet-lite0, unless given, inception, dinov2 or clip
@@ -47,6 +48,7 @@ class Evaluate(DrawingOptions):
     # preset of all that is not given: emoji-3k, fid-50k, paper-ffhq-8k or paper-imagenet-50k
     protocol: str | None = None
     captions: bool = False  # draw for the captions of the reference, evenly from all over it
+    holdout: float = 0.0  # compare with the part of --reference that a run with this --holdout was not trained on
     num_reference: int | None = None  # how many images of the reference, evenly from all over it; unless given, all
     save_statistics: Path | None = None  # .npz file for mean and covariance of the images, as pytorch-fid writes it
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
@@ -104,6 +106,7 @@ def _check(request: Evaluate) -> None:
         and (request.model is None or request.reference is None),
         "--captions say what to draw: leave out --prompt and --prompts": request.captions
         and bool(request.prompt or request.prompts),
+        "--holdout is of --reference": bool(request.holdout) and request.reference is None,
         "--cache keeps features and --fresh keeps none: give one": request.cache is not None and request.fresh,
     }
     for message, refused in refusals.items():
@@ -131,8 +134,12 @@ def _evaluated(request: Evaluate) -> Evaluation | None:
         request.extractor or "efficientnet-lite0", request.weights, device_of(request.device)
     )
     reference = None if request.reference is None else _reference(request)
-    training = None if request.training is None else evaluation.open_images(request.training)
     metrics = [name for name in (request.metrics or ",".join(METRICS)).split(",") if name]
+    training = None
+    if request.training is not None:
+        training = evaluation.open_images(request.training)
+    elif request.holdout and "memorization" in metrics and request.reference is not None:
+        training = evaluation.open_images(request.reference, holdout=request.holdout, side="training")
     judged = request.reference is not None or request.metrics is not None
     if judged:
         check_metrics(metrics, extractor, reference)
@@ -161,7 +168,7 @@ def _reference(request: Evaluate) -> ImageSet | Statistics:
     from madformer.evaluation import Statistics, open_reference
 
     assert request.reference is not None
-    reference = open_reference(request.reference, request.num_reference)
+    reference = open_reference(request.reference, request.num_reference, holdout=request.holdout)
     if isinstance(reference, Statistics) and request.num_reference is not None:
         raise ValueError(f"--num-reference is of images, and {request.reference} holds statistics alone")
     return reference

@@ -244,8 +244,11 @@ class EmojiSource:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def key(self, index: int) -> str:
+        return self._samples[index].key
+
     def name(self, index: int) -> str:
-        return f"emoji {self._samples[index].key}"
+        return f"emoji {self.key(index)}"
 
     def read(self, index: int) -> RawSample:
         return self._samples[index]

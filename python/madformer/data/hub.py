@@ -95,6 +95,9 @@ class HuggingFaceSource:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def key(self, index: int) -> str:
+        return f"{index:08d}"
+
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
@@ -105,7 +108,7 @@ class HuggingFaceSource:
             raise ValueError("the row has no image")
         data = read_picture(Path(image["path"])) if image["bytes"] is None else check_size(image["bytes"])
         label, caption = self._annotations(row)
-        return RawSample(f"{index:08d}", data, caption, label)
+        return RawSample(self.key(index), data, caption, label)
 
     def summary(self, limit: int) -> fields.DataSummary:
         columns = [column for column in (self.label_column, self.caption_column) if column]

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from madformer.config import MADFormerConfig
 from madformer.data.fields import NO_LABEL, DataSummary
+from madformer.data.holdout import SplitSource
 from madformer.data.hub import HuggingFaceSource, is_saved
 from madformer.data.pixels import UnreadableImageError, decode, to_rgb
 from madformer.data.sources import FolderSource, ShardSource, Source
@@ -42,6 +43,7 @@ def open_dataset(
     *,
     on_error: Literal["raise", "skip"] = "raise",
     max_bad_fraction: float = 0.05,
+    holdout: float = 0.0,
 ) -> ImageDataset:
     """Open a data set of images by name.
 
@@ -60,6 +62,8 @@ def open_dataset(
             width.
         on_error: ``raise`` for an unreadable image, or ``skip``: see :class:`ImageDataset`.
         max_bad_fraction: with ``skip``, the fraction of unreadable samples that is tolerated.
+        holdout: the fraction that is left out, for a model to be evaluated on: see
+            :func:`madformer.data.holdout.is_held_out`.
 
     Raises:
         FileNotFoundError: the source is missing or empty; one line.
@@ -68,6 +72,8 @@ def open_dataset(
             labels that are no class numbers: lists of several classes, say.
     """
     opened = open_source(str(source))
+    if holdout:
+        opened = SplitSource(opened, holdout, "training")
     return ImageDataset(opened, image_size, on_error=on_error, max_bad_fraction=max_bad_fraction)
 
 

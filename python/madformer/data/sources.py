@@ -50,6 +50,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def key(self, index: int) -> str:
+        """What :meth:`read` gives for a key, without reading."""
+
     def name(self, index: int) -> str:
         """What messages call the sample; must not fail on a damaged one."""
 
@@ -73,6 +76,9 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def key(self, index: int) -> str:
+        return self.shards.key(index)
 
     def name(self, index: int) -> str:
         return f"{printable(self.shards.path(index))}:{self.shards.key(index)}"
@@ -199,6 +205,9 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def key(self, index: int) -> str:
+        return printable(self._files[index])
 
     def name(self, index: int) -> str:
         return printable(self.root / self._files[index])

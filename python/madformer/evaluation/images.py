@@ -24,6 +24,7 @@ import madformer.engine
 import madformer.kernels
 from madformer.bulk.folder import MANIFEST, read_manifest
 from madformer.data.emoji import EmojiSource
+from madformer.data.holdout import Side, SplitSource
 from madformer.data.images import open_source
 from madformer.data.pixels import UnreadableImageError, decode
 from madformer.data.sources import RawSample, Source
@@ -268,7 +269,14 @@ class DrawnImages:
             yield from map(Image.fromarray, to_uint8(pixels).cpu().numpy())
 
 
-def open_images(source: str | Path, count: int | None = None, *, spread: bool = False) -> ImageSet:
+def open_images(
+    source: str | Path,
+    count: int | None = None,
+    *,
+    spread: bool = False,
+    holdout: float = 0.0,
+    side: Side = "held out",
+) -> ImageSet:
     """A set of images by name.
 
     Args:
@@ -277,20 +285,28 @@ def open_images(source: str | Path, count: int | None = None, *, spread: bool = 
             its images were drawn is known.
         count: how many of them; None for all.
         spread: take them evenly from all over the source, which may be in an order, and not its first ones.
+        holdout: take the part that a run with this ``--holdout`` did not train on, or with ``side="training"`` the
+            other one; 0 for all.
 
     Raises:
         FileNotFoundError: the source is missing or empty. ImportError: a package for it is.
         ValueError: it is damaged, or has fewer than ``count``; one line.
     """
     name = str(source)
+
+    def split(whole: Source) -> Source:
+        return SplitSource(whole, holdout, side) if holdout else whole
+
     if name.startswith(_EMOJI) and not Path(name).exists():
         size = name.removeprefix(_EMOJI)
         if not (size.isascii() and size.isdecimal()):
             raise ValueError(f"{printable(name)}: the size must be pixels along one side, as in emoji:64")
-        return StoredImages(EmojiSource(int(size)), name, count, spread)
+        return StoredImages(split(EmojiSource(int(size))), name, count, spread)
     if name.endswith(".npz"):
+        if holdout:
+            raise ValueError(f"holdout={holdout} goes by the names of images, and those in {printable(name)} have none")
         return ArrayImages(Path(name), count, spread=spread)
-    return StoredImages(open_source(name), name, count, spread, _how_drawn(Path(name)))
+    return StoredImages(split(open_source(name)), name, count, spread, _how_drawn(Path(name)))
 
 
 def is_statistics(source: str | Path) -> bool:

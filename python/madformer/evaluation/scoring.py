@@ -251,18 +251,22 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: objec
             raise ValueError(f"{name} takes the images of the reference, and {reference.name} holds statistics alone")
 
 
-def open_reference(source: str | Path, count: int | None = None) -> ImageSet | Statistics:
+def open_reference(source: str | Path, count: int | None = None, *, holdout: float = 0.0) -> ImageSet | Statistics:
     """A reference by name: what :func:`open_images` takes, or a file of statistics.
 
     Args:
         count: how many images, taken evenly from all over it, since data sets may be in the order of their classes;
             None for all.
+        holdout: see :func:`open_images`.
 
     Raises:
+        ValueError: ``holdout`` of a file of statistics.
         As :func:`open_images` and :func:`~madformer.evaluation.moments.read_statistics`.
     """
     if not is_statistics(source):
-        return open_images(source, count, spread=True)
+        return open_images(source, count, spread=True, holdout=holdout)
+    if holdout:
+        raise ValueError(f"holdout={holdout} is of images, and {source} holds statistics alone")
     moments, description = read_statistics(Path(source))
     digest = hashlib.sha256(moments.mean_D.tobytes() + moments.covariance_DD.tobytes()).hexdigest()[:16]
     return Statistics(moments, str(source), description.get("hash", digest), description)

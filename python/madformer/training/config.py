@@ -59,6 +59,7 @@ class TrainingConfig:
     lora_targets: str = "qkv,proj,gate_proj,up_proj,down_proj"  # layers of the towers that have adapters, with commas
     # what to learn from: shards of images, latents that madformer data latents wrote, a folder of images, or hf:NAME
     data: str = ""
+    holdout: float = 0.0  # share of the images that are never trained on, by the hash of their names; to evaluate with
     data_order: Literal["uniform", "shards"] = "uniform"  # shards reads in long runs, for disks that seek slowly
     vae: str = "stabilityai/sd-vae-ft-mse"  # the autoencoder (AutoencoderKL) of the latents, a folder or hub id
     image_size: int = 1024  # pixels along the shorter side; the model's grid says how long the other is
@@ -146,6 +147,7 @@ class TrainingConfig:
         require(batch % parts == 0, f"batch_size={batch} must be a multiple of accumulation_steps={parts}")
         warmup, start = self.warmup, self.decay_start
         require(0 <= warmup <= start <= 1, f"warmup={warmup} and decay_start={start} must rise within [0, 1]")
+        require(0 <= self.holdout < 1, f"holdout={self.holdout} must be at least 0, and below 1")
         for name in ("caption_dropout", "label_dropout"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be within [0, 1]")
         adapters, replicated = f"lora_rank={self.lora_rank}", self.parallel not in ("fsdp", "hsdp")

@@ -34,8 +34,19 @@ def open_data(config: TrainingConfig) -> ImageDataset | LatentDataset:
     if not config.data:
         raise ValueError("data='' names no pictures: give a folder, .tar shards or a data set of the hub")
     if holds_latents(config.data):
+        if config.holdout:
+            raise ValueError(
+                f"holdout={config.holdout} is of images, and {config.data} holds latents: "
+                "it is for madformer data latents"
+            )
         return LatentDataset(config.data)
-    return open_dataset(config.data, config.image_shape, on_error="skip", max_bad_fraction=config.max_bad_fraction)
+    return open_dataset(
+        config.data,
+        config.image_shape,
+        on_error="skip",
+        max_bad_fraction=config.max_bad_fraction,
+        holdout=config.holdout,
+    )
 
 
 def fit(config: TrainingConfig, summary: DataSummary, given: Collection[str]) -> TrainingConfig:
