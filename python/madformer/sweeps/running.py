@@ -1,0 +1,129 @@
+"""A sweep from beginning to end, by one process or several, going on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from madformer.arguments import whole_number
+from madformer.evaluation import default_cache
+from madformer.machine import device_of, this_process
+from madformer.sweeps.config import Sweep
+from madformer.sweeps.costs import threads as computing_with
+from madformer.sweeps.folder import SweepFolder, pyarrow_or_why_not
+from madformer.sweeps.pool import Job, run_jobs
+from madformer.sweeps.work import Setup, encoding_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["run_sweep"]
+
+EVERY = 10.0
+"""Seconds between two tables: each is made of all rows."""
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> pyarrow.Table:
+    """Train what is not trained, sample and judge what is not judged, and give the table of all cells.
+
+    Args:
+        out: the sweep's folder. Stopped at any moment, the same call goes on, and loses at most the cells at hand.
+        workers: processes; on GPUs they take them in turn. With one, this process does all of it.
+        threads: of a worker on a CPU. Pictures depend on it by rounding, so it is not taken from the machine.
+        device: as ``madformer sample --device``.
+        cache: where features of the reference are kept; unless given, :func:`madformer.evaluation.default_cache`.
+        progress: show a bar over the cells.
+
+    Raises:
+        ValueError: the folder is of another sweep, or what a model, the reference or the data are refused for; one
+            line. OSError: a file cannot be read or written, or another sweep is at work in the folder.
+        ImportError: a package is missing.
+    """
+    whole_number("workers", workers, 1)
+    whole_number("threads", threads, 1)
+    if this_process()[1] > 1:
+        raise ValueError("a sweep deals the work itself: run it without torchrun, and give it workers")
+    pyarrow_or_why_not()
+    devices = _devices(device_of(device), workers)
+    folder = SweepFolder(out, sweep)
+    setup = Setup(folder.path, sweep.to_dict(), devices, threads, Path(cache or default_cache()), progress)
+    with folder.opened():
+        folder.rows()
+        missing = folder.missing()
+        total, jobs = len(sweep.cells), jobs_of(folder)
+        with (
+            computing_with(threads),
+            tqdm(total=total, initial=total - len(missing), desc="cells", unit="cell", disable=not progress) as bar,
+            _without_bars(workers > 1),
+        ):
+            written = time.monotonic()
+            for job in run_jobs(jobs, setup, workers) if jobs else ():
+                if job.kind == "cell":
+                    bar.update()
+                    if time.monotonic() - written > EVERY:
+                        folder.write_table()
+                        written = time.monotonic()
+        return folder.write_table()
+
+
+def jobs_of(folder: SweepFolder) -> list[Job]:
+    """What a sweep still has to do, with what each waits for."""
+    missing = folder.missing()
+    if not missing:
+        return []
+    jobs = {("reference", ""): Job("reference", "")}
+    for model in dict((cell.model.id, cell.model) for cell in missing).values():
+        if not folder.is_there(model):
+            assert model.config is not None
+            before = [("reference", "")]
+            if (encoding := encoding_of(model.config)) is not None:
+                before.append(("encode", encoding))
+                jobs.setdefault(before[1], Job("encode", encoding, before[:1]))
+            jobs["train", model.id] = Job("train", model.id, before)
+    for cell in missing:
+        before = [("reference", "")]
+        if ("train", cell.model.id) in jobs:
+            before.append(("train", cell.model.id))
+        if cell.guidance is None:
+            jobs.setdefault(("tune", cell.tuning_id), Job("tune", cell.tuning_id, list(before)))
+            before.append(("tune", cell.tuning_id))
+        jobs["cell", cell.id] = Job("cell", cell.id, before)
+    return list(jobs.values())
+
+
+def _devices(device: str, workers: int) -> tuple[str, ...]:
+    if device == "cuda" and workers > 1:
+        return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    return (device,)
+
+
+@contextlib.contextmanager
+def _without_bars(hidden: bool) -> Iterator[None]:
+    """Have processes that are begun within it show no bars: those of several would be one on another."""
+    name = "TQDM_DISABLE"
+    before = os.environ.get(name)
+    if hidden:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if hidden and before is None:
+            del os.environ[name]
+        elif hidden and before is not None:
+            os.environ[name] = before

@@ -1,0 +1,347 @@
+"""What a worker does: encode data, train a model, look for its best guidance, sample and judge a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from madformer.bulk import Prompts, Settings
+from madformer.engine.options import SamplingOptions
+from madformer.engine.precision import PRECISIONS, apply
+from madformer.engine.schedulers import scheduler_class
+from madformer.evaluation import (
+    DrawnImages,
+    Evaluation,
+    Extractor,
+    FeatureSet,
+    ImageSet,
+    Statistics,
+    StoredImages,
+    evaluate,
+    extract,
+    load_extractor,
+    open_reference,
+)
+from madformer.evaluation.evaluate import check_metrics
+from madformer.files.atomic import made, write_json
+from madformer.machine import precision_of
+from madformer.objects import read_object
+from madformer.pipeline import MADFormerPipeline
+from madformer.sweeps.config import HIGHER, LOWER, OWN, Cell, Model, Sweep, is_lower_better
+from madformer.sweeps.costs import PeakMemory, WatchedImages, evaluations_of, flops_per_image
+from madformer.sweeps.folder import SweepFolder
+from madformer.sweeps.tuning import golden_section
+from madformer.training.config import TrainingConfig
+from madformer.training.costs import costs_of
+
+logger = logging.getLogger("madformer.evaluation")
+SHOWN = 8
+"""Pictures of a cell that its report shows."""
+TUNING_SEED = 2**40
+"""Of the first image that guidance is tuned on: no draw that is evaluated has it."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What makes a worker, in its own process.
+
+    Attributes:
+        path: the sweep's folder. values: the sweep's. devices: worker ``k`` computes on number ``k``, and they begin
+            again behind the last. threads: of a worker on a CPU. cache: where features of the reference are kept.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    devices: tuple[str, ...]
+    threads: int
+    cache: Path | None
+    progress: bool
+
+    def __call__(self, number: int) -> Worker:
+        device = self.devices[number % len(self.devices)]
+        if device.startswith("cuda"):
+            # kernels are launched on the current device
+            torch.cuda.set_device(torch.device(device).index or 0)
+        torch.set_num_threads(self.threads)
+        return Worker(SweepFolder(self.path, Sweep.of(self.values)), device, self.cache, progress=self.progress)
+
+
+class Worker:
+    """Does jobs on one device; what several of them need is loaded once."""
+
+    def __init__(self, folder: SweepFolder, device: str, cache: Path | None, *, progress: bool) -> None:
+        self.folder, self.sweep, self.device = folder, folder.sweep, device
+        self.cache, self.progress = cache, progress
+        self.models = {model.id: model for model in self.sweep.all_models}
+        self.cells = {cell.id: cell for cell in self.sweep.cells}
+        self.precision = precision_of(self.sweep.sample.precision, device)
+        self._loaded: tuple[Any, MADFormerPipeline, Settings] | None = None
+
+    def __call__(self, kind: str, name: str) -> None:
+        {"encode": self.encode, "train": self.train, "reference": self.look, "tune": self.tune, "cell": self.measure}[
+            kind
+        ](name)
+
+    # data and training
+
+    def encode(self, name: str) -> None:
+        """Encode the data of the models whose :func:`encoding_of` is ``name``, once for all of them."""
+        from madformer.data.encoding import write_latents
+        from madformer.data.images import ImageDataset
+        from madformer.data.latents import LatentDescription
+        from madformer.training.fitting import open_data
+        from madformer.vae import load_vae
+
+        config = next(m.config for m in self.models.values() if m.config and encoding_of(m.config) == name)
+        images = open_data(config)
+        assert isinstance(images, ImageDataset)
+        vae = load_vae(config.vae, self.device)
+        # what a run would have encoded itself, to the bit
+        description = LatentDescription.of(
+            images, vae, source=config.data, vae_name=config.vae, dtype="float32", flips=config.flip
+        )
+        folder = self.folder.path / "latents" / name
+        write_latents(images, vae.float(), folder, description, progress=self.progress)
+
+    def train(self, name: str) -> None:
+        """Train a model to its last step; a run that was stopped goes on from its newest checkpoint."""
+        from madformer.training.trainer import Trainer
+
+        model = self.models[name]
+        config, folder = model.config, self.folder.training(model)
+        assert config is not None
+        config = dataclasses.replace(config, device=self.device, num_threads=0)
+        if (encoded := encoding_of(config)) is not None:
+            latents = str(self.folder.path / "latents" / encoded)
+            config = dataclasses.replace(config, data=latents, cache_latents=False)
+        trainer = Trainer(config, folder, resume=True, given=model.given)
+        trainer.run()
+        if trainer.stopped_by:
+            # whoever listened to it before the run did is to hear of it
+            signal.raise_signal(trainer.stopped_by)
+            raise KeyboardInterrupt
+        for left_over in folder.glob(".model-*"):
+            shutil.rmtree(left_over)
+        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=made(folder)))
+        try:
+            trainer.pipeline().save_pretrained(temporary)
+            # the run's own model/ is renewed file by file: this one is whole
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            os.chmod(temporary, 0o755)
+            temporary.rename(folder / "model")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    # what pictures are held against
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        judging = self.sweep.evaluate
+        return load_extractor(judging.extractor, judging.weights, self.device)
+
+    @cached_property
+    def reference(self) -> ImageSet | Statistics:
+        judging = self.sweep.evaluate
+        reference = open_reference(judging.reference, judging.num_reference)
+        if isinstance(reference, Statistics) and judging.num_reference is not None:
+            raise ValueError(
+                f"evaluate.num_reference is of images, and {judging.reference} holds statistics alone"
+            )
+        return reference
+
+    @cached_property
+    def reference_features(self) -> FeatureSet | Statistics:
+        if isinstance(self.reference, Statistics):
+            self.reference.check(self.extractor)
+            return self.reference
+        return extract(self.reference, self.extractor, cache=self.cache, progress=self.progress)
+
+    def look(self, name: str) -> None:
+        """Look at the reference, so that what is wrong with it is known before anything is trained or drawn."""
+        metrics = [*self.sweep.evaluate.metrics, *self._tuned_metric]
+        check_metrics(metrics, self.extractor, self.reference)
+        self.reference_features  # noqa: B018 - kept in the cache for the others
+
+    @property
+    def _tuned_metric(self) -> list[str]:
+        return [(LOWER | HIGHER)[self.sweep.tune.metric]] if self.sweep.tune else []
+
+    # sampling
+
+    def pipeline(self, cell: Cell) -> tuple[MADFormerPipeline, Settings]:
+        """The cell's model, ready to be drawn from, and settings of which its own are to be changed."""
+        key = (cell.model.id, cell.scheduler, cell.diffusion_layers)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self._loaded = (key, *self._load(cell))
+        return self._loaded[1:]
+
+    def _load(self, cell: Cell) -> tuple[MADFormerPipeline, Settings]:
+        sample = self.sweep.sample
+        pipeline = MADFormerPipeline.from_pretrained(
+            self.folder.model(cell.model),
+            **({} if sample.vae is None else {"vae": sample.vae}),
+            dtype=torch.float32,
+            vae_dtype=PRECISIONS[self.precision].dtype,
+            device=self.device,
+        )
+        if cell.diffusion_layers is not None:
+            pipeline.transformer.set_split(cell.diffusion_layers)
+        if cell.scheduler != OWN:
+            cls = getattr(diffusers, scheduler_class(cell.scheduler))
+            config = pipeline.scheduler.config
+            # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
+            clamps = "clip_sample" in inspect.signature(cls.__init__).parameters
+            options = {"clip_sample": config.get("clip_sample", False)} if clamps else {}
+            pipeline.scheduler = cls.from_config(config, **options)
+        texts, classes = self._what_to_draw(pipeline)
+        prompts = Prompts.of(pipeline.reader, texts, classes)
+        settings = Settings.of(
+            pipeline, SamplingOptions(), precision=self.precision, batch_size=sample.batch_size, prompts=prompts
+        )
+        pipeline.transformer = apply(pipeline.transformer, self.precision)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline, settings
+
+    def _what_to_draw(self, pipeline: MADFormerPipeline) -> tuple[Sequence[str], Sequence[int]]:
+        """Texts and classes: of the reference those of images evenly from all over it."""
+        config, told = pipeline.transformer.config, self.sweep.sample.prompts
+        if config.text is None and not config.num_classes:
+            if told:
+                raise ValueError("sample.prompts have no place: there is a model that was made without text")
+            return (), ()
+        if told and config.text is not None:
+            return told, ()
+        what = "captions" if config.text is not None else "labels"
+        reference, count = self.reference, self.sweep.evaluate.num_images
+        if isinstance(reference, StoredImages):
+            count = min(count, len(reference))
+            places = [index * len(reference) // count for index in range(count)]
+            texts, classes = list(map(reference.caption, places)), list(map(reference.label, places))
+            if config.text is not None and any(texts):
+                return texts, ()
+            if config.text is None and min(classes) >= 0:
+                return (), classes
+        raise ValueError(f"{self.sweep.evaluate.reference} has no {what} to draw for: give sample.prompts")
+
+    def draw(self, cell: Cell, guidance: float, seed: int, num_images: int, shown: int = 0) -> WatchedImages:
+        """Pictures of a cell, which are drawn as they are asked for."""
+        pipeline, settings = self.pipeline(cell)
+        sampling = self._sampling(cell, guidance)
+        prompts = settings.prompts
+        if sampling.guided and prompts.texts:
+            # what guidance leads away from is part of what the tokenizer is asked
+            prompts = Prompts.of(pipeline.reader, prompts.texts, prompts.labels, guided=True)
+        own = dataclasses.replace(settings, sampling=sampling, seed=seed, prompts=prompts)
+        return WatchedImages(DrawnImages(pipeline, own, num_images, cell.model.label), shown)
+
+    def _sampling(self, cell: Cell, guidance: float) -> SamplingOptions:
+        interval: Any = self.sweep.sample.guidance_interval if guidance > 1 else None
+        return SamplingOptions(cell.steps, guidance, interval, cell.refresh_every)
+
+    def judge(self, images: WatchedImages, metrics: Sequence[str]) -> Evaluation:
+        # what it warns of is in the row, and the same in most
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            return evaluate(images, self.reference_features, self.extractor, metrics=metrics)
+        finally:
+            logger.setLevel(level)
+
+    def tune(self, name: str) -> None:
+        """Look for the best guidance; what was looked at before a kill is not looked at again."""
+        tuning = self.sweep.tune
+        assert tuning is not None
+        cell = next(cell for cell in self.sweep.cells if cell.tuning_id == name)
+        file = self.folder.path / "tuning" / f"{name}.json"
+        found: dict[str, Any] = read_object(file) if file.exists() else {"looked_at": {}}
+        sign = 1 if is_lower_better(tuning.metric) else -1
+
+        def value(guidance: float) -> float:
+            known: dict[str, float] = found["looked_at"]
+            if str(guidance) not in known:
+                count = tuning.num_images or self.sweep.evaluate.num_images
+                judged = self.judge(self.draw(cell, guidance, TUNING_SEED, count), self._tuned_metric)
+                known[str(guidance)] = judged.scores[tuning.metric].value
+                write_json(file, found)
+            return sign * known[str(guidance)]
+
+        found["guidance"], best = golden_section(value, tuning.low, tuning.high, tuning.evaluations)
+        write_json(file, found | {"value": sign * best})
+
+    def guidance(self, cell: Cell) -> float:
+        """A cell's own scale, or the one that was found."""
+        if cell.guidance is not None:
+            return cell.guidance
+        return float(read_object(self.folder.path / "tuning" / f"{cell.tuning_id}.json")["guidance"])
+
+    def measure(self, name: str) -> None:
+        """Draw a cell's pictures, judge them, and write its row."""
+        cell, judging = self.cells[name], self.sweep.evaluate
+        guidance = self.guidance(cell)
+        memory = PeakMemory(torch.device(self.device))
+        images = self.draw(cell, guidance, cell.seed * judging.num_images, judging.num_images, SHOWN)
+        found = self.judge(images, judging.metrics)
+        model = images.drawn_images.pipeline.transformer
+        scheduler, sampling = images.drawn_images.pipeline.scheduler, images.drawn_images.settings.sampling
+        count = evaluations_of(model, scheduler, sampling)
+        row = {
+            "cell": cell.id,
+            "model": cell.model.label,
+            "model_id": cell.model.id,
+            "training_seed": cell.model.seed,
+            "values": dict(cell.model.values),
+            "scheduler": cell.scheduler,
+            "steps": cell.steps,
+            "guidance": guidance,
+            "guidance_tuned": cell.guidance is None,
+            "refresh_every": cell.refresh_every,
+            "diffusion_layers": model.config.diffusion_layers,
+            "sampling_seed": cell.seed,
+            "weights": f"{images.drawn['model']} {images.drawn['vae']}",
+            "scores": {name: score.to_dict() for name, score in found.scores.items()},
+            "costs": {
+                "nfe_steps": count.steps,
+                "nfe_layers": count.layers,
+                "flops_per_image": flops_per_image(model, count, guided=sampling.guided),
+                "seconds_per_image": images.seconds_per_image,
+                "peak_memory_bytes": memory.read(),
+                "parameters": sum(weight.numel() for weight in model.parameters()),
+                "training_flops": _training_flops(cell.model),
+            },
+            "warnings": list(found.warnings),
+        }
+        self.folder.write(cell, row, images.first)
+
+
+def _training_flops(model: Model) -> int | None:
+    config = model.config
+    return None if config is None else costs_of(config).flops * config.batch_size * config.steps
+
+
+def encoding_of(config: TrainingConfig) -> str | None:
+    """What a run's data are encoded under; None where they are latents, or the run begins with another's weights.
+
+    Of the latter the model says what size of pictures it takes, and it is not loaded yet.
+    """
+    from madformer.data.latents import holds_latents
+
+    if not config.data or config.init_from or holds_latents(config.data):
+        return None
+    how = [config.data, config.vae, config.image_shape, config.flip]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
