@@ -15,8 +15,11 @@ from typing import Any, get_args, get_type_hints
 from madformer.objects import parse_object, unique
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, option: str = "--config ") -> dict[str, Any]:
     """What a file says.
+
+    Args:
+        option: that names it, for messages.
 
     Raises:
         OSError: it cannot be read. ValueError: it is of another kind, or holds something else; both name the file.
@@ -24,7 +27,7 @@ def read(path: Path) -> dict[str, Any]:
     readers: dict[str, Callable[[str], Any]]
     readers = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": parse_object}
     if path.suffix not in readers:
-        raise ValueError(f"--config {path} must end in {', '.join(readers)}")
+        raise ValueError(f"{option}{path} must end in {', '.join(readers)}")
     try:
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):

@@ -21,8 +21,10 @@ from madformer.cli.evaluate import Evaluate
 from madformer.cli.export import Export
 from madformer.cli.info import Info
 from madformer.cli.process import exit_status, output_is_closed, settle_streams, terminable
+from madformer.cli.report import Report
 from madformer.cli.request import OPTIONS, Request, refuse, refusing
 from madformer.cli.sample import Sample
+from madformer.cli.sweep import SweepRequest
 from madformer.cli.train import Train
 from madformer.files.atomic import file_locks
 from madformer.objects import with_nearest
@@ -48,6 +50,8 @@ class Completion(Request):
 COMMANDS: dict[str, tuple[type[Request], str]] = {
     "sample": (Sample, "draw images from a model"),
     "evaluate": (Evaluate, "say how good images are, a folder's or a model's"),
+    "sweep": (SweepRequest, "train, sample and judge a grid of models and settings"),
+    "report": (Report, "make one page of a sweep: figures, samples and its table"),
     "train": (Train, "train a model"),
     "data emoji": (Emoji, "render Noto Color Emoji"),
     "data latents": (Latents, "encode images once, so that training needs no VAE"),

@@ -103,15 +103,16 @@ def _embed_flops(config: MADFormerConfig) -> int:
 
 @dataclass
 class WatchedImages:
-    """What a pipeline draws, with the time that it takes, and the first pictures kept.
+    """What a pipeline draws, with the time that it takes, and a few pictures kept.
 
     Attributes:
-        shown: how many are kept in ``first``. batches: seconds and number of images of each batch.
+        shown: how many are kept, evenly from all over them. kept: those, by their numbers.
+        batches: seconds and number of images of each batch.
     """
 
     drawn_images: DrawnImages
     shown: int = 0
-    first: list[Image.Image] = field(default_factory=list)
+    kept: dict[int, Image.Image] = field(default_factory=dict)
     batches: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -126,8 +127,10 @@ class WatchedImages:
         return len(self.drawn_images)
 
     def parts(self) -> Iterator[Part]:
+        first = 0
         for part in self.drawn_images.parts():
-            yield Part(part.key, part.count, functools.partial(self._watch, part))
+            yield Part(part.key, part.count, functools.partial(self._watch, part, first))
+            first += part.count
 
     @property
     def seconds_per_image(self) -> float:
@@ -135,17 +138,18 @@ class WatchedImages:
         size = max(count for _, count in self.batches)
         return median(seconds / count for seconds, count in self.batches if count == size)
 
-    def _watch(self, part: Part) -> Iterator[Image.Image]:
+    def _watch(self, part: Part, start: int) -> Iterator[Image.Image]:
         images, size = part.images(), self.drawn_images.settings.batch_size
+        places = {index * len(self) // self.shown for index in range(min(self.shown, len(self)))}
         for first in range(0, part.count, size):
             count, seconds = min(size, part.count - first), 0.0
-            # the first of a batch waits for all of it
-            for _ in range(count):
+            for index in range(start + first, start + first + count):
+                # the first of a batch waits for all of it
                 begun = time.perf_counter()
                 image = next(images)
                 seconds += time.perf_counter() - begun
-                if len(self.first) < self.shown:
-                    self.first.append(image)
+                if index in places:
+                    self.kept[index] = image
                 yield image
             self.batches.append((seconds, count))
 

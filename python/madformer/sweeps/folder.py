@@ -1,7 +1,7 @@
 """A sweep's folder: what it is of, a file a cell, and the table that they make.
 
 ``sweep.json`` says what the sweep is. ``cells/ID.json`` is a row, which is there when its cell is done, and
-``cells/ID.webp`` shows its first pictures. ``models/ID/`` holds a training run and, once it is at its end, ``model/``.
+``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, ``model/``.
 ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is made of the rows.
 """
 
@@ -127,7 +127,7 @@ class SweepFolder:
         write_json(self._file(cell, "json"), row)
 
     def pictures(self, cell: Cell) -> bytes | None:
-        """The first pictures of a cell, beside each other, as WebP."""
+        """Some pictures of a cell, beside each other, as WebP."""
         file = self._file(cell, "webp")
         return file.read_bytes() if file.is_file() else None
 
@@ -172,7 +172,7 @@ def scores_of(row: Mapping[str, Any]) -> dict[str, Score]:
 
 def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table: figures as ``NAME``, ``NAME_low`` and so on, and the protocol, which they have in common."""
-    told = {name: value for name, value in row.items() if name not in ("scores", "values", "costs")}
+    told = {name: value for name, value in row.items() if name not in ("scores", "values", "costs", "shown")}
     told |= {f"train.{name}": value for name, value in row["values"].items()}
     protocol: dict[str, Any] = {}
     for name, score in scores_of(row).items():
@@ -213,7 +213,7 @@ def _plain(value: Any) -> Any:
 
 
 def _strip(pictures: Sequence[Image.Image], side: int = 128) -> bytes:
-    """Beside each other, none larger than ``side``, without loss where they are as small as that."""
+    """Beside each other, none larger than ``side``."""
     small = [image.copy() for image in pictures]
     for image in small:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -222,5 +222,5 @@ def _strip(pictures: Sequence[Image.Image], side: int = 128) -> bytes:
     for index, image in enumerate(small):
         strip.paste(image, (index * width, 0))
     buffer = io.BytesIO()
-    strip.save(buffer, "WEBP", lossless=max(pictures[0].size) <= side // 2, quality=80)
+    strip.save(buffer, "WEBP", quality=85)
     return buffer.getvalue()

@@ -103,8 +103,7 @@ class _Pool:
                     connection.send(job.key)
                 self.busy[connection] = job
             assert self.busy, "jobs wait for one another"
-            for connection in wait(list(self.busy)):
-                assert isinstance(connection, Connection)
+            for connection in [one for one in wait(list(self.busy)) if isinstance(one, Connection)]:
                 job = self.busy.pop(connection)
                 try:
                     error = connection.recv()

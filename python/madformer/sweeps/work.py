@@ -38,6 +38,7 @@ from madformer.evaluation import (
     open_reference,
 )
 from madformer.evaluation.evaluate import check_metrics
+from madformer.evaluation.uncertainty import groups_of
 from madformer.files.atomic import made, write_json
 from madformer.machine import precision_of
 from madformer.objects import read_object
@@ -175,6 +176,10 @@ class Worker:
         """Look at the reference, so that what is wrong with it is known before anything is trained or drawn."""
         metrics = [*self.sweep.evaluate.metrics, *self._tuned_metric]
         check_metrics(metrics, self.extractor, self.reference)
+        if set(metrics) != {"prdc"}:
+            # intervals, of which there are none of a few images; the error says how many it takes
+            for count in filter(None, (self.sweep.evaluate.num_images, self.sweep.tune and self.sweep.tune.num_images)):
+                groups_of(count, 0)
         self.reference_features  # noqa: B018 - kept in the cache for the others
 
     @property
@@ -193,9 +198,10 @@ class Worker:
 
     def _load(self, cell: Cell) -> tuple[MADFormerPipeline, Settings]:
         sample = self.sweep.sample
+        parts: dict[str, Any] = {} if sample.vae is None else {"vae": sample.vae}
         pipeline = MADFormerPipeline.from_pretrained(
             self.folder.model(cell.model),
-            **({} if sample.vae is None else {"vae": sample.vae}),
+            **parts,
             dtype=torch.float32,
             vae_dtype=PRECISIONS[self.precision].dtype,
             device=self.device,
@@ -325,8 +331,14 @@ class Worker:
                 "training_flops": _training_flops(cell.model),
             },
             "warnings": list(found.warnings),
+            "shown": [_caption(images.drawn_images.settings.prompts, index) for index in images.kept],
         }
-        self.folder.write(cell, row, images.first)
+        self.folder.write(cell, row, list(images.kept.values()))
+
+
+def _caption(prompts: Prompts, index: int) -> str:
+    entry = prompts.entry(index)
+    return str(entry.get("prompt", f"class {entry['labels']}" if "labels" in entry else ""))
 
 
 def _training_flops(model: Model) -> int | None:
