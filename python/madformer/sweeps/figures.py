@@ -100,8 +100,8 @@ def _figure(legend: int, ink: str) -> tuple[Figure, Axes]:
     except ImportError as error:
         raise ImportError(f"figures need matplotlib: pip install 'madformer[evaluation]' ({first_line(error)})") from error
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    with matplotlib.rc_context(dict.fromkeys(names, ink) | {"font.size": 9}):
-        figure = Figure(figsize=(4.8, 3.1 + 0.17 * legend), layout="constrained")
+    with matplotlib.rc_context(dict.fromkeys(names, ink) | {"font.size": 10}):
+        figure = Figure(figsize=(4.7, 3.2 + 0.19 * legend), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(alpha=0.18)
         axes.patch.set_alpha(0)
@@ -110,7 +110,7 @@ def _figure(legend: int, ink: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, ink: str) -> None:
-    figure.legend(loc="outside lower left", frameon=False, labelcolor=ink, fontsize=8)
+    figure.legend(loc="outside lower left", frameon=False, labelcolor=ink, fontsize=9)
 
 
 def styles(shown: Sequence[Line]) -> list[dict[str, Any]]:

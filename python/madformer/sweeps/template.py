@@ -26,7 +26,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { max-width: 46rem; } p, .note { color: var(--faint); margin: .3rem 0 .8rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 22rem)), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; margin: 0; min-width: 0; }
 .card h3 { font-size: .95rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
 .card svg { max-width: 100%; height: auto; display: block; margin: 0 auto; }
@@ -50,7 +50,7 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; min-width: 
 {% for line in warnings %}<p>{{ line }}.</p>{% endfor %}
 
 <h2>Quality against cost</h2>
-<div class="figures">
+<div class="figures" style="--least: {{ "22rem" if figures | length == 3 else "27rem" }}">
 {% for heading, svg in figures %}<figure class="card"><h3>{{ heading }}</h3>{{ svg | safe }}</figure>
 {% endfor %}</div>
 

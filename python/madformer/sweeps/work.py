@@ -328,7 +328,7 @@ class Worker:
                 "seconds_per_image": images.seconds_per_image,
                 "peak_memory_bytes": memory.read(),
                 "parameters": sum(weight.numel() for weight in model.parameters()),
-                "training_flops": _training_flops(cell.model),
+                "training_flops": _training_flops(cell.model, self.folder.training(cell.model)),
             },
             "warnings": list(found.warnings),
             "shown": [_caption(images.drawn_images.settings.prompts, index) for index in images.kept],
@@ -341,9 +341,12 @@ def _caption(prompts: Prompts, index: int) -> str:
     return str(entry.get("prompt", f"class {entry['labels']}" if "labels" in entry else ""))
 
 
-def _training_flops(model: Model) -> int | None:
-    config = model.config
-    return None if config is None else costs_of(config).flops * config.batch_size * config.steps
+def _training_flops(model: Model, folder: Path) -> int | None:
+    """Of all its steps; the run's own configuration is what the data made of the model's."""
+    if model.config is None:
+        return None
+    config = TrainingConfig.of_run(folder)
+    return costs_of(config).flops * config.batch_size * config.steps
 
 
 def encoding_of(config: TrainingConfig) -> str | None:
