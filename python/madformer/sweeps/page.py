@@ -197,7 +197,7 @@ def _setting(value: Any) -> Entry:
 
 
 def _protocols(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Of each figure the fields of its protocol; those that differ from row to row say so."""
+    """The fields of the figures' protocols: those that all have alike, then each one's own."""
     found: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
         for name, score in scores_of(row).items():
@@ -205,10 +205,15 @@ def _protocols(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[
                 values = found.setdefault(name, {}).setdefault(field, [])
                 if value not in values:
                     values.append(value)
-    return [
-        (name, [(field, _told(values)) for field, values in fields.items() if values != [None] and field != "metric"])
+    first = next(iter(found.values()))
+    alike = [field for field in first if all(fields.get(field) == first[field] for fields in found.values())]
+    told = {
+        name: [(f, _told(values)) for f, values in fields.items() if values not in ([None], [""]) and f != "metric"]
         for name, fields in found.items()
-    ]
+    }
+    own = [(name, [entry for entry in entries if entry[0] not in alike]) for name, entries in told.items()]
+    common = next(iter(told.values()))
+    return [("all figures", [e for e in common if e[0] in alike]), *((name, entries) for name, entries in own if entries)]
 
 
 def _told(values: Sequence[Any]) -> str:
