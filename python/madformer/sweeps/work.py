@@ -37,7 +37,7 @@ from madformer.evaluation import (
     load_extractor,
     open_reference,
 )
-from madformer.evaluation.evaluate import check_metrics
+from madformer.evaluation.scoring import check_metrics
 from madformer.evaluation.uncertainty import groups_of
 from madformer.files.atomic import made, write_json
 from madformer.machine import precision_of
