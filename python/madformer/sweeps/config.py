@@ -133,7 +133,7 @@ class Judging:
     metrics: tuple[str, ...] = ("kid",)  # names of madformer evaluate --metrics
     extractor: str = "efficientnet-lite0"  # network that compares
     weights: str | None = None  # its weights
-    num_reference: int | None = None  # how many images of the reference, the first ones; unless given, all
+    num_reference: int | None = None  # how many images of the reference, evenly from all over it; unless given, all
 
     def __post_init__(self) -> None:
         check_types(self, "evaluate.")

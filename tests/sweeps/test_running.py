@@ -1,0 +1,289 @@
+"""A small sweep from beginning to end: its rows, what is refused, and that stopping it anywhere changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+
+from madformer.cli.main import main
+from madformer.evaluation import evaluate, open_images
+from madformer.evaluation.extractors import EXTRACTORS
+from madformer.files import atomic
+from madformer.files.atomic import locked
+from madformer.pipeline import MADFormerPipeline
+from madformer.sweeps import Sweep, SweepFolder, run_sweep, work
+from madformer.sweeps.folder import UNEQUAL
+from tests.helpers import environment
+from tests.helpers.evaluation_cases import pictures, tiny_extractor, write_folder
+from tests.helpers.sweep_cases import make_world, sweep_values
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extractor() -> Iterator[None]:
+    EXTRACTORS["tiny"] = lambda weights, device: tiny_extractor()
+    yield
+    del EXTRACTORS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def swept(world: Path) -> Path:
+    """A sweep with a given model and one that is trained."""
+    run(Sweep.of(small(world)), world / "swept", world)
+    return world / "swept"
+
+
+def small(world: Path, **changes: Any) -> dict[str, Any]:
+    values = sweep_values(world)
+    values["train"]["seeds"] = [0]
+    return values | changes
+
+
+def given(world: Path, **changes: Any) -> dict[str, Any]:
+    """Of nothing to train."""
+    values = small(world, **changes)
+    del values["train"]
+    return values
+
+
+def run(sweep: Sweep, out: Path, world: Path, **options: Any) -> Rows:
+    return run_sweep(sweep, out, device="cpu", cache=world / "cache", progress=False, **options).to_pylist()
+
+
+def equal_part(rows: Rows) -> Rows:
+    return [{name: value for name, value in row.items() if name not in UNEQUAL} for row in rows]
+
+
+def test_rows(swept: Path, world: Path) -> None:
+    rows = pyarrow.parquet.read_table(swept / "table.parquet").to_pylist()
+    assert [(row["model"].rpartition("/")[2], row["steps"], row["guidance"]) for row in rows] == [
+        (model, steps, scale) for model in ("model", "diffusion_layers=1") for steps in (1, 2) for scale in (1.0, 2.0)
+    ]
+    assert [row["nfe_steps"] for row in rows] == 2 * [1, 2, 2, 4]
+    assert [row["training_seed"] for row in rows] == 4 * [None] + 4 * [0]
+    assert [row["train.model.diffusion_layers"] for row in rows] == 4 * [None] + 4 * [1]
+    for row in rows:
+        assert row["kid_low"] < row["kid"] < row["kid_high"]
+        assert 0 < row["seconds_per_image"] < 60
+        assert row["peak_memory_bytes"] > 1e7
+        assert row["protocol.num_images"] == 40
+        assert row["protocol.steps"] == row["steps"]
+        assert row["protocol.guidance"] == row["guidance"]
+    assert [row["training_flops"] is None for row in rows] == 4 * [True] + 4 * [False]
+    # a figure is that of the pictures that the pipeline draws for the captions of the reference
+    pipeline = MADFormerPipeline.from_pretrained(world / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn: list[Any] = []
+    for first in range(0, 40, 16):
+        texts = [f"number {index}" for index in range(first, min(first + 16, 40))]
+        drawn += pipeline(texts, num_inference_steps=2, guidance_scale=2.0, seed=first, output_type="pil").images
+    folder = world / "drawn"
+    folder.mkdir()
+    for index, image in enumerate(drawn):
+        image.save(folder / f"{index:03}.png")
+    found = evaluate(
+        open_images(folder), open_images(world / "pictures"), tiny_extractor(), metrics=["fd"], cache=None
+    )
+    assert rows[3]["fd"] == pytest.approx(found.scores["fd"].value, rel=1e-5)
+
+
+def test_data_are_encoded_once_and_models_are_kept(swept: Path) -> None:
+    assert len(list((swept / "latents").iterdir())) == 1
+    (training,) = (swept / "models").iterdir()
+    assert json.loads((training / "config.json").read_text())["data"].startswith(str(swept / "latents"))
+    assert (training / "model" / "model_index.json").is_file()
+
+
+def test_another_sweep_is_refused_and_a_longer_one_goes_on(
+    swept: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(swept, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    judging, training = small(world)["evaluate"], small(world)["train"]
+    for changes, message in (
+        ({"evaluate": judging | {"num_images": 41}}, "evaluate.num_images=40, not 41"),
+        ({"sample": {"batch_size": 2}}, "sample.batch_size=16, not 2"),
+        ({"train": training | {"fields": training["fields"] | {"steps": 4}}}, "train.fields.steps=3, not 4"),
+        ({"tune": {}, "sample": {"precision": "exact", "batch_size": 16}}, "tune.low='absent', not 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(Sweep.of(small(world, **changes)), out, world)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # more of an axis adds cells, and none that is there is drawn again
+    measured: list[str] = []
+    measure = work.Worker.measure
+    monkeypatch.setattr(work.Worker, "measure", lambda self, name: (measured.append(name), measure(self, name))[1])
+    longer = given(world)
+    longer["train"] = training
+    longer["sample"] = longer["sample"] | {"steps": [1, 3, 2], "guidance": [1]}
+    rows = run(Sweep.of(longer), out, world)
+    assert [row["steps"] for row in rows] == 2 * [1, 3, 2]
+    assert measured == [row["cell"] for row in rows if row["steps"] == 3]
+
+
+def test_two_sweeps_do_not_share_a_folder(swept: Path, world: Path) -> None:
+    with locked(swept / ".lock-0"), pytest.raises(OSError, match="another process is filling"):
+        run(Sweep.of(small(world)), swept, world)
+
+
+def test_a_model_that_has_changed_is_refused(world: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    values = given(world, models=[str(model)])
+    run(Sweep.of(values | {"sample": values["sample"] | {"steps": [1]}}), tmp_path / "out", world)
+    shutil.rmtree(model)
+    (trained,) = (world / "swept" / "models").iterdir()
+    shutil.copytree(trained / "model", model)
+    with pytest.raises(ValueError, match="has become another model since some of its cells were done"):
+        run(Sweep.of(values), tmp_path / "out", world)
+
+
+def test_stopping_it_changes_nothing(
+    swept: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between writing the model, rows and pictures of cells, and between evaluations."""
+    out, stops = tmp_path / "out", random.Random(0)
+    replace, left = atomic.os.replace, 0
+
+    def stopping(source: Any, target: Any) -> None:
+        nonlocal left
+        if str(target).startswith(str(out)):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", stopping)
+    for _ in range(3):
+        left = stops.randint(1, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(Sweep.of(small(world)), out, world)
+    left = 1000
+    found = equal_part(run(Sweep.of(small(world)), out, world))
+    expected = equal_part(pyarrow.parquet.read_table(swept / "table.parquet").to_pylist())
+    assert found == expected
+    assert not [path for path in out.rglob(".*") if not path.name.startswith(".lock")]
+
+
+def test_a_full_disk_is_one_line(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "sweep.json", tmp_path / "out"
+    file.write_text(json.dumps(given(world)))
+    words = ["sweep", str(file), "--out", str(out), "--device", "cpu", "--json", "--cache", str(world / "cache")]
+    write_bytes = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if ".webp." in self.name and len(list(out.glob("cells/*.json"))) == 2:
+            write_bytes(self, data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"madformer sweep: error: cannot write {out}/cells/")
+    assert line.endswith("No space left on device")
+    assert len([path for path in (out / "cells").iterdir() if path.suffix == ".json"]) == 2
+    assert not list((out / "cells").glob(".*"))
+    assert main(words) == 0
+    assert pyarrow.parquet.read_table(out / "table.parquet").num_rows == 4
+
+
+def test_guidance_is_tuned_on_pictures_of_its_own(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = given(world, tune={"metric": "fd", "low": 1.0, "high": 5.0, "evaluations": 4})
+    values["sample"] = {"steps": 1, "seeds": [0, 1], "batch_size": 16, "precision": "exact"}
+    drawn: list[tuple[float, int]] = []
+    draw = work.Worker.draw
+
+    def noted(self: Any, cell: Any, guidance: float, seed: int, *rest: Any) -> Any:
+        drawn.append((guidance, seed))
+        return draw(self, cell, guidance, seed, *rest)
+
+    monkeypatch.setattr(work.Worker, "draw", noted)
+    rows = run(Sweep.of(values), tmp_path / "out", world)
+    tuning, cells = drawn[:4], drawn[4:]
+    assert {seed for _, seed in tuning} == {work.TUNING_SEED}
+    assert len({guidance for guidance, _ in tuning}) == 4
+    # once for both draws, which have pictures of seeds of their own
+    (file,) = (tmp_path / "out" / "tuning").iterdir()
+    found = json.loads(file.read_text())
+    best = min(found["looked_at"], key=found["looked_at"].__getitem__)
+    assert cells == [(float(best), 0), (float(best), 40)]
+    assert [row["guidance"] for row in rows] == 2 * [float(best)]
+    assert all(row["guidance_tuned"] for row in rows)
+    assert rows[0]["fd"] != rows[1]["fd"]
+
+
+def test_too_few_images_are_told_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:
+    few = small(world, evaluate=small(world)["evaluate"] | {"num_images": 30})
+    with pytest.raises(ValueError, match="30 images are too few for an interval"):
+        run(Sweep.of(few), tmp_path / "out", world)
+    write_folder(tmp_path / "bare", pictures(40))
+    bare = given(world, evaluate=small(world)["evaluate"] | {"reference": str(tmp_path / "bare")})
+    with pytest.raises(ValueError, match="has no captions to draw for: give sample.prompts"):
+        run(Sweep.of(bare), tmp_path / "out", world)
+    assert not SweepFolder(tmp_path / "out", Sweep.of(bare)).rows()
+
+
+# processes of their own
+
+
+def command(values: dict[str, Any], folder: Path, world: Path, *options: str) -> list[str]:
+    file = folder / "sweep.json"
+    file.write_text(json.dumps(values))
+    words = ["sweep", str(file), "--out", str(folder / "out"), "--device", "cpu", "--cache", str(world / "cache")]
+    return [sys.executable, "-m", "tests.helpers.sweep_cases", *words, *options]
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_with_the_same_table(swept: Path, world: Path, tmp_path: Path) -> None:
+    words, moments = command(small(world), tmp_path, world), random.Random(time.time())
+    run_of = {"env": environment(OMP_NUM_THREADS="1"), "stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    begun = time.monotonic()
+    whole = command(small(world), tmp_path, world)
+    whole[whole.index("--out") + 1] = str(tmp_path / "whole")
+    subprocess.run(whole, check=True, timeout=300, **run_of)  # type: ignore[call-overload]
+    taken = time.monotonic() - begun
+    for _ in range(3):
+        process = subprocess.Popen(words, **run_of)  # type: ignore[call-overload]
+        time.sleep(taken * moments.uniform(0.2, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(words, check=True, timeout=300, **run_of)  # type: ignore[call-overload]
+    found, expected = (
+        equal_part(pyarrow.parquet.read_table(folder / "table.parquet").to_pylist())
+        for folder in (tmp_path / "out", swept)
+    )
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_table_of_one(swept: Path, world: Path, tmp_path: Path) -> None:
+    words = command(small(world), tmp_path, world, "--workers", "2")
+    subprocess.run(words, check=True, timeout=400, env=environment(OMP_NUM_THREADS="1"))
+    found, expected = (
+        equal_part(pyarrow.parquet.read_table(folder / "table.parquet").to_pylist())
+        for folder in (tmp_path / "out", swept)
+    )
+    assert found == expected
