@@ -54,9 +54,9 @@ def sweep_values(world: Path, **changes: Any) -> dict[str, Any]:
         "train": {
             "preset": "tiny", "seeds": [0, 1], "fields": training, "grid": {"model": {"diffusion_layers": [1]}}
         },
-        "sample": {"steps": [1, 2], "guidance": [1, 2.0], "batch_size": 16, "precision": "exact"},
+        "sample": {"steps": [1, 2], "guidance": [1, 2.0], "batch_size": 4, "precision": "exact"},
         "evaluate": {
-            "reference": str(world / "pictures"), "num_images": 40, "extractor": "tiny", "metrics": ["kid", "fd"]
+            "reference": str(world / "pictures"), "num_images": 8, "extractor": "tiny", "metrics": ["fd", "prdc"]
         },
     }  # fmt: skip
     return values | changes

@@ -156,7 +156,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_page_says_what_there_is(tmp_path: Path) -> None:
     folder = write(tmp_path / "sweep", count=7)
     text = write_report(folder.path).read_text()
-    assert "7 of 20 cells" in text
+    assert "7 of 40 cells" in text
     rows = re.findall(r"<tr>(.*?)</tr>", text[text.index('id="cells"') : text.index("<h2>Protocol")], re.DOTALL)
     sorted_by = [re.findall(r'data-sort="([^"]*)"', row) for row in rows[1:]]
     assert len(sorted_by) == 7

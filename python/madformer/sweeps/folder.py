@@ -1,7 +1,7 @@
 """A sweep's folder: what it is of, a file a cell, and the table that they make.
 
 ``sweep.json`` says what the sweep is. ``cells/ID.json`` is a row, which is there when its cell is done, and
-``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, ``model/``.
+``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, ``finished/``, a pipeline.
 ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is made of the rows.
 """
 
@@ -94,7 +94,7 @@ class SweepFolder:
 
     def model(self, model: Model) -> str:
         """Folder or hub id to load a model from; one that is trained here may not be there yet."""
-        return model.source or str(self.training(model) / "model")
+        return model.source or str(self.training(model) / "finished")
 
     def training(self, model: Model) -> Path:
         """Where a model is trained."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -155,13 +156,12 @@ def _serve(connection: Connection, make: Make, number: int) -> None:
 
 
 def _send(connection: Connection, error: BaseException | None) -> None:
-    try:
-        connection.send(error)
-    except BrokenPipeError:
-        raise
-    except Exception:  # an error that cannot be pickled
-        assert error is not None
-        connection.send(RuntimeError("".join(traceback.format_exception(error))))
+    if error is not None:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # of any type, where an error cannot be pickled
+            error = RuntimeError("".join(traceback.format_exception(error)))
+    connection.send(error)
 
 
 def _end_with_parent() -> None:

@@ -135,7 +135,7 @@ def _welch(first: Sequence[float], second: Sequence[float]) -> Estimate:
     variances = [float(np.var(side, ddof=1)) / len(side) for side in (first, second)]
     counts = [len(first) - 1, len(second) - 1]
     weight = sum(v**2 / n for v, n in zip(variances, counts, strict=True))
-    degrees = max(1, math.floor(sum(variances) ** 2 / weight)) if weight else min(counts)
+    degrees = max(1, math.floor(sum(variances) ** 2 / weight + 1e-9)) if weight else min(counts)
     how = f"{len(first)} and {len(second)} training seeds"
     value = float(np.mean(second) - np.mean(first))
     return Estimate.around(value, math.sqrt(sum(variances)), how, degrees=degrees)

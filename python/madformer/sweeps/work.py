@@ -38,8 +38,7 @@ from madformer.evaluation import (
     open_reference,
 )
 from madformer.evaluation.scoring import check_metrics
-from madformer.evaluation.uncertainty import groups_of
-from madformer.files.atomic import made, write_json
+from madformer.files.atomic import write_json
 from madformer.machine import precision_of
 from madformer.objects import read_object
 from madformer.pipeline import MADFormerPipeline
@@ -136,15 +135,15 @@ class Worker:
             # whoever listened to it before the run did is to hear of it
             signal.raise_signal(trainer.stopped_by)
             raise KeyboardInterrupt
-        for left_over in folder.glob(".model-*"):
+        finished = Path(self.folder.model(model))
+        for left_over in folder.glob(f".{finished.name}-*"):
             shutil.rmtree(left_over)
-        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=made(folder)))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{finished.name}-", dir=folder))
         try:
+            # the run's own model/ is there after its first checkpoint, and renewed file by file: this one is whole
             trainer.pipeline().save_pretrained(temporary)
-            # the run's own model/ is renewed file by file: this one is whole
-            shutil.rmtree(folder / "model", ignore_errors=True)
             os.chmod(temporary, 0o755)
-            temporary.rename(folder / "model")
+            temporary.rename(finished)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -176,10 +175,6 @@ class Worker:
         """Look at the reference, so that what is wrong with it is known before anything is trained or drawn."""
         metrics = [*self.sweep.evaluate.metrics, *self._tuned_metric]
         check_metrics(metrics, self.extractor, self.reference)
-        if set(metrics) != {"prdc"}:
-            # intervals, of which there are none of a few images; the error says how many it takes
-            for count in filter(None, (self.sweep.evaluate.num_images, self.sweep.tune and self.sweep.tune.num_images)):
-                groups_of(count, 0)
         self.reference_features  # noqa: B018 - kept in the cache for the others
 
     @property
