@@ -53,9 +53,7 @@ def test_evaluations_by_hand(
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("refresh", [1, 2])
-def test_evaluations_are_what_the_engine_runs(
-    guidance: float, refresh: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_are_what_the_engine_runs(guidance: float, refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(**SPLIT, text=TextConfig(11, 3))
     model, tokens = MADFormer(config), 0
     forward = TransformerLayer.forward

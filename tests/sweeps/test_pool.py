@@ -35,7 +35,7 @@ def test_an_error_of_a_worker_is_its_own(tmp_path: Path) -> None:
         ("refuse", ValueError, "^no such thing$"),
         ("full", OSError, "No space left on device"),
         ("odd", RuntimeError, "a lambda's own error"),
-        ("die", RuntimeError, "ended with status -9 at a die: if memory ran out, take fewer workers"),
+        ("die", ChildProcessError, "ended with status -9 at a die: if memory ran out, take fewer workers"),
     ):
         # the other would take an hour
         with pytest.raises(kind, match=message):

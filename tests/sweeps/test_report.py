@@ -136,7 +136,10 @@ def test_the_page_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(one.startswith(("data:image/webp;base64,", "#")) for one in page.loaded)
     assert not re.search(r"@import|url\((?!['\"]?#)|<link|<iframe|fetch\(|import\(", text)
     # names of what SVG is, which are not fetched, are all of the web's addresses
-    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<)]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     names = [attributes.get("name") for tag, attributes in page.tags if tag == "meta"]
     assert "viewport" in names
     assert len([1 for tag, _ in page.tags if tag == "svg"]) == 4

@@ -100,9 +100,7 @@ def test_rows(swept: Path, world: Path) -> None:
     folder.mkdir()
     for index, image in enumerate(drawn):
         image.save(folder / f"{index:03}.png")
-    found = evaluate(
-        open_images(folder), open_images(world / "pictures"), tiny_extractor(), metrics=["fd"], cache=None
-    )
+    found = evaluate(open_images(folder), open_images(world / "pictures"), tiny_extractor(), metrics=["fd"], cache=None)
     assert rows[3]["fd"] == pytest.approx(found.scores["fd"].value, rel=1e-5)
 
 
@@ -156,9 +154,7 @@ def test_a_model_that_has_changed_is_refused(world: Path, tmp_path: Path) -> Non
         run(Sweep.of(values), tmp_path / "out", world)
 
 
-def test_stopping_it_changes_nothing(
-    swept: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_it_changes_nothing(swept: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between writing the model, rows and pictures of cells, and between evaluations."""
     out, stops = tmp_path / "out", random.Random(0)
     replace, left = atomic.os.replace, 0
@@ -209,9 +205,7 @@ def test_a_full_disk_is_one_line(
     assert pyarrow.parquet.read_table(out / "table.parquet").num_rows == 4
 
 
-def test_guidance_is_tuned_on_pictures_of_its_own(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guidance_is_tuned_on_pictures_of_its_own(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = given(world, tune={"metric": "fd", "low": 1.0, "high": 5.0, "evaluations": 4})
     values["sample"] = {"steps": 1, "seeds": [0, 1], "batch_size": 4, "precision": "exact"}
     drawn: list[tuple[float, int]] = []

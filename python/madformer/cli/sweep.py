@@ -56,7 +56,9 @@ class SweepRequest(Request):
             sweep, self.out, workers=self.workers, threads=self.threads, device=device_of(self.device),
             cache=self.cache, progress=not self.json,
         )  # fmt: skip
-        print(f"{table.num_rows} cells in {self.out / 'table.parquet'}; madformer report {self.out} makes a page of them")
+        print(
+            f"{table.num_rows} cells in {self.out / 'table.parquet'}; madformer report {self.out} makes a page of them"
+        )
 
 
 def _sweep(file: Path, values: dict[str, Any]) -> Sweep:

@@ -43,7 +43,9 @@ class Training:
 
     preset: str  # that all of them begin with: tiny, emoji64, ffhq1024 or imagenet256
     seeds: tuple[int, ...] = (0,)  # of the weights, the order of the data, noise and timesteps
-    fields: Mapping[str, Any] = field(default_factory=dict)  # what is otherwise in all of them: fields of a training run
+    fields: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what is otherwise in all of them: fields of a training run
     grid: Mapping[str, Any] = field(default_factory=dict)  # lists of values of such fields: what models differ in
 
     def __post_init__(self) -> None:

@@ -98,7 +98,9 @@ def _figure(legend: int, ink: str) -> tuple[Figure, Axes]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"figures need matplotlib: pip install 'madformer[evaluation]' ({first_line(error)})") from error
+        raise ImportError(
+            f"figures need matplotlib: pip install 'madformer[evaluation]' ({first_line(error)})"
+        ) from error
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     with matplotlib.rc_context(dict.fromkeys(names, ink) | {"font.size": 10}):
         figure = Figure(figsize=(4.7, 3.2 + 0.19 * legend), layout="constrained")

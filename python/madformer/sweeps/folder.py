@@ -187,9 +187,7 @@ def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
         }
     own = ("metric", "options")
     return (
-        told
-        | row["costs"]
-        | {f"protocol.{name}": _plain(value) for name, value in protocol.items() if name not in own}
+        told | row["costs"] | {f"protocol.{name}": _plain(value) for name, value in protocol.items() if name not in own}
     )
 
 

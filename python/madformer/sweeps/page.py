@@ -213,7 +213,10 @@ def _protocols(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[
     }
     own = [(name, [entry for entry in entries if entry[0] not in alike]) for name, entries in told.items()]
     common = next(iter(told.values()))
-    return [("all figures", [e for e in common if e[0] in alike]), *((name, entries) for name, entries in own if entries)]
+    return [
+        ("all figures", [e for e in common if e[0] in alike]),
+        *((name, entries) for name, entries in own if entries),
+    ]
 
 
 def _told(values: Sequence[Any]) -> str:

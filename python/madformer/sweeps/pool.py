@@ -53,7 +53,7 @@ def run_jobs(jobs: Sequence[Job], make: Make, workers: int = 1) -> Iterator[Job]
         make: called for each worker, in its own process; with one worker, in this one.
 
     Raises:
-        Whatever a job raised; the others that were begun are stopped. RuntimeError: a worker was killed.
+        Whatever a job raised; the others that were begun are stopped. ChildProcessError: a worker was killed.
     """
     if workers == 1:
         work = make(0)
@@ -111,7 +111,7 @@ class _Pool:
                 except (EOFError, OSError):
                     process = self.processes[connection]
                     process.join(PATIENCE)
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"a worker ended with status {process.exitcode} at {job.kind} {job.name}: if memory ran out, "
                         "take fewer workers"
                     ) from None

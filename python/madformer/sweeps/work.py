@@ -159,9 +159,7 @@ class Worker:
         judging = self.sweep.evaluate
         reference = open_reference(judging.reference, judging.num_reference)
         if isinstance(reference, Statistics) and judging.num_reference is not None:
-            raise ValueError(
-                f"evaluate.num_reference is of images, and {judging.reference} holds statistics alone"
-            )
+            raise ValueError(f"evaluate.num_reference is of images, and {judging.reference} holds statistics alone")
         return reference
 
     @cached_property
