@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from torch import nn
 
-from madformer.config import MADFormerConfig, TextConfig
 from madformer.conditioning.prompt import Prompt
+from madformer.config import MADFormerConfig, TextConfig
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
 from madformer.measuring.bare import Work

@@ -201,7 +201,7 @@ def test_figures_are_matplotlibs_and_show_the_points(tmp_path: Path) -> None:
 
 def test_no_report_of_nothing_or_of_two_protocols(tmp_path: Path) -> None:
     folder = write(tmp_path / "sweep", count=0)
-    with pytest.raises(ValueError, match="no cell of .* is done yet"):
+    with pytest.raises(ValueError, match=r"no cell of .* is done yet"):
         write_report(folder.path)
     first, second, *_ = folder.sweep.cells
     folder.write(first, row_of(first))

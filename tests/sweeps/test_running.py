@@ -176,7 +176,7 @@ def test_stopping_it_changes_nothing(swept: Path, world: Path, tmp_path: Path, m
     found = equal_part(run(Sweep.of(small(world)), out, world))
     expected = equal_part(pyarrow.parquet.read_table(swept / "table.parquet").to_pylist())
     assert found == expected
-    assert not [path for path in out.rglob(".*") if not path.name.startswith(".lock")]
+    assert not [path for path in out.rglob(".*") if not path.name.startswith((".lock", ".metadata"))]
 
 
 def test_a_full_disk_is_one_line(
@@ -233,7 +233,7 @@ def test_guidance_is_tuned_on_pictures_of_its_own(world: Path, tmp_path: Path, m
 def test_what_there_is_nothing_to_draw_for_is_told(world: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "bare", pictures(8))
     bare = given(world, evaluate=small(world)["evaluate"] | {"reference": str(tmp_path / "bare")})
-    with pytest.raises(ValueError, match="has no captions to draw for: give sample.prompts"):
+    with pytest.raises(ValueError, match=r"has no captions to draw for: give sample\.prompts"):
         run(Sweep.of(bare), tmp_path / "out", world)
     assert not SweepFolder(tmp_path / "out", Sweep.of(bare)).rows()
 

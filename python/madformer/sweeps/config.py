@@ -1,6 +1,7 @@
 """What a sweep is: models that are given or trained, how each is sampled, and what the pictures are held against.
 
-A sweep is every combination of a model and of the settings of sampling. A combination is a cell, and a row of the table.
+A sweep is every combination of a model and of the settings of sampling. A combination is a cell: a row of the
+table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["Cell", "Judging", "Model", "Sampling", "Sweep", "Training", "Tuning"
 OWN = "own"
 """The scheduler that a model was saved with."""
 LOWER = {"fd": "fd", "fd-infinity": "fd-infinity", "kid": "kid", "cmmd": "cmmd"}
-HIGHER = {name: "prdc" for name in ("precision", "recall", "density", "coverage")} | {"is": "is"}
+HIGHER = dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc") | {"is": "is"}
 """Figures of which less, or more, is better, each with the metric that gives it."""
 AXES = {
     "sample": ("steps", "guidance", "scheduler", "refresh_every", "diffusion_layers", "seeds"),

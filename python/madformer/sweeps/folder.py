@@ -1,8 +1,9 @@
 """A sweep's folder: what it is of, a file a cell, and the table that they make.
 
 ``sweep.json`` says what the sweep is. ``cells/ID.json`` is a row, which is there when its cell is done, and
-``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, ``finished/``, a pipeline.
-``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is made of the rows.
+``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, a pipeline
+in ``finished/``. ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is made
+of the rows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["SweepFolder", "pyarrow_or_why_not"]
 
 DESCRIPTION, TABLE = "sweep.json", "table.parquet"
 VARYING = ("steps", "guidance", "scheduler", "refresh_every", "prompts", "image_size")
-"""What rows of a table may differ in: the axes, and what the models are, of which the hash of the prompts tells, too."""
+"""What rows of a table may differ in: the axes, and what the models are, which the hash of the prompts is of, too."""
 UNEQUAL = ("seconds_per_image", "peak_memory_bytes")
 """Columns that another run of the same sweep has otherwise."""
 

@@ -88,7 +88,7 @@ def jobs_of(folder: SweepFolder) -> list[Job]:
     if not missing:
         return []
     jobs = {("reference", ""): Job("reference", "")}
-    for model in dict((cell.model.id, cell.model) for cell in missing).values():
+    for model in {cell.model.id: cell.model for cell in missing}.values():
         if not folder.is_there(model):
             assert model.config is not None
             before = [("reference", "")]
