@@ -49,7 +49,7 @@ def test_cells_are_every_combination() -> None:
         ({"sample": {"step": 3}}, r"field sample.step \(the nearest known name is sample.steps\)"),
         ({"evaluate": {"referenc": "x"}}, r"field evaluate.referenc \(the nearest known name is evaluate.reference\)"),
         ({"train": TRAIN | {"grid": {"model": {"difusion_layers": [1]}}}}, "train.grid.model.diffusion_layers"),
-        ({"train": TRAIN | {"fields": {"stepz": 1}}}, r"train.fields.stepz \(the nearest known name is train.fields.st"),
+        ({"train": TRAIN | {"fields": {"stepz": 1}}}, r"train.fields.stepz \(the nearest known name is train.fields."),
         ({"train": TRAIN | {"grid": {"steps": 3}}}, "train.grid.steps=3 must be a list of values"),
         ({"train": TRAIN | {"grid": {"batch_size": []}}}, "train.grid.batch_size is an empty list"),
         ({"train": TRAIN | {"fields": {"seed": 1}}}, "train.fields.seed has no place: there are train.seeds"),

@@ -2,8 +2,8 @@
 
 ``sweep.json`` says what the sweep is. ``cells/ID.json`` is a row, which is there when its cell is done, and
 ``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, a pipeline
-in ``finished/``. ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is made
-of the rows.
+in ``finished/``. ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is
+made of the rows.
 """
 
 from __future__ import annotations
