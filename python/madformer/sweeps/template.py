@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PAGE"]
-
 PAGE = """{% macro grid(name, columns, rows) %}<div class="wide"><table id="{{ name }}"><thead><tr>
 {% for column in columns %}<th scope="col"><button type="button">{{ column }}</button></th>{% endfor %}
 </tr></thead><tbody>
