@@ -37,7 +37,7 @@ from madformer.evaluation.memorization import memorization
 from madformer.evaluation.moments import Moments
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from tests.helpers.evaluation_cases import WIDTH, pictures, tiny_extractor, write_folder
+from tests.helpers.evaluation_cases import WIDTH, pictures, tiny_extractor, write_batch, write_folder
 from tests.helpers.testing import perturb, small_config, small_vae
 
 EXTRACTOR = tiny_extractor()
@@ -103,15 +103,18 @@ def test_a_set_against_itself(folders: tuple[str, str], capsys: pytest.CaptureFi
 
 
 @pytest.fixture(scope="module")
-def default_scores(pipeline: MADFormerPipeline) -> dict[int, Any]:
+def default_scores(pipeline: MADFormerPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Features by the default extractor, and scores by the tiny one, of what is drawn in batches of 1 and of 16."""
     default, found = load_extractor(), {}
+    folder = tmp_path_factory.mktemp("drawn")
+    reference = open_images(write_batch(folder / "reference.npz", pictures(16, seed=7)))
     for batch in (1, 16):
-        settings = Settings.of(pipeline, SamplingOptions(2), precision="exact", batch_size=batch, seed=5)
-        reference = DrawnImages(pipeline, replace(settings, seed=90), 16)
-        scores = evaluate(DrawnImages(pipeline, settings, 16), reference, EXTRACTOR, metrics=["fd", "kid"]).scores
-        seen = extract(DrawnImages(pipeline, settings, 16), default)
-        found[batch] = (scores, seen, default)
+        settings = Settings.of(pipeline, SamplingOptions(1), precision="exact", batch_size=batch, seed=5)
+        parts = DrawnImages(pipeline, settings, 16).parts()
+        drawn = np.stack([np.asarray(image) for part in parts for image in part.images()])
+        images = open_images(write_batch(folder / f"{batch}.npz", drawn))
+        scores = evaluate(images, reference, EXTRACTOR, metrics=["fd", "kid"]).scores
+        found[batch] = (scores, extract(open_images(folder / f"{batch}.npz", 8), default), default)
     return found
 
 
@@ -119,7 +122,7 @@ def test_figures_do_not_depend_on_the_batch(default_scores: dict[int, Any]) -> N
     (one, seen_1, default), (sixteen, seen_16, _) = default_scores[1], default_scores[16]
     for name in ("fd", "kid"):
         assert one[name].value == pytest.approx(sixteen[name].value, rel=1e-6, abs=1e-6)
-    assert seen_1.features_ND.shape == (16, default.width)
+    assert seen_1.features_ND.shape == (8, default.width)
     np.testing.assert_allclose(seen_1.features_ND, seen_16.features_ND, rtol=0, atol=1e-6)
 
 
@@ -210,6 +213,8 @@ def test_statistics_of_another_protocol_are_refused(folders: tuple[str, str], tm
     save_statistics(tmp_path / "s.npz", found, replace(EXTRACTOR, hash="f" * 16, name="other"))
     with pytest.raises(ValueError, match=r"is of another protocol: extractor=other f{16}, not tiny 0{16}"):
         evaluate(found, open_reference(tmp_path / "s.npz"), EXTRACTOR, metrics=["fd"])
+    with pytest.raises(ValueError, match=r"ours is of another protocol: extractor 0{16}, not other f{16}"):
+        evaluate(found, None, replace(EXTRACTOR, hash="f" * 16, name="other"), metrics=["is"])
     narrow = Statistics(Moments(np.zeros(3), np.eye(3)), "narrow.npz", "0")
     with pytest.raises(ValueError, match=r"narrow.npz has 3 features, and tiny makes 12"):
         evaluate(found, narrow, EXTRACTOR, metrics=["fd"])

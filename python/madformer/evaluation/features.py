@@ -50,6 +50,7 @@ class FeatureSet:
         name: of the set. hash: 16 hexadecimal digits of its content, in its order. image_size: height and width.
         drawn: how a model drew the images; empty where nobody knows.
         num_computed: how many had to be looked at. seconds: that it took, drawing included.
+        extractor_hash: of what made them.
     """
 
     features_ND: Array
@@ -59,6 +60,7 @@ class FeatureSet:
     drawn: dict[str, Any]
     num_computed: int
     seconds: float
+    extractor_hash: str
 
     def __len__(self) -> int:
         return len(self.features_ND)
@@ -113,7 +115,10 @@ def extract(
         if size is None:
             raise ValueError(f"{images.name} holds no images")
     seconds = time.perf_counter() - started
-    return FeatureSet(features_ND, images.name, digest.hexdigest()[:16], size, dict(images.drawn), computed, seconds)
+    digits = digest.hexdigest()[:16]
+    return FeatureSet(
+        features_ND, images.name, digits, size, dict(images.drawn), computed, seconds, extractor.hash
+    )  # fmt: skip
 
 
 def _compute(

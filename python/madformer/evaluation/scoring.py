@@ -213,6 +213,11 @@ def evaluate(
         reference.check(extractor)
 
     def features(side: Any) -> Any:
+        if isinstance(side, FeatureSet) and side.extractor_hash != extractor.hash:
+            raise ValueError(
+                f"{side.name} is of another protocol: extractor {side.extractor_hash}, "
+                f"not {extractor.name} {extractor.hash}"
+            )
         if side is None or isinstance(side, (FeatureSet, Statistics)):
             return side
         return extract(side, extractor, cache=cache, progress=progress)
