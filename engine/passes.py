@@ -28,6 +28,7 @@ from torch import Tensor
 
 from madformer.engine.cache import CacheView, ConditioningCache
 from madformer.engine.rows import put, take
+from madformer.engine.schedulers import model_input
 from madformer.engine.slots import Slots
 from madformer.kernels import BlockLayout, block_causal_attention
 from madformer.kernels.denoise_step import denoise_step_op
@@ -144,7 +145,7 @@ class Passes:
         # a copy: schedulers of several stages keep the sample that they were given
         latents = self.slots.latents_RLC.clone()
         *time, guidance_B1, _ = self.slots.schedule(None)
-        outputs = self.predict(None, scheduler.scale_model_input(latents, timestep), *time, refresh=refresh)
+        outputs = self.predict(None, model_input(scheduler, latents, timestep), *time, refresh=refresh)
         output, *unconditional = (x.float() for x in outputs)
         for other in unconditional:
             output = other + guidance_B1[:, None] * (output - other)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from madformer.conditioning.prompt import Prompt
+from madformer.engine.schedulers import initial_deviation, model_input
 from madformer.model import MADFormerOutput
 
 __all__ = ["sample_uncached"]
@@ -33,7 +34,7 @@ def sample_uncached(
     num_inference_steps: int,
     noise_BMLC: Tensor,
     prompt: Prompt | None = None,
-    guidance: Callable[[int], float] | None = None,
+    guidance: Callable[[float], float] | None = None,
     **keywords: Any,
 ) -> Tensor:
     """Draws images block by block, with one whole training pass over all blocks for every step of every block.
@@ -54,7 +55,7 @@ def sample_uncached(
         num_inference_steps: denoising steps for each block.
         noise_BMLC: standard normal, in the model's dtype and on its device.
         prompt: what a model with text or classes asks for.
-        guidance: the scale of classifier-free guidance (arXiv:2207.12598) at a timestep, from 0 to 999; None for none.
+        guidance: the scale of classifier-free guidance (arXiv:2207.12598) at a timestep, up to 1000; None for none.
         keywords: for the scheduler's ``step``, such as ``generator``.
 
     Returns:
@@ -67,14 +68,14 @@ def sample_uncached(
     timestep_BM = torch.full(noise_BMLC.shape[:2], scheduler.timesteps[-1].item(), device=noise_BMLC.device)
     for block in range(noise_BMLC.shape[1]):
         scheduler.set_timesteps(num_inference_steps)  # multistep schedulers begin anew with every block
-        latents_BLC = noise_BMLC[:, block] * scheduler.init_noise_sigma
+        latents_BLC = noise_BMLC[:, block] * initial_deviation(scheduler)
         for t in scheduler.timesteps:
-            noisy_BMLC[:, block], timestep_BM[:, block] = scheduler.scale_model_input(latents_BLC, t), t
+            noisy_BMLC[:, block], timestep_BM[:, block] = model_input(scheduler, latents_BLC, t), t
             prediction_BLC = model(clean_BMLC, noisy_BMLC, timestep_BM, prompt.text, prompt.label).prediction[:, block]
             if guidance is not None:
                 other = model(clean_BMLC, noisy_BMLC, timestep_BM, prompt.negative_text, dropped_B)
                 unconditional_BLC = other.prediction[:, block]
-                prediction_BLC = unconditional_BLC + guidance(int(t)) * (prediction_BLC - unconditional_BLC)
+                prediction_BLC = unconditional_BLC + guidance(float(t)) * (prediction_BLC - unconditional_BLC)
             latents_BLC = scheduler.step(prediction_BLC, t, latents_BLC, **keywords).prev_sample
         clean_BMLC[:, block] = latents_BLC
     return clean_BMLC

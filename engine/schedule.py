@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from madformer.arguments import whole_number
-from madformer.engine.schedulers import PREDICTION_TYPES
+from madformer.engine.schedulers import initial_deviation, predicted_by
 
 
 def _attributes(cls: type) -> dict[str, Any]:
@@ -28,7 +30,12 @@ def _attributes(cls: type) -> dict[str, Any]:
 
 
 # what the tables write out, and not what was put in its place
-_ORIGINALS = {cls: _attributes(cls) for cls in (DDIMScheduler, DPMSolverMultistepScheduler)}
+_ORIGINALS = {
+    cls: _attributes(cls)
+    for cls in (
+        DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class ScheduleTable:
     """A deterministic sampler as numbers.
 
     Attributes:
-        timesteps: (S,) int64, what the model is given, from noise to clean.
+        timesteps: (S,) int64, or fp32 of flow matching: what the model is given, from noise to clean.
         coefficients: (S, 6) float32, computed in float64; what each is, ``denoise_step`` says.
         clip: bound of the predicted clean sample, or None.
         init_noise_sigma: standard deviation of the noise that sampling starts from.
@@ -49,7 +56,8 @@ class ScheduleTable:
 
     @property
     def num_steps(self) -> int:
-        """S: what was asked for, or one more, which diffusers' spacing "trailing" makes for some numbers."""
+        """S: what was asked for, one more, which diffusers' spacing "trailing" makes for some numbers, or for Heun's
+        method twice as many less one: evaluations of the network."""
         return len(self.timesteps)
 
 
@@ -67,8 +75,9 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
 
     Supported are ``DDIMScheduler`` with ``eta = 0`` and ``DPMSolverMultistepScheduler`` with the algorithm
     ``dpmsolver++`` of order one or two, each with all its options for betas, spacing, sigmas and final steps,
-    and with the prediction types epsilon, sample and v_prediction. Everything else gives None: other classes
-    and subclasses, methods that were replaced, dynamic thresholding, stochastic variants, flow matching, learned
+    and with the prediction types epsilon, sample and v_prediction, the second with flow prediction as well; and of flow
+    matching ``FlowMatchEulerDiscreteScheduler`` and ``FlowMatchHeunDiscreteScheduler``. Everything else gives None:
+    other classes and subclasses, methods that were replaced, dynamic thresholding, stochastic variants, learned
     variances, and schedules with a step whose coefficients are not finite, such as epsilon prediction where no signal
     is left.
 
@@ -90,14 +99,17 @@ def tabulate(scheduler: SchedulerMixin, num_steps: int, device: torch.device | s
         return None
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_steps)
-    coefficients = (_ddim_coefficients if kind is DDIMScheduler else _dpm_solver_coefficients)(scheduler)
+    if kind in _FLOW_COEFFICIENTS:
+        coefficients = _FLOW_COEFFICIENTS[kind](scheduler.sigmas.double().cpu())
+    else:
+        coefficients = (_ddim_coefficients if kind is DDIMScheduler else _dpm_solver_coefficients)(scheduler)
     if not coefficients.isfinite().all():
         return None
     return ScheduleTable(
         timesteps=scheduler.timesteps.to(device),
         coefficients=coefficients.float().to(device),
         clip=float(scheduler.config.clip_sample_range) if scheduler.config.get("clip_sample") else None,
-        init_noise_sigma=float(scheduler.init_noise_sigma),
+        init_noise_sigma=initial_deviation(scheduler),
     )
 
 
@@ -139,7 +151,7 @@ class Schedule:
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the noise that sampling starts from."""
-        return float((self.table or self.scheduler).init_noise_sigma)
+        return initial_deviation(self.table or self.scheduler)
 
     def start(self) -> SchedulerMixin:
         """A scheduler to step by, that remembers no step: multistep ones remember the last block's predictions."""
@@ -150,13 +162,14 @@ class Schedule:
 
 def _has_supported_options(scheduler: SchedulerMixin) -> bool:
     config = scheduler.config
-    if config.prediction_type not in PREDICTION_TYPES or config.thresholding:
+    if type(scheduler) in _FLOW_COEFFICIENTS:
+        return not config.get("stochastic_sampling")
+    flow = config.get("use_flow_sigmas", False)
+    known = ("flow_prediction",) if flow else ("epsilon", "sample", "v_prediction")
+    if config.prediction_type not in known or config.thresholding:
         return False
     return isinstance(scheduler, DDIMScheduler) or (
-        config.algorithm_type == "dpmsolver++"
-        and config.solver_order in (1, 2)
-        and config.variance_type is None
-        and not config.use_flow_sigmas
+        config.algorithm_type == "dpmsolver++" and config.solver_order in (1, 2) and config.variance_type is None
     )
 
 
@@ -167,6 +180,8 @@ def _weights(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor
         return 1 / alpha, -sigma / alpha, zero, one
     if prediction_type == "sample":
         return zero, one, 1 / sigma, -alpha / sigma
+    if prediction_type == "flow":  # noise less clean sample, and alpha + sigma is 1
+        return one, -sigma, one, alpha
     return alpha, -sigma, sigma, alpha
 
 
@@ -201,9 +216,12 @@ def _dpm_solver_coefficients(scheduler: DPMSolverMultistepScheduler) -> Tensor:
     """(S, 6) float64: arXiv:2211.01095, algorithm 2 (midpoint), and its Heun variant in diffusers."""
     config = scheduler.config
     sigmas = scheduler.sigmas.double()
-    alpha = (sigmas**2 + 1).rsqrt()
-    sigma = sigmas * alpha
-    log_snr = -sigmas.log()  # Half of it; lambda in the paper, infinite where the last sigma is 0.
+    if config.use_flow_sigmas:
+        alpha, sigma = 1 - sigmas, sigmas
+    else:
+        alpha = (sigmas**2 + 1).rsqrt()
+        sigma = sigmas * alpha
+    log_snr = (alpha / sigma).log()  # Half of it; lambda in the paper, infinite where the last sigma is 0.
     h = log_snr.diff()
     to_x0 = -alpha[1:] * torch.expm1(-h)
     slope = alpha[1:] * (torch.expm1(-h) / h + 1) if config.solver_type == "heun" else 0.5 * to_x0
@@ -211,7 +229,7 @@ def _dpm_solver_coefficients(scheduler: DPMSolverMultistepScheduler) -> Tensor:
     previous_h = torch.cat([h.new_full((1,), torch.nan), h[:-1]])
     correction = torch.where(_is_second_order(scheduler), slope * h / previous_h, 0.0)
     columns = (
-        *_weights(config.prediction_type, alpha[:-1], sigma[:-1])[:2],
+        *_weights(predicted_by(scheduler), alpha[:-1], sigma[:-1])[:2],
         sigma[1:] / sigma[:-1],
         torch.zeros_like(h),
         to_x0 + correction,
@@ -229,3 +247,31 @@ def _is_second_order(scheduler: DPMSolverMultistepScheduler) -> Tensor:
     if config.euler_at_final or lower_order_final or config.final_sigmas_type == "zero":
         second[-1] = False
     return second
+
+
+def _flow_euler_coefficients(sigmas: Tensor) -> Tensor:
+    """(S, 6) float64 from (S + 1,) shares of noise: a straight step along the velocity."""
+    step = sigmas.diff()
+    one, zero = torch.ones_like(step), torch.zeros_like(step)
+    return torch.stack((one, -sigmas[:-1], one, step, zero, zero), dim=1)
+
+
+def _flow_heun_coefficients(sigmas: Tensor) -> Tensor:
+    """(2 S - 1, 6) float64 from diffusers' sigmas, all but first and last twice: Heun's method, arXiv:2206.00364, 1.
+
+    Every first evaluation of a step goes as far as Euler's method, and leaves its velocity where other solvers leave
+    the predicted clean sample. The second one, at the end of the step, goes back half of that, and half along its own.
+    """
+    ends = torch.cat((sigmas[:1], sigmas[1:-1:2], sigmas[-1:]))
+    step = ends.diff()
+    one, zero = torch.ones_like(step), torch.zeros_like(step)
+    first = torch.stack((zero, one, one, step, zero, zero), dim=1)
+    second = torch.stack((zero, one, one, step / 2, zero, -step / 2), dim=1)
+    # the last step, to a noise of 0, is one of Euler's
+    return torch.stack((first, second), dim=1).flatten(0, 1)[:-1]
+
+
+_FLOW_COEFFICIENTS = {
+    FlowMatchEulerDiscreteScheduler: _flow_euler_coefficients,
+    FlowMatchHeunDiscreteScheduler: _flow_heun_coefficients,
+}

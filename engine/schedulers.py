@@ -1,24 +1,27 @@
-"""Which of diffusers' schedulers sample these models: those over the noise schedule that they are trained on."""
+"""Which of diffusers' schedulers sample these models: those over the noise that they are trained on."""
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from madformer.arguments import shown
 
 if TYPE_CHECKING:
-    from diffusers import DPMSolverMultistepScheduler
+    from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow")
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 USABLE = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler", *FLOW_SCHEDULERS,
 )  # fmt: skip
-"""The classes of diffusers whose steps are those of a network that is told an integer timestep of the training's
-discrete, variance-preserving schedule (arXiv:2006.11239) and predicts noise, picture or velocity."""
+"""The classes of diffusers whose steps are those of a network that is told a timestep of the training's
+variance-preserving schedule (arXiv:2006.11239) and predicts noise, picture or velocity; and those of flow matching on
+the straight path from picture to noise (arXiv:2210.02747), whose timesteps are the noise's share times 1000."""
 
 SHORT_NAMES = {
     "dpmpp": "DPMSolverMultistepScheduler",
@@ -35,13 +38,14 @@ SHORT_NAMES = {
     "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "sa": "SASolverScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
 }
 """For the command line, which takes the names of the classes, too."""
 
-_FLOW = "is for flow matching, and these models are trained to denoise"
 _REFUSED = {
-    _FLOW: "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM Helios HeliosDMD "
-    "LTXEulerAncestralRF MiniMaxH3 Piflow",
+    "is for flow matching of other models, distilled or of videos":
+    "FlowMapEulerDiscrete FlowMatchLCM Helios HeliosDMD LTXEulerAncestralRF MiniMaxH3 Piflow",
     "is for models of videos": "CogVideoXDDIM CogVideoXDPM",
     "is for models of discrete tokens": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
     "is for models of proteins": "RFD4Proteina",
@@ -75,8 +79,7 @@ def scheduler_class(name: str) -> str:
     """
     known = {_bare(own): own for own in (*_REASONS, *USABLE)}
     known |= {_bare(short): own for short, own in SHORT_NAMES.items()}
-    # those of flow matching are all refused for one reason
-    found = known.get(_bare(name)) or ("FlowMatchEulerDiscreteScheduler" if _bare(name).startswith("flow") else None)
+    found = known.get(_bare(name))
     if found is None:
         raise ValueError(f"no scheduler {shown(name)}: there are {', '.join(SHORT_NAMES)}, and classes by their names")
     check_name(found)
@@ -99,26 +102,89 @@ def check_scheduler(scheduler: Any, prediction_type: str | None = None) -> None:
     name = type(scheduler).__name__
     if type(scheduler).__module__.partition(".")[0] == "diffusers":
         check_name(name)
-    methods = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma", "config")
-    if missing := [method for method in methods if not hasattr(scheduler, method)]:
+    if missing := [method for method in ("set_timesteps", "step", "config") if not hasattr(scheduler, method)]:
         raise ValueError(f"{name} is no scheduler of diffusers: it has no {missing[0]}")
-    config = scheduler.config
-    predicted = config.get("prediction_type", PREDICTION_TYPES[0])
-    if config.get("use_flow_sigmas") or str(predicted).startswith("flow"):
-        raise ValueError(f"{name} with flow sigmas or prediction_type={predicted!r} {_FLOW}")
+    config, predicted = scheduler.config, predicted_by(scheduler)
+    if config.get("use_flow_sigmas", False) != (config.get("prediction_type") == "flow_prediction"):
+        raise ValueError(
+            f"{name} has use_flow_sigmas={config.get('use_flow_sigmas', False)} and "
+            f"prediction_type={config.get('prediction_type')!r}: flow sigmas and flow_prediction belong together"
+        )
+    if unfit := [option for option in _unfit_for_flow(scheduler) if config.get(option)]:
+        raise ValueError(f"{name} with {unfit[0]}=True leaves the path that these models are trained on: leave it out")
     if str(config.get("variance_type") or "").startswith("learned"):
         raise ValueError(
             f"{name} with variance_type={config['variance_type']!r} asks for variances, and no model has any"
         )
     if prediction_type is not None and predicted != prediction_type:
         raise ValueError(
-            f"{name} has prediction_type={predicted!r} and the model {prediction_type!r}: make it with "
-            f"from_config(pipeline.scheduler.config), or prediction_type={prediction_type!r}"
+            f"{name} has prediction_type={predicted!r} and the model {prediction_type!r}: "
+            + _remedy(predicted, prediction_type)
         )
 
 
-def default_scheduler(prediction_type: str, **noise: Any) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) from the last training timestep on, over the schedule that training uses.
+def _unfit_for_flow(scheduler: Any) -> tuple[str, ...]:
+    """Options that make other noise levels than those of a flow: a shift that the call gives, and sigmas beyond 1."""
+    if scheduler.config.get("use_flow_sigmas"):
+        return "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"
+    return "use_dynamic_shifting", "invert_sigmas"
+
+
+def _remedy(predicted: str, prediction_type: str) -> str:
+    """What to do about a scheduler of one prediction type for a model of another."""
+    if "flow" not in (predicted, prediction_type):
+        return f"make it with from_config(pipeline.scheduler.config), or prediction_type={prediction_type!r}"
+    fitting = FLOW_SCHEDULERS[0] if prediction_type == "flow" else "DPMSolverMultistepScheduler"
+    return f"their noise is another, so use another class, such as {fitting}"
+
+
+def predicted_by(scheduler: Any) -> str:
+    """One of :data:`PREDICTION_TYPES` for a scheduler: what a network is to predict that it samples."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler):
+        return "flow"
+    predicted = str(scheduler.config.get("prediction_type", PREDICTION_TYPES[0]))
+    return "flow" if predicted == "flow_prediction" else predicted
+
+
+def converted(scheduler: Any, name: str) -> Any:
+    """A scheduler of another class over the noise of this one.
+
+    Args:
+        name: as :func:`scheduler_class` has it.
+
+    Raises:
+        ValueError: there is no such class, or none that fits.
+    """
+    import diffusers
+
+    cls, config = getattr(diffusers, scheduler_class(name)), scheduler.config
+    known, options = inspect.signature(cls.__init__).parameters, {}
+    if "clip_sample" in known:  # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
+        options["clip_sample"] = config.get("clip_sample", False)
+    if predicted_by(scheduler) == "flow":
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        if "use_flow_sigmas" in known:
+            options |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        elif "shift" in known:
+            options["shift"] = shift
+    return cls.from_config(config, **options)
+
+
+def initial_deviation(scheduler: Any) -> float:
+    """Standard deviation of the noise that sampling starts from; of flow matching it is 1, and schedulers do not say."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """What the network is given for a sample: itself, but for schedulers that scale it first."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
+
+
+def default_scheduler(prediction_type: str, **noise: Any) -> Any:
+    """DPM-Solver++(2M) from the last training timestep on, over the schedule that training uses; Euler of a flow.
 
     Not ``DDIMScheduler()``: that clamps the predicted latents to [-1, 1], and latents have a standard deviation of 1,
     so colours fade.
@@ -127,6 +193,8 @@ def default_scheduler(prediction_type: str, **noise: Any) -> DPMSolverMultistepS
         noise: what diffusers' schedulers are told of it, see
             :meth:`madformer.training.config.TrainingConfig.noise_options`; nothing for the linear schedule.
     """
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+    if prediction_type == "flow":
+        return FlowMatchEulerDiscreteScheduler(**noise)
     return DPMSolverMultistepScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **noise)

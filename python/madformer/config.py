@@ -18,7 +18,7 @@ from madformer.config_parts import TextConfig, UNetConfig
 from madformer.objects import check_types, from_object, parse_object, read_object, require
 
 Context = Literal["clean+condition", "clean", "condition", "noise"]
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow"]
 BlockOrder = Literal["raster", "spiral", "random"]
 TimeConditioning = Literal["unet", "adaln", "unet+adaln"]
 
@@ -95,7 +95,8 @@ class MADFormerConfig(Mapping[str, Any]):
     context: Context = "clean+condition"  # what a block is drawn from: earlier blocks, what layers make of them, both
     cross_block_attention: bool = True  # let diffusion layers attend to earlier blocks
     shared_towers: bool = False  # pass the clean and the noisy stream through the same weights
-    prediction_type: PredictionType = "epsilon"  # what the network predicts: the noise, the image, or their mix
+    # what the network predicts: the noise, the image, their mix, or the velocity of flow matching (noise less image)
+    prediction_type: PredictionType = "epsilon"
 
     # quirks of the released code, which compat/ sets: the paper's way is the default, and each field is read where the
     # number is computed (CONTRIBUTING.md, "Add a quirk")

@@ -15,11 +15,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     PNDMScheduler,
 )
 from torch import Tensor
 
-from madformer.engine.schedule import PREDICTION_TYPES, Schedule, ScheduleTable, tabulate
+from madformer.engine.schedule import Schedule, ScheduleTable, tabulate
+from madformer.engine.schedulers import initial_deviation
 from madformer.kernels.denoise_step import denoise_step
 from tests.helpers.testing import relative_error
 
@@ -27,6 +29,7 @@ from tests.helpers.testing import relative_error
 # table in float64.
 FP32_ROUNDING = 1e-5
 DPM = DPMSolverMultistepScheduler
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 # 14 and 15 lie on both sides of diffusers' bound for a lower order at the end.
 NUM_STEPS = (1, 2, 14, 15, 50)
@@ -45,7 +48,7 @@ def run_own_steps(scheduler: Any, num_steps: int) -> Tensor:
     scheduler.set_timesteps(num_steps)
     if isinstance(scheduler, DPM):
         scheduler.set_begin_index(0)  # Or a first timestep that occurs twice would start at its second place.
-    sample = initial_sample() * scheduler.init_noise_sigma
+    sample = initial_sample() * initial_deviation(scheduler)
     for timestep in scheduler.timesteps:
         sample = scheduler.step(toy_model(sample, timestep), timestep, sample).prev_sample
     return sample
@@ -60,10 +63,10 @@ def run_table(table: ScheduleTable) -> Tensor:
     return sample
 
 
-def check(scheduler: Any, num_steps: int) -> ScheduleTable:
+def check(scheduler: Any, num_steps: int, rounding: float = FP32_ROUNDING) -> ScheduleTable:
     table = tabulate(scheduler, num_steps)
     assert table is not None
-    assert relative_error(run_table(table), run_own_steps(scheduler, num_steps)) < FP32_ROUNDING
+    assert relative_error(run_table(table), run_own_steps(scheduler, num_steps)) < rounding
     return table
 
 
@@ -140,6 +143,36 @@ def test_dpm_solver_options(options: dict[str, Any], prediction_type: str, solve
     check(DPM(prediction_type=prediction_type, solver_type=solver, **options), num_steps)
 
 
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift": 0.5}], ids=["plain", "more noise", "less noise"])
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_flow_matching(kind: Any, options: dict[str, Any], num_steps: int) -> None:
+    heun = kind is FlowMatchHeunDiscreteScheduler
+    # Heun's in diffusers divides a difference of samples by the noise at the end of a step, 1 / 1000 with this shift
+    # applied twice: what the samples are rounded by grows as much
+    smallest = 1e-3 * min(options.get("shift", 1.0), 1) ** 2
+    table = check(kind(**options), num_steps, torch.finfo(torch.float32).eps / smallest if heun else FP32_ROUNDING)
+    assert table.timesteps.dtype == torch.float32
+    assert table.num_steps == (2 * num_steps - 1 if heun else num_steps)
+    assert table.timesteps[0] == 1000
+    assert table.init_noise_sigma == 1
+
+
+@pytest.mark.parametrize("options", [{"use_karras_sigmas": True}, {"shift_terminal": 0.1}, {"use_beta_sigmas": True}])
+def test_flow_matching_options(options: dict[str, Any]) -> None:
+    if "use_beta_sigmas" in options and importlib.util.find_spec("scipy") is None:
+        pytest.skip("diffusers needs scipy for beta sigmas")
+    check(FlowMatchEulerDiscreteScheduler(**options), 20)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("order", "solver"), [(1, "midpoint"), (2, "midpoint"), (2, "heun")])
+def test_dpm_solver_of_a_flow(order: int, solver: str, shift: float, num_steps: int) -> None:
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    check(DPM(solver_order=order, solver_type=solver, **flow), num_steps)
+
+
 def test_last_two_sigmas_alike() -> None:
     """Karras sigmas end on the lowest one already. Heun's update is 0 / 0 there, in diffusers as well."""
     options = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
@@ -172,7 +205,7 @@ class StepsItsOwnWay(DDIMScheduler):
 NOT_TABULATED = {
     "another class": DDPMScheduler(),
     "euler": EulerDiscreteScheduler(),
-    "flow matching": FlowMatchEulerDiscreteScheduler(),
+    "flow matching, stochastic": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     "a subclass": StepsItsOwnWay(),
     "ddim, thresholding": DDIMScheduler(thresholding=True),
     "ddim, unknown prediction": DDIMScheduler(prediction_type="flow_prediction"),
@@ -181,7 +214,7 @@ NOT_TABULATED = {
     "dpm, stochastic": DPM(algorithm_type="sde-dpmsolver++"),
     "dpm, stochastic, order 1": DPM(algorithm_type="sde-dpmsolver++", solver_order=1),
     "dpm, order 3": DPM(solver_order=3),
-    "dpm, flow prediction": DPM(prediction_type="flow_prediction", use_flow_sigmas=True),
+    "dpm, flow prediction alone": DPM(prediction_type="flow_prediction"),
     "dpm, flow sigmas": DPM(use_flow_sigmas=True),
     "dpm, learned variance": DPM(variance_type="learned_range"),
 }

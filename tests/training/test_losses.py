@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -11,14 +12,8 @@ from torch import Tensor, nn
 
 from madformer.config import PredictionType, TextConfig, tiny
 from madformer.model import MADFormer, MADFormerOutput
-from madformer.training.losses import (
-    Batch,
-    LossWeights,
-    min_snr_weight,
-    next_token_loss,
-    prediction_target,
-    training_losses,
-)
+from madformer.training.losses import Batch, LossWeights, next_token_loss, training_losses
+from madformer.training.noise import FlowTimesteps, min_snr_weight, noise_schedule, prediction_target
 from tests.helpers.testing import perturb
 
 
@@ -105,6 +100,42 @@ def test_min_snr_weights_the_clean_sample(prediction_type: PredictionType) -> No
     expected = (signal / (1 - signal)).clamp(max=5) * clean_error**2
     weight = min_snr_weight(prediction_type, scheduler, timestep, 5.0)
     torch.testing.assert_close(weight.double() * wrong_by**2, expected, rtol=1e-3, atol=0)
+
+
+def test_min_snr_of_a_flow() -> None:
+    share = torch.tensor([0.001, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    expected = (((1 - share) / share) ** 2).clamp(max=5) * share**2
+    weight = min_snr_weight("flow", noise_schedule("flow"), 1000 * share, 5.0)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_flow_is_straight() -> None:
+    """From the clean sample to the noise at the speed that is to be predicted, whatever the shift of its scheduler."""
+    spy, clean = Spy(make_model(prediction_type="flow")), torch.randn(3, 4, 16, 4)
+    share_BM = torch.rand(3, 4, generator=torch.Generator().manual_seed(4))
+    losses = training_losses(
+        spy, Batch(clean, draw_noise(), 1000 * share_BM), noise_schedule("flow", shift=3.0), LossWeights(hidden=0)
+    )
+    _, noisy, timestep = spy.inputs
+    torch.testing.assert_close(noisy, clean + share_BM[..., None, None] * (draw_noise() - clean))
+    torch.testing.assert_close(timestep, 1000 * share_BM)
+    expected = (spy.output.prediction - (draw_noise() - clean)).square().mean()
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_shares_of_noise(shift: float) -> None:
+    """Quantiles against those of the distributions, moved by the shift."""
+    random, quantiles = np.random.default_rng(0), np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+    normal = np.array([-1.2816, -0.6745, 0.0, 0.6745, 1.2816])
+    for times, expected in (
+        (FlowTimesteps(shift=shift), quantiles),
+        (FlowTimesteps(True, 0.5, 2.0, shift), 1 / (1 + np.exp(-(0.5 + 2 * normal)))),
+    ):
+        shares = times.shares(random, 100_000)
+        assert 0 < shares.min() < shares.max() <= 1
+        moved = shift * expected / (1 + (shift - 1) * expected)
+        np.testing.assert_allclose(np.quantile(shares, quantiles), moved, atol=0.01)
 
 
 def test_min_snr_is_in_the_loss() -> None:

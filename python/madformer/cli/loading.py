@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from madformer.cli.sample_options import DrawingOptions
-from madformer.engine.schedulers import scheduler_class
+from madformer.engine.schedulers import converted
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -17,7 +16,6 @@ RELEASED_VAE = "stabilityai/sd-vae-ft-mse"
 
 def load(request: DrawingOptions, *, latents: bool = False) -> tuple[MADFormerPipeline, dict[str, Any] | None]:
     """The pipeline with the network as stored, in fp32, and the autoencoder as it will run; what LoRA is in it."""
-    import diffusers
     import torch
 
     from madformer.engine.precision import PRECISIONS
@@ -52,11 +50,7 @@ def load(request: DrawingOptions, *, latents: bool = False) -> tuple[MADFormerPi
         set_tile(pipeline.vae, request.vae_tile)
     pipeline.transformer.set_grid(*pipeline.grid_of(request.height, request.width))
     if request.scheduler:
-        config, cls = pipeline.scheduler.config, getattr(diffusers, scheduler_class(request.scheduler))
-        # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
-        clamps = "clip_sample" in inspect.signature(cls.__init__).parameters
-        options = {"clip_sample": config.get("clip_sample", False)} if clamps else {}
-        pipeline.scheduler = cls.from_config(config, **options)
+        pipeline.scheduler = converted(pipeline.scheduler, request.scheduler)
     lora = None
     if request.lora is not None:
         strength = 1.0 if request.lora_strength is None else request.lora_strength

@@ -46,6 +46,10 @@ MAY_CHANGE = (
     "sample_images", "sample_steps", "sample_guidance", "tensorboard", "wandb", "profile_steps",
 )  # fmt: skip
 
+# Of the noise: what says nothing to another prediction_type than "flow", and what says nothing to that.
+_OF_FLOW = {"flow_sampling": "uniform", "flow_logit_mean": 0.0, "flow_logit_std": 1.0, "flow_shift": 1.0}
+_OF_VARIANCE_PRESERVING = {"beta_schedule": "linear", "zero_terminal_snr": False}
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -100,6 +104,11 @@ class TrainingConfig:
     beta_schedule: Literal["linear", "cosine"] = "linear"  # how fast the noise grows with the timestep
     # rescale the noise so that nothing is left of the image at the last timestep (arXiv:2305.08891); not with epsilon
     zero_terminal_snr: bool = False
+    # of prediction_type flow: draw shares of noise as often as others, or most in the middle (arXiv:2403.03206)
+    flow_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    flow_logit_mean: float = 0.0  # of logit-normal: above 0 for more noise
+    flow_logit_std: float = 1.0  # of logit-normal: more for more of nearly clean and of nearly pure noise
+    flow_shift: float = 1.0  # more than 1 moves timesteps towards the noise, in training and sampling: for large images
     # leave out a step whose gradient's norm is more than so many times its running mean, or not finite; 0: this alone
     explosion: float = 100.0
     max_skipped_steps: int = 10  # stop after so many steps left out in a row
@@ -162,11 +171,22 @@ class TrainingConfig:
             require(self.compile, f"{mode} needs compile=True")
             require(parts == 1, f"{mode} is for accumulation_steps=1, not {parts}")
             require(replicated, f"{mode} {why}")
-        ends = not self.zero_terminal_snr or self.model.prediction_type != "epsilon"
-        require(ends, "zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
+        self._check_noise()
         decays = self.ema_decays
         fits = bool(decays) and all(0 <= decay < 1 for decay in decays)
         require(fits, f"ema_decays={decays} must be one or more numbers in [0, 1)")
+
+    def _check_noise(self) -> None:
+        """Whether the options of the noise are those of what is predicted."""
+        flow = self.model.prediction_type == "flow"
+        for name, default in _OF_FLOW.items() if not flow else _OF_VARIANCE_PRESERVING.items():
+            value = getattr(self, name)
+            why = f"prediction_type={self.model.prediction_type!r}: leave it out"
+            require(value == default, f"{name}={value!r} says nothing to {why}")
+        for name in ("flow_logit_std", "flow_shift"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        ends = not self.zero_terminal_snr or self.model.prediction_type != "epsilon"
+        require(ends, "zero_terminal_snr=True needs another prediction_type: epsilon says nothing at the end")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -177,6 +197,8 @@ class TrainingConfig:
 
     def noise_options(self) -> dict[str, Any]:
         """What diffusers' schedulers are told of the noise, in training and in sampling alike."""
+        if self.model.prediction_type == "flow":
+            return {"shift": self.flow_shift}
         names = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
         return {"beta_schedule": names[self.beta_schedule], "rescale_betas_zero_snr": self.zero_terminal_snr}
 

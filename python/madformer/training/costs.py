@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +18,7 @@ from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections
 from madformer.training.config import TrainingConfig
 from madformer.training.losses import Batch, LossWeights, training_losses
+from madformer.training.noise import noise_schedule
 
 OPTIMIZER_BYTES = 8  # AdamW's two fp32 moments of a parameter
 
@@ -84,7 +84,7 @@ def _costs(config: MADFormerConfig, weights: LossWeights, bf16: bool) -> Costs:
         timestep = torch.zeros(1, config.num_blocks, dtype=torch.int64)
         text = torch.zeros(1, config.text_length, dtype=torch.int64) if config.text else None
         labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
-        scheduler = DDPMScheduler(prediction_type=config.prediction_type)
+        scheduler = noise_schedule(config.prediction_type)
         batch = Batch(latents, latents, timestep, labels, text_BP=text)
         with FlopCounterMode(display=False) as counter:
             with (

@@ -32,6 +32,7 @@ from madformer.data.workers import fetch_batches
 from madformer.model.blocks import in_order, to_blocks
 from madformer.seeds import check_seed
 from madformer.training.losses import Batch
+from madformer.training.noise import FlowTimesteps
 from madformer.vae import encode
 
 Order = Literal["uniform", "shards"]
@@ -176,11 +177,12 @@ class Draws:
 
     Attributes:
         seed: from 0 to 2^63 - 1.
-        num_timesteps: timesteps are from ``0 .. num_timesteps - 1``.
+        num_timesteps: timesteps are from ``0 .. num_timesteps - 1``; of a flow, shares of noise times this.
         flip: mirror every second sample, by chance.
         conditioning: what the model is told of a sample.
         order: ``uniform`` permutations, or ``shards`` for disks that seek slowly: shards are permuted, and the samples
             within each :data:`WINDOW` of them.
+        flow: how the shares of noise of flow matching are drawn; None for whole timesteps, all as often.
 
     Raises:
         ValueError: a number out of range, or an order that there is not.
@@ -191,6 +193,7 @@ class Draws:
     flip: bool = False
     conditioning: Conditioning = field(default_factory=Conditioning)
     order: Order = "uniform"
+    flow: FlowTimesteps | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -333,7 +336,7 @@ class _Reader:
         config, random = self.config, _generator(self.draws.seed, position, _SAMPLE_STREAM)
         flipped = bool(random.random() < 0.5) and self.draws.flip
         posterior_CHW = _normal(random, *config.latent_shape)
-        timestep_M = torch.from_numpy(random.integers(0, self.draws.num_timesteps, config.num_blocks))
+        timestep_M = self._timesteps(random)
         noise_MLC = _normal(random, config.num_blocks, config.latents_per_block, config.latent_channels)
         sample = self.data.read(index, flipped=flipped)
         sample |= self._condition(sample, *(random.random(2)))
@@ -341,6 +344,12 @@ class _Reader:
         clean_CHW = posterior_CHW if "image" in sample else sample["mean"] + sample["deviation"] * posterior_CHW
         drawn = {"clean": clean_CHW, "noise": noise_MLC, "timestep": timestep_M, "order": order_M}
         return {**sample, **drawn}
+
+    def _timesteps(self, random: np.random.Generator) -> Tensor:
+        num_timesteps, num_blocks = self.draws.num_timesteps, self.config.num_blocks
+        if self.draws.flow is None:
+            return torch.from_numpy(random.integers(0, num_timesteps, num_blocks))
+        return torch.from_numpy(num_timesteps * self.draws.flow.shares(random, num_blocks)).float()
 
     def _condition(self, sample: dict[str, Any], caption_chance: float, label_chance: float) -> dict[str, Any]:
         """Caption and label as the model is told them."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from madformer.config import PredictionType
+from madformer.engine.schedulers import predicted_by
+from madformer.training.noise import NoiseSchedule, add_noise, min_snr_weight, prediction_target
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Batch:
     Attributes:
         clean_BMLC: scaled latents drawn from the posterior, fp32.
         noise_BMLC: standard normal, fp32.
-        timestep_BM: int64, one for every block.
+        timestep_BM: one for every block: int64 or, of a flow, the noise's share times 1000, fp32.
         labels_B: int64, -1 unknown or left out; None for a model without classes.
         captions: as the model reads them, empty where there is none.
         text_BP: their token ids, int64; None for a model without text.
@@ -66,7 +67,7 @@ class LossWeights:
     """Factors of the losses; a loss of weight 0 is not computed.
 
     Attributes:
-        min_snr_gamma: see :func:`min_snr_weight`; 0 for none.
+        min_snr_gamma: see :func:`~madformer.training.noise.min_snr_weight`; 0 for none.
         padding: the token that is not to be predicted; None for no such one.
     """
 
@@ -95,33 +96,10 @@ class Losses:
         return {name: value.detach() for name, value in named.items() if value is not None}
 
 
-def prediction_target(
-    prediction_type: PredictionType, scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor
-) -> Tensor:
-    """What the network should say; all tensors start with the same flat batch dimension."""
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return clean
-    return scheduler.get_velocity(clean, noise, timestep)
-
-
-def min_snr_weight(prediction_type: PredictionType, scheduler: DDPMScheduler, timestep: Tensor, gamma: float) -> Tensor:
-    """Weight of a squared error at each timestep, in fp32 (arXiv:2303.09556, section 3.4).
-
-    With ``snr = a / (1 - a)`` of the schedule's cumulated ``a`` it is ``min(snr, gamma)`` on the predicted clean
-    sample; what that is on epsilon or v divides by ``snr`` or ``snr + 1``.
-    """
-    signal = scheduler.alphas_cumprod.to(timestep.device)[timestep]
-    snr = signal / (1 - signal)
-    scale = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[prediction_type]
-    return snr.clamp(max=gamma) / scale
-
-
 def training_losses(
     model: torch.nn.Module,
     batch: Batch,
-    scheduler: DDPMScheduler,
+    scheduler: NoiseSchedule,
     weights: LossWeights | None = None,
     *,
     diffusion_layers: int | None = None,
@@ -131,14 +109,14 @@ def training_losses(
     Args:
         model: a :class:`~madformer.model.MADFormer`, bare or wrapped (``torch.compile``, DDP, FSDP).
         batch: on the model's device, with what the model is to be told.
-        scheduler: gives the noise schedule and, as its ``prediction_type``, what is predicted.
+        scheduler: of :func:`~madformer.training.noise.noise_schedule`; gives the noise and what is predicted.
         diffusion_layers: of this batch, for an elastic model.
     """
     weights = weights or LossWeights()
-    prediction_type: PredictionType = scheduler.config.prediction_type
+    prediction_type = cast("PredictionType", predicted_by(scheduler))
     clean_BMLC, timestep_BM = batch.clean_BMLC, batch.timestep_BM
     flat = clean_BMLC.flatten(0, 1), batch.noise_BMLC.flatten(0, 1), timestep_BM.flatten()
-    noisy_BMLC = scheduler.add_noise(*flat).view_as(clean_BMLC)
+    noisy_BMLC = add_noise(scheduler, *flat).view_as(clean_BMLC)
     target_BMLC = prediction_target(prediction_type, scheduler, *flat).view_as(clean_BMLC)
 
     output = model(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +34,7 @@ from madformer.training.fitting import check_fit, describe, fit, open_data, too_
 from madformer.training.folder import RunFolder
 from madformer.training.initial import adapted, merge, with_initial_model
 from madformer.training.losses import Batch, training_losses
+from madformer.training.noise import FlowTimesteps, noise_schedule
 from madformer.training.optimization import MovingAverages, StepGuard, learning_rate_factor
 from madformer.training.parallel import accumulating, join, make_model, whole
 from madformer.training.reporting import Reporter, check_sinks
@@ -120,7 +120,7 @@ class Trainer:
         self.averages = MovingAverages(self.model, config.ema_decays)
         self.guard = StepGuard(self.optimizer, self.device, config.explosion)
         self.state = RunState(self.model, self.averages, self.optimizer, self.guard)
-        self.noise_schedule = DDPMScheduler(prediction_type=config.model.prediction_type, **config.noise_options())
+        self.noise_schedule = noise_schedule(config.model.prediction_type, **config.noise_options())
         if newest is not None:
             self.state.load(newest)
         self._saved, self._has_model = self.step, newest is not None
@@ -222,7 +222,9 @@ class Trainer:
         micro_batch = config.batch_size // (config.accumulation_steps * world.size)
         share = Share(config.batch_size, micro_batch, world.rank, world.size)
         num_timesteps = self.noise_schedule.config.num_train_timesteps
-        draws = Draws(config.seed, num_timesteps, config.flip, self.conditioning, config.data_order)
+        draws = Draws(
+            config.seed, num_timesteps, config.flip, self.conditioning, config.data_order, FlowTimesteps.of(config)
+        )
         return BatchStream(
             self.data, self.vae, config.model, share, draws, first_step=self.step, num_workers=config.num_workers
         )
