@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from benchmarks.record import CannotCompare, environment, finish, results_folder
@@ -56,6 +55,7 @@ from madformer.training.checkpoint import whole_checkpoints
 from madformer.training.config import RUN_CONFIG, TrainingConfig, emoji64
 from madformer.training.data import BatchStream, Conditioning, Draws, Share
 from madformer.training.losses import Batch, LossWeights, training_losses
+from madformer.training.noise import NoiseSchedule, noise_schedule
 from madformer.training.trainer import Trainer
 from madformer.vae import decode, encode, load_vae
 
@@ -173,7 +173,7 @@ def fixed_batches(data: LatentDataset, config: TrainingConfig, options: argparse
 
 
 @torch.no_grad()
-def image_loss(model: MADFormer, batches: Sequence[Batch], schedule: DDPMScheduler) -> float:
+def image_loss(model: MADFormer, batches: Sequence[Batch], schedule: NoiseSchedule) -> float:
     """Of a model at its split, mean over batches of one size."""
     losses = []
     for batch in (batch.to(model.device) for batch in batches):
@@ -227,7 +227,7 @@ def evaluate(
         for split in (sorted(options.splits) if name == ELASTIC else [int(name.removeprefix("fixed-"))])
     }
     pipelines = {row: load(runs[name], split, options.device) for row, (name, split) in places.items()}
-    schedule = DDPMScheduler(prediction_type=config.model.prediction_type, **config.noise_options())
+    schedule = noise_schedule(config.model.prediction_type, **config.noise_options())
     batches, captions = fixed_batches(data, config, options), Captions(data, options.captions, config)
     groups = [slice(first, first + options.batch_size) for first in range(0, options.captions, options.batch_size)]
     losses, retrievals = {}, {}

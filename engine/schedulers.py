@@ -173,7 +173,7 @@ def converted(scheduler: Any, name: str) -> Any:
 
 
 def initial_deviation(scheduler: Any) -> float:
-    """Standard deviation of the noise that sampling starts from; of flow matching it is 1, and schedulers do not say."""
+    """Standard deviation of the noise that sampling starts from; schedulers of flow matching have no name for 1."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 

@@ -58,7 +58,7 @@ def test_geometry_of_the_papers_models() -> None:
         ({"num_blocks": 8}, ["num_blocks=8", "square"]),
         ({"block_size": 200}, ["block_size=200", "square"]),
         ({"context": "both"}, ["context='both'", "'clean+condition'"]),
-        ({"prediction_type": "flow"}, ["prediction_type='flow'", "'v_prediction'"]),
+        ({"prediction_type": "velocity"}, ["prediction_type='velocity'", "'v_prediction'"]),
         ({"context": "condition", "shared_towers": True}, ["shared_towers", "context"]),
         ({"norm_eps": 0.0}, ["norm_eps=0.0"]),
         ({"elastic_diffusion_layers": (7, 21)}, ["elastic_diffusion_layers=(7, 21)", "diffusion_layers=14"]),

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 
 from madformer.config import TextConfig
+from madformer.engine.schedulers import converted
 from madformer.pipeline import MADFormerPipeline
 from madformer.training.config import PRESETS, TrainingConfig
 from madformer.training.data import draw_split
@@ -434,3 +436,45 @@ def test_a_run_samples_on_the_schedule_it_trains_on(
         assert trained[499].item() == pytest.approx(halfway, rel=1e-3)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=2, output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_flow_trains_resumes_and_samples(config: TrainingConfig, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "flow_sampling": "logit-normal",
+        "flow_shift": 3.0,
+        "min_snr_gamma": 5.0,
+        "save_every": 1,
+    }
+    changes |= {"model": config.model.replace(prediction_type="flow"), "sample_every": 2, "sample_steps": 2}
+    config = dataclasses.replace(config, steps=2, **changes)
+    Trainer(config, tmp_path / "whole").run()
+    Trainer(dataclasses.replace(config, steps=1), tmp_path / "resumed").run()
+    Trainer(config, tmp_path / "resumed", resume=True).run()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
+    pipeline = MADFormerPipeline.from_pretrained(tmp_path / "whole" / "model", dtype=torch.float32)
+    assert (type(pipeline.scheduler), pipeline.scheduler.config.shift) == (FlowMatchEulerDiscreteScheduler, 3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(num_inference_steps=3, output_type="latent", seed=0).images
+    for name in ("flow-heun", "dpmpp"):
+        pipeline.scheduler = converted(pipeline.scheduler, name)
+        other = pipeline(num_inference_steps=3, output_type="latent", seed=0).images
+        assert other.isfinite().all()
+        assert not torch.equal(other, drawn)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "changes", "message"),
+    [
+        ("flow", {"beta_schedule": "cosine"}, "beta_schedule='cosine' says nothing to prediction_type='flow'"),
+        ("flow", {"zero_terminal_snr": True}, "zero_terminal_snr=True says nothing to prediction_type='flow'"),
+        ("epsilon", {"flow_shift": 3.0}, "flow_shift=3.0 says nothing to prediction_type='epsilon'"),
+        ("sample", {"flow_sampling": "logit-normal"}, "flow_sampling='logit-normal' says nothing to"),
+        ("flow", {"flow_shift": 0.0}, "flow_shift=0.0 must be positive"),
+        ("flow", {"flow_logit_std": -1.0}, "flow_logit_std=-1.0 must be positive"),
+    ],
+)
+def test_noise_that_does_not_go_with_what_is_predicted(prediction_type: Any, changes: Any, message: str) -> None:
+    model = TrainingConfig().model.replace(prediction_type=prediction_type)
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(model=model, **changes)

@@ -8,7 +8,7 @@ from the clean sample to the noise, and its target is the difference of the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from madformer.config import PredictionType
 if TYPE_CHECKING:
     from madformer.training.config import TrainingConfig
 
-NoiseSchedule = DDPMScheduler | FlowMatchEulerDiscreteScheduler
+NoiseSchedule: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 """What says how noisy a timestep is: the variance-preserving one that is discrete, or the straight path of a flow."""
 
 
