@@ -438,7 +438,6 @@ def test_a_run_samples_on_the_schedule_it_trains_on(
     assert pipeline(num_inference_steps=2, output_type="latent").images.isfinite().all()
 
 
-@pytest.mark.usefixtures("untraced")
 def test_a_flow_trains_resumes_and_samples(config: TrainingConfig, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "flow_sampling": "logit-normal",

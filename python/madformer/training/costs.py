@@ -76,15 +76,15 @@ def _costs(config: MADFormerConfig, weights: LossWeights, bf16: bool) -> Costs:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    scheduler = noise_schedule(config.prediction_type)  # of real numbers: some look at them
     # of PyTorch's attention in the U-Net, the counter knows the products of this backend
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         model = _Traced(config)
         model.set_backend("reference")
         latents = torch.empty(1, config.num_blocks, config.latents_per_block, config.latent_channels)
         timestep = torch.zeros(1, config.num_blocks, dtype=torch.int64)
         text = torch.zeros(1, config.text_length, dtype=torch.int64) if config.text else None
         labels = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
-        scheduler = noise_schedule(config.prediction_type)
         batch = Batch(latents, latents, timestep, labels, text_BP=text)
         with FlopCounterMode(display=False) as counter:
             with (
