@@ -44,7 +44,8 @@ def run_sweep(
 
     Args:
         out: the sweep's folder. Stopped at any moment, the same call goes on, and loses at most the cells at hand.
-        workers: processes; on GPUs they take them in turn. With one, this process does all of it.
+        workers: processes; on GPUs they take them in turn. With one, this process does all of it. They import the
+            program that calls, so a script calls under ``if __name__ == "__main__":``.
         threads: of a worker on a CPU. Pictures depend on it by rounding, so it is not taken from the machine.
         device: as ``madformer sample --device``.
         cache: where features of the reference are kept; unless given, :func:`madformer.evaluation.default_cache`.
