@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tqdm import tqdm
+
 __all__ = ["Job", "Make", "Work", "run_jobs"]
 
 PATIENCE = 60.0
@@ -138,6 +140,8 @@ def _serve(connection: Connection, make: Make, number: int) -> None:
     """Of a worker: do jobs until there are no more."""
     # Ctrl-C goes to all processes of a terminal, and the first one says what becomes of the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # its own is the system's, and would be reported as lost where a worker is killed
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work: Work | None = None
     while True:
