@@ -82,7 +82,7 @@ def write_report(path: str | Path, out: str | Path | None = None, figure: str | 
         figures=figures,
         **_sureness(shown, values, name),
         strips=_strips(folder, shown, rows),
-        shown=", ".join(filter(None, values[0].get("shown", []))),
+        shown="; ".join(filter(None, values[0].get("shown", []))),
         columns=columns,
         rows=entries,
         protocols=_protocols(values),
