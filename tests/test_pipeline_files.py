@@ -192,7 +192,9 @@ def test_what_the_hub_is_sent(pipeline: MADFormerPipeline, tmp_path: Path, monke
 
 
 def test_schedulers_that_are_refused(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
-    message = "FlowMatchEulerDiscreteScheduler is for flow matching"
+    message = (
+        "FlowMatchEulerDiscreteScheduler has prediction_type=.flow. and the model .epsilon.: their noise is another"
+    )
     with pytest.raises(ValueError, match=message):
         make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match=message):
@@ -202,7 +204,9 @@ def test_schedulers_that_are_refused(pipeline: MADFormerPipeline, tmp_path: Path
         pipeline.scheduler = EulerDiscreteScheduler(prediction_type="sample")
     pipeline.save_pretrained(tmp_path)
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="is of FlowMatchEulerDiscreteScheduler, and model_index.json names DPMSolverM"
+    ):
         MADFormerPipeline.from_pretrained(tmp_path)
 
 

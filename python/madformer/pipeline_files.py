@@ -29,7 +29,7 @@ from madformer.conditioning.tokenizer import (
     check_tokenizer,
     load_tokenizer,
 )
-from madformer.engine.schedulers import check_name
+from madformer.engine.schedulers import FLOW_SCHEDULERS, check_name
 from madformer.files.atomic import atomic_path, made, write_json
 from madformer.files.hub import CONFIG_NAME, resolve_folder
 from madformer.files.text import first_line
@@ -318,8 +318,12 @@ def _check_scheduler(folder: Path, index: dict[str, Any], options: dict[str, Any
             getattr(diffusers, name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no diffusers scheduler: {error}") from error
-    if index["scheduler"][0] == "diffusers":
+    library, own = index["scheduler"]
+    if library == "diffusers":
         check_name(name)
+        # what the index names is made from this file, whose fields would say nothing to it
+        if (own in FLOW_SCHEDULERS) != (name in FLOW_SCHEDULERS):
+            raise ValueError(f"{path} is of {name}, and {MODEL_INDEX} names {own}: their noise is another")
 
 
 def _reads_text(folder: Path, options: dict[str, Any]) -> bool:

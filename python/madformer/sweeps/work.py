@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -17,13 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from madformer.bulk import Prompts, Settings
 from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import PRECISIONS, apply
-from madformer.engine.schedulers import scheduler_class
+from madformer.engine.schedulers import converted
 from madformer.evaluation import (
     DrawnImages,
     Evaluation,
@@ -202,12 +200,7 @@ class Worker:
         if cell.diffusion_layers is not None:
             pipeline.transformer.set_split(cell.diffusion_layers)
         if cell.scheduler != OWN:
-            cls = getattr(diffusers, scheduler_class(cell.scheduler))
-            config = pipeline.scheduler.config
-            # some clamp to [-1, 1] unless told otherwise, which latents are not bounded by
-            clamps = "clip_sample" in inspect.signature(cls.__init__).parameters
-            options = {"clip_sample": config.get("clip_sample", False)} if clamps else {}
-            pipeline.scheduler = cls.from_config(config, **options)
+            pipeline.scheduler = converted(pipeline.scheduler, cell.scheduler)
         texts, classes = self._what_to_draw(pipeline)
         prompts = Prompts.of(pipeline.reader, texts, classes)
         settings = Settings.of(
