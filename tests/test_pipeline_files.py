@@ -204,9 +204,7 @@ def test_schedulers_that_are_refused(pipeline: MADFormerPipeline, tmp_path: Path
         pipeline.scheduler = EulerDiscreteScheduler(prediction_type="sample")
     pipeline.save_pretrained(tmp_path)
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(
-        ValueError, match="is of FlowMatchEulerDiscreteScheduler, and model_index.json names DPMSolverM"
-    ):
+    with pytest.raises(ValueError, match="is of FlowMatchEulerDiscreteScheduler, and model_index"):
         MADFormerPipeline.from_pretrained(tmp_path)
 
 
