@@ -46,7 +46,8 @@ def kid_estimate(
 ) -> Estimate:
     """Mean and standard deviation over random subsets, each without repetition.
 
-    The deviation says how much subsets of this size vary. The interval is of the whole sets: both are dealt to twenty
+    The deviation says how much subsets of this size vary; there is none where both sets are of that size, and all their
+    subsets are the same. The interval is of the whole sets: both are dealt to twenty
     disjoint groups, whose values are independent.
 
     Args:
@@ -56,6 +57,10 @@ def kid_estimate(
         ValueError: fewer than two images in either, or features of different extractors.
     """
     size = min(subset_size, len(features_ND), len(reference_MD))
+    if size == len(features_ND) == len(reference_MD):
+        value = polynomial_mmd(features_ND, reference_MD)
+        found = _with_interval(value, polynomial_mmd, features_ND, reference_MD, seed)
+        return replace(found, method=f"{found.method}; no subset is smaller than all {size}")
     random = np.random.default_rng(seed)
 
     def subset(rows: Array) -> Array:
