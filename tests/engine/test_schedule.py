@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from typing import Any
 
@@ -138,8 +137,6 @@ DPM_OPTIONS = {
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("options", DPM_OPTIONS.values(), ids=DPM_OPTIONS)
 def test_dpm_solver_options(options: dict[str, Any], prediction_type: str, solver: str, num_steps: int) -> None:
-    if "use_beta_sigmas" in options and importlib.util.find_spec("scipy") is None:
-        pytest.skip("diffusers needs scipy for beta sigmas")
     check(DPM(prediction_type=prediction_type, solver_type=solver, **options), num_steps)
 
 
@@ -160,8 +157,6 @@ def test_flow_matching(kind: Any, options: dict[str, Any], num_steps: int) -> No
 
 @pytest.mark.parametrize("options", [{"use_karras_sigmas": True}, {"shift_terminal": 0.1}, {"use_beta_sigmas": True}])
 def test_flow_matching_options(options: dict[str, Any]) -> None:
-    if "use_beta_sigmas" in options and importlib.util.find_spec("scipy") is None:
-        pytest.skip("diffusers needs scipy for beta sigmas")
     check(FlowMatchEulerDiscreteScheduler(**options), 20)
 
 
