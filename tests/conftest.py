@@ -32,11 +32,14 @@ DIFFUSERS_MARKERS = (
 LONGEST_FIRST = {
     f"tests/{file}.py": place
     for place, file in enumerate((
-        "engine/test_sampler", "training/test_trainer", "engine/test_following", "engine/test_graphs",
-        "compat/test_training_use", "test_bulk", "compat/test_accelerate", "test_pipeline_files", "compat/test_parts",
-        "test_pipeline", "compat/test_madformer_ffhq", "engine/test_schedulers", "model/test_madformer", "test_latents",
-        "training/test_ending", "training/test_folder", "training/test_export", "test_cli", "test_bench", "test_lora",
-        "model/test_backends", "fake_cuda/test_engine", "benchmarks/test_kernel_check", "test_combinations",
+        "compat/test_training_use", "test_pipeline_files", "test_bulk", "training/test_trainer", "sweeps/test_running",
+        "benchmarks/test_visit", "training/test_ending", "training/test_parallel", "test_lora", "test_cli",
+        "compat/test_madformer_ffhq", "test_bench", "benchmarks/test_kernel_check", "model/test_backends",
+        "test_latents", "kernels/test_optional", "model/test_madformer", "test_combinations", "test_packaging",
+        "test_pipeline", "engine/test_schedulers", "benchmarks/test_elastic", "training/test_lora_training",
+        "training/test_data", "kernels/test_block_causal_attention", "compat/test_parts", "training/test_export",
+        "test_command_line", "benchmarks/test_precision", "training/test_costs", "training/test_fitting",
+        "engine/test_sampler", "kernels/test_launch", "model/test_modules",
     ))
 }  # fmt: skip
 """Two processes that take file after file end together where a long one is not the last."""

@@ -114,14 +114,26 @@ def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return lines[0]
 
 
-def test_kill_at_any_moment(model: Path, tmp_path: Path, unbroken: Callable[[str], dict[str, bytes]]) -> None:
+@pytest.mark.parametrize(
+    "kills",
+    [
+        {"png": [(5, False), (4, True)], "shards": [(8, False), (7, True)]},
+        pytest.param(
+            {
+                "png": [(1, False), (1, True)],
+                "latents": [(8, False), (5, True)],
+                "shards": [(2, False), (9, False), (3, True)],
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["within", "at the ends and latents"],
+)
+def test_kill_at_any_moment(
+    model: Path, tmp_path: Path, unbroken: Callable[[str], dict[str, bytes]], kills: dict[str, list[tuple[int, bool]]]
+) -> None:
     """SIGKILL again and again, before and after a file appears or goes, each run going on from the last one's end."""
     # (which call that makes a file appear or go, and whether behind it): 1 writes the manifest, 2 tidies up after it
-    kills = {
-        "png": [(1, False), (1, True), (5, False), (4, True)],
-        "latents": [(8, False), (5, True)],
-        "shards": [(2, False), (8, False), (7, True), (9, False), (3, True)],
-    }
     runs: list[tuple[list[str], Kill | None]] = []
     for name, moments in kills.items():
         arguments = command(model, tmp_path / name, *FORMATS[name])

@@ -82,7 +82,7 @@ def all_rows(*names: str) -> set[str]:
 )
 def test_a_fault_ends_its_stage_alone(fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visit, "GRACE", 0.3)
-    limit = 1.5 if fault in ("hang", "deaf") else 20.0
+    limit = 2.5 if fault in ("hang", "deaf") else 20.0
     started = time.monotonic()
     outcomes = Visit(tmp_path / "out", rows).run(
         [stage(tmp_path, "a"), stage(tmp_path, "b", fault, limit, least=0.1), stage(tmp_path, "c")]

@@ -99,8 +99,46 @@ def test_a_report_and_a_call_say_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         dispatch.resolve("block_causal_attention", "flash_attn", torch.device("cuda"))
 
 
-def test_a_library_that_breaks_diffusers_does_not_break_us(tmp_path: Path) -> None:
-    """diffusers imports xFormers where it is installed, and fails with it: the autoencoder and ``info`` must not."""
+# One process for all that may be absent or broken at once: importing everything takes longer than what is tried.
+WITHOUT_ALL = """
+import sys
+for absent in ("triton", "madformer._C"):
+    sys.modules[absent] = None  # As if it were not there: importing it raises ModuleNotFoundError.
+
+import torch
+from torch import library
+import madformer, madformer.engine, madformer.vae
+from madformer.cli.main import main
+from madformer.kernels import dispatch
+from madformer.kernels.denoise_step import denoise_step
+from madformer.kernels.swiglu import swiglu
+
+statuses = {status.backend: status for status in dispatch.report()}
+cpp, triton, reference = statuses["cpp"], statuses["triton"], statuses["reference"]
+assert (cpp.available, cpp.ops) == (False, ("denoise_step", "qk_norm_rope", "qk_norm_rope_cached")), cpp
+assert "madformer._C is not built" in cpp.reason and "\\n" not in cpp.reason, cpp
+assert not triton.available and "swiglu" in triton.ops, triton
+assert reference.available and "swiglu" in reference.ops, reference
+
+tensors = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 6)
+denoise_step(*tensors)
+assert tensors[0].eq(4).all() and tensors[2].eq(2).all(), tensors
+library.opcheck(torch.ops.madformer.denoise_step_.default, tensors)
+swiglu(*tensors[:2])
+for backend, call in {"cpp": lambda: denoise_step(*tensors, backend="cpp"),
+                      "triton": lambda: swiglu(*tensors[:2], backend="triton")}.items():
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+    else:
+        raise AssertionError(f"{backend} was replaced silently")
+sys.exit(main(["info"]))
+"""
+
+
+def test_without_triton_the_extension_and_with_a_library_that_breaks_diffusers(tmp_path: Path) -> None:
+    """diffusers imports xFormers where it is installed, and fails with it: autoencoder, ``info`` and ops must not."""
     environment = write(
         tmp_path,
         {
@@ -110,8 +148,9 @@ def test_a_library_that_breaks_diffusers_does_not_break_us(tmp_path: Path) -> No
             "flash_attn/left/over.txt": "",
         },
     )
-    program = "import madformer.vae, sys; from madformer.cli.main import main; sys.exit(main(['info']))"
-    lines = run(environment, "-c", program).splitlines()
+    step, swiglu, *lines = run(environment, "-c", WITHOUT_ALL).splitlines()
+    assert step.startswith("backend='cpp' cannot run denoise_step on cpu: madformer._C is not built")
+    assert swiglu == "backend='triton' cannot run swiglu on cpu: Triton is not installed"
     (line,) = [line for line in lines if line.startswith("xformers ") and "  no " in line]
     assert "No module named 'flash_attn.flash_attn_interface'" in line or "does not load" in line
 

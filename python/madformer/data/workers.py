@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -58,8 +60,19 @@ def lost_worker(error: RuntimeError) -> ChildProcessError | None:
     found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
     if found is None:
         return None
-    reason = found[2].strip().rstrip(".")
-    return ChildProcessError(f"a process that reads the data (pid {found[1]}) {reason}; was there too little memory?")
+    return _loss(found[1], found[2].strip().rstrip("."))
+
+
+def _loss(pids: str, reason: str) -> ChildProcessError:
+    return ChildProcessError(f"a process that reads the data (pid {pids}) {reason}; was there too little memory?")
+
+
+def _lost_sender(batches: Iterator[Batch]) -> ChildProcessError | None:
+    """The same for a process that was killed as it sent a batch, which breaks off before the process counts as dead."""
+    processes = getattr(batches, "_workers", ())
+    dead = wait([process.sentinel for process in processes], timeout=1)
+    pids = ", ".join(str(process.pid) for process in processes if process.sentinel in dead)
+    return _loss(pids, "ended within a batch") if dead else None
 
 
 def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -70,8 +83,9 @@ def _named_losses(loader: DataLoader[Batch]) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            raise lost_worker(error) or error from error
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            # None of them is fetch's own ValueError or OSError, which comes as a batch.
+            raise (isinstance(error, RuntimeError) and lost_worker(error)) or _lost_sender(batches) or error from error
         yield batch
 
 
