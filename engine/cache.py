@@ -6,6 +6,7 @@ C channels.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,14 @@ class ConditioningCache:
             self.lengths_R += num_tokens
         else:
             self.lengths_R.index_add_(0, rows_B, self.lengths_R.new_full(rows_B.shape, num_tokens))
+
+    def part(self, rows: slice) -> ConditioningCache:
+        """A cache of these rows, in the same memory."""
+        part = copy.copy(self)
+        part.keys_RHSD = [keys[rows] for keys in self.keys_RHSD]
+        part.values_RHSD = [values[rows] for values in self.values_RHSD]
+        part.condition_RLC, part.lengths_R = self.condition_RLC[rows], self.lengths_R[rows]
+        return part
 
     def view(self, rows_B: Tensor | None, num_tokens: int) -> CacheView:
         """These rows (all for None) for a pass of ``num_tokens`` tokens each."""

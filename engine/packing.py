@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib
 import platform
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class PackedWeights:
 
     entries: dict[str, tuple[Hashable, Tensor]] = field(default_factory=dict)
     layers: dict[str, PackedLinear | PackedConv2d] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def get(self, name: str, weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
         """``pack()`` of the weight as it is now, or what it gave before for the same bytes and the same ``how``."""
@@ -120,8 +122,7 @@ class PackedConv2d(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = self.geometry_of(conv)
         self.weights, self.name = weights or PackedWeights(), name
-        self.shape: torch.Size | None = None
-        self.packed: Tensor | None = None
+        self.ready: tuple[torch.Size, Tensor] | None = None
 
     @staticmethod
     def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
@@ -134,17 +135,20 @@ class PackedConv2d(nn.Module):
 
     def looks_again(self, conv: nn.Conv2d) -> bool:
         """Whether it stands in for this one still; if so, the next call looks at the weights again."""
-        vars(self)["shape"] = None
+        vars(self)["ready"] = None
         same = self.weight is conv.weight and self.bias is conv.bias
         return same and self.geometry == self.geometry_of(conv)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         # not where the batch does: in-flight batching changes it at every step, and the layout is the same
-        if x_NCHW.shape[1:] != self.shape:
-            self.shape = x_NCHW.shape[1:]
-            how = self.shape, tuple(tuple(numbers) for numbers in self.geometry[:3])
-            self.packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(x_NCHW.shape))
-        return torch.ops.mkldnn._convolution_pointwise(x_NCHW, self.packed, self.bias, *self.geometry, "none", [], "")
+        ready, shape = self.ready, x_NCHW.shape[1:]
+        if ready is None or ready[0] != shape:
+            how = shape, tuple(tuple(numbers) for numbers in self.geometry[:3])
+            with self.weights.lock:
+                packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(x_NCHW.shape))
+            # in one assignment: several threads may be here
+            ready = self.ready = shape, packed
+        return torch.ops.mkldnn._convolution_pointwise(x_NCHW, ready[1], self.bias, *self.geometry, "none", [], "")
 
     def _pack(self, shape: torch.Size) -> Tensor:
         weight = self.weight.contiguous(memory_format=torch.channels_last)
@@ -170,10 +174,12 @@ class PackedLinear(nn.Module):
         return self.weight is linear.weight and self.bias is linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
+        packed = self.packed
+        if packed is None:
             rows = x.numel() // x.shape[-1]
-            self.packed = self.weights.get(self.name, self.weight, rows, lambda: self._pack(rows))
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            with self.weights.lock:
+                packed = self.packed = self.weights.get(self.name, self.weight, rows, lambda: self._pack(rows))
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _pack(self, rows: int) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)

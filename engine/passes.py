@@ -19,6 +19,7 @@ C channels, S tokens of a block.
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,14 @@ class Passes:
         """Compute with another model of the same kind from now on, and look up anew what was looked up in the last."""
         self.model = model
         self._look_up_rotation(None)
+
+    def rest(self) -> None:
+        """Let go of the model, until :meth:`follow`."""
+        vars(self).pop("model", None)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Within it passes are run, again and again: a subclass may keep ready what that takes."""
+        return nullcontext()
 
     def reset(self) -> None:
         """Put every row before the first step of its first block."""

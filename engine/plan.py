@@ -6,7 +6,6 @@ Shape legend: B batch, M blocks, L latents of a block, C channels, T rows of a s
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,16 +15,11 @@ from torch import Tensor
 
 from madformer.arguments import floats
 from madformer.conditioning.prompt import Prompt
-from madformer.config import MADFormerConfig
-from madformer.engine.cache import ConditioningCache
-from madformer.engine.graphs import EagerLauncher, Launcher, Prepared, launcher_for
+from madformer.engine.following import Following
 from madformer.engine.options import SamplingOptions
-from madformer.engine.packing import PackedWeights
-from madformer.engine.passes import Passes
 from madformer.engine.pool import PlanKey
 from madformer.engine.progress import Change, FinishedBlock, Progress, stops
 from madformer.engine.running import (
-    Exclusive,
     NonFiniteInputError,
     check_latents,
     check_sound,
@@ -34,21 +28,15 @@ from madformer.engine.running import (
     places_to_draw,
 )
 from madformer.engine.schedule import Schedule
-from madformer.engine.slots import ScheduleRows, Slots
-from madformer.engine.structure import Signature, UnknownPartError, signature
-from madformer.model.blocks import block_order
-from madformer.model.madformer import MADFormer
 
 if TYPE_CHECKING:
     from madformer.engine.sampler import Sampler
-
-logger = logging.getLogger("madformer.engine")
 
 NoiseSource = Callable[[int], Tensor]
 """Gives a block's standard normal noise, ``(B, L, C)``."""
 
 
-class Plan:
+class Plan(Following):
     """A batch size and a step count made ready; :meth:`run` may be called again and again, one call at a time.
 
     Nothing that is made of the model's weights outlasts a run unless it is compared with them: every run begins by
@@ -61,130 +49,10 @@ class Plan:
     without being seen (:func:`madformer.engine.structure.signature`) is not captured.
     """
 
-    launcher: Launcher
-    slots: Slots
-    cache: ConditioningCache
-    passes: Passes
-    model: MADFormer
-    _frozen: bool
-
     def __init__(self, sampler: Sampler, key: PlanKey, schedule: Schedule, options: SamplingOptions) -> None:
-        self._alone = Exclusive("this plan is drawing already: of several runs at a time each needs a plan of its own")
-        self._drawing, self._touched = False, False
+        super().__init__(sampler, key, schedule, options)
         self._drawn: list[int] = []
         self._steps_made = 0
-        self.packed = PackedWeights()
-        self.settle(sampler, schedule, options)
-        self._allocate(key)
-
-    def settle(self, sampler: Sampler, schedule: Schedule, options: SamplingOptions) -> None:
-        """Draw from now on with these, of a plan's own kind."""
-        self.sampler, self.schedule, self.options = sampler, schedule, options
-        self._options = options  # of the run at hand: a callback may change them
-
-    def rest(self) -> None:
-        """Let go of the model, until :meth:`settle`, as far as it was not captured."""
-        del self.sampler
-        if not self._frozen:
-            for owner in (self, self.passes):
-                vars(owner).pop("model", None)
-
-    @property
-    def config(self) -> MADFormerConfig:
-        return self.key.kind.config
-
-    @property
-    def batch(self) -> int:
-        return self.key.batch
-
-    @property
-    def timesteps(self) -> Tensor:
-        return self.schedule.timesteps
-
-    def _allocate(self, key: PlanKey) -> None:
-        self.key, kind = key, key.kind
-        # of one kind with what passes make, or a compiled one would be compiled for both
-        with torch.inference_mode():
-            self.slots, self.cache = kind.allocate(key.batch, key.num_steps, guided=key.guided)
-            self.model = self.sampler.current_model()
-            options = (key.clip, self.sampler.backend, key.refresh_every)
-            self.passes = self.sampler.passes(self.model, self.cache, self.slots, *options)
-        # what a scheduler's own step needs of the host is not in a graph
-        self.launcher = self.sampler.launcher or launcher_for(kind.device) if key.tabulated else EagerLauncher()
-        self._frozen = self.launcher.captures or self.sampler.compile_unet
-        self._reports = torch.cuda.Stream(kind.device) if kind.device.type == "cuda" else None
-        self.prepared: Prepared | None = None
-        self._order = block_order(kind.config)
-        self._told = ""
-
-    def warmup(self) -> Plan:
-        """Make ready what the first run would: compile, pack, capture. Logged with its times as ``madformer.engine``.
-
-        Raises:
-            InUseError: it is drawing.
-        """
-        with self._alone, computing(self.key.kind.device):
-            self._follow(try_out=True)
-        return self
-
-    def try_passes(self) -> None:
-        """Run every pass once, which shows whether its scratch memory is there."""
-        with self._alone, computing(self.key.kind.device):
-            self.slots.assign(self._rows(), self.model)
-            self.passes.reset()
-            self.passes.first_block(None)
-            self.passes.denoise(None)
-            if self.config.num_blocks > 1:
-                self.passes.next_block(None)
-
-    def _follow(self, *, try_out: bool = False) -> None:
-        """Make the passes those of the model as it is now, and run each once where that makes anything ready."""
-        kind = self.sampler.kind()
-        if kind != self.key.kind:
-            if self._drawing:
-                raise RuntimeError("the model's configuration, dtype, device or backend changed while it was drawing")
-            self._allocate(replace(self.key, kind=kind))
-        self._touched, steps = False, len(self.timesteps)
-        if not self._frozen:
-            self._look_through(self.sampler.current_model(self.packed))
-            if self.prepared is None:
-                self.prepared = Prepared.of(self.passes, steps, self.launcher if try_out else None, ())
-            return
-        known = None if self.prepared is None else self.prepared.signature
-        built: Signature | None = None
-        try:
-            built = signature(self.sampler.source)
-        except UnknownPartError as unknown:
-            self._tell(f"not captured or compiled: {unknown}")
-        if built is None or (self._drawing and built != known):
-            # as it stands, and for a run that has begun: preparing would overwrite what it holds
-            self._look_through(self.sampler.current_model())
-            self.prepared = Prepared.of(self.passes, steps, None)
-        elif built != known:
-            self._look_through(self.sampler.lasting_model())
-            self.slots.assign(self._rows(), self.model)
-            launcher = self.launcher if try_out or self.launcher.captures else None
-            self.prepared = Prepared.of(self.passes, steps, launcher, built)
-        else:
-            self._look_through(self.model)
-
-    def _look_through(self, model: MADFormer) -> None:
-        self.model = model
-        self.passes.follow(model)
-        if self._drawing:
-            self.slots.tabulate(self._rows(), model)
-            self.slots.condition_on(self._prompt, model)
-        elif self.prepared is None or self.prepared.signature is None:
-            self.slots.assign(self._rows(), model)
-
-    def _rows(self) -> ScheduleRows:
-        coefficients = None if self.schedule.table is None else self.schedule.table.coefficients
-        return ScheduleRows.of(self.config, self.timesteps, coefficients, len(self.timesteps), self._options)
-
-    def _tell(self, message: str) -> None:
-        if message != self._told:
-            logger.warning("%s", message)
-        self._told = message
 
     def run(
         self,
@@ -271,7 +139,7 @@ class Plan:
 
         The plan is in use until the generator ends or is closed.
         """
-        with self._alone:
+        with self._alone, contextlib.ExitStack() as stack:
             device = self.key.kind.device
             with computing(device):
                 prompt = prompt or Prompt()
@@ -288,6 +156,7 @@ class Plan:
                 laid_out = callback is not None
                 if laid_out:
                     self._lay_out(places, noise, given, drawn)
+            stack.enter_context(self.passes.at_work())
             try:
                 self._drawing = True
                 finished: list[FinishedBlock] = []

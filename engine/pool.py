@@ -7,6 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from madformer.engine.cache import ConditioningCache
 from madformer.engine.memory import OutOfMemoryError
 from madformer.engine.options import SamplingOptions
 from madformer.engine.schedule import Schedule
+from madformer.engine.sharing import SharedSlots
 from madformer.engine.slots import Slots
 from madformer.engine.structure import dtype_and_device
 from madformer.model.madformer import MADFormer
@@ -40,9 +42,10 @@ class ModelKind:
         config = model.config if grid is None else model.config.at_grid(*grid)
         return cls(config, *dtype_and_device(model), model.backend, model.attention_backend)
 
-    def allocate(self, rows: int, max_steps: int, *, guided: bool) -> tuple[Slots, ConditioningCache]:
-        """What outlasts a pass of so many images at once."""
-        slots = Slots(self.config, rows, max_steps, self.device, guided=guided)
+    def allocate(self, rows: int, max_steps: int, *, guided: bool, shares: int = 1) -> tuple[Slots, ConditioningCache]:
+        """What outlasts a pass of so many images at once, in so many shares."""
+        slots_of = Slots if shares == 1 else partial(SharedSlots, shares)
+        slots = slots_of(self.config, rows, max_steps, self.device, guided=guided)
         rows *= slots.branches
         cache = ConditioningCache(self.config, rows, dtype=self.dtype, device=self.device, backend=self.backend)
         return slots, cache

@@ -44,6 +44,8 @@ class Sampler:
         launcher: how passes are launched; None for CUDA graphs on a GPU, else Python.
         passes: what is launched; a subclass computes something else.
         grid: rows and columns of blocks, for images of another size than the model's own.
+        shares: on a processor, into how many parts a batch is divided at most, each drawn by a thread of its own
+            (:mod:`.sharing`); None for one a thread of PyTorch's, or as many as :meth:`.plan.Plan.warmup` finds best.
 
     The model stays as it is, and every run computes with what it is by then: weights, hooks, adapters and attributes
     may change in any way between two runs, and in what a run calls. On a GPU convolutions run fastest where they are
@@ -61,7 +63,9 @@ class Sampler:
         launcher: Launcher | None = None,
         passes: type[Passes] = Passes,
         grid: tuple[int, int] | None = None,
+        shares: int | None = None,
     ) -> None:
+        self.shares = None if shares is None else whole_number("shares", shares, 1)
         self.source = unwrapped(model)
         if (what := around_the_whole(self.source)) is not None:
             warnings.warn(

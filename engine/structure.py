@@ -59,6 +59,13 @@ def process_is_plain() -> bool:
     )
 
 
+def all_plain(model: nn.Module) -> bool:
+    """Whether everything in the tree is :func:`plain` and of a class that is known here, as is the process."""
+    return process_is_plain() and all(
+        plain(module) and (_known(module) or type(module).__module__.startswith("peft.")) for module in model.modules()
+    )
+
+
 def _known(value: object) -> bool:
     """Whether it is of a library whose objects keep what they do in simple attributes."""
     if isinstance(value, (type, types.FunctionType)):

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
+from madformer.engine.plan import Plan
+from madformer.engine.sharing import SharedPasses
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 
@@ -107,6 +109,30 @@ class BareModel:
             )
 
         return attend
+
+
+class SharedBareModel:
+    """Bare models of the shares that a plan draws in (:mod:`madformer.engine.sharing`), each in its own thread."""
+
+    def __init__(self, passes: SharedPasses) -> None:
+        self.passes = passes
+        self.parts = [BareModel(passes.model, part.cache) for part in passes.parts]
+
+    def ar(self, block: int) -> None:
+        self.passes.each("bare AR pass", lambda share: self.parts[share].ar(block))
+
+    def denoise(self, block: int) -> None:
+        self.passes.each("bare step", lambda share: self.parts[share].denoise(block))
+
+    def unet(self) -> None:
+        self.passes.each("bare U-Net", lambda share: self.parts[share].unet())
+
+
+def bare_model(plan: Plan) -> BareModel | SharedBareModel:
+    """What a plan's passes are held against: on the same weights and cache, in the same shares."""
+    if isinstance(plan.passes, SharedPasses):
+        return SharedBareModel(plan.passes)
+    return BareModel(plan.model, plan.cache)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ How each figure is measured. All are medians over interleaved rounds, after one 
   :class:`~madformer.measuring.bare.BareModel` over the same packed weights; on a GPU captured as well. ``overhead`` is
   what the plan's launches of a block take beyond that, as a fraction of it: updates, slots, schedule, the lengths of
   the prefixes. It is the median of the ratios of neighbouring pairs, each in both orders, because a hundredth of a
-  second is less than what a shared machine adds to it.
+  second is less than what a shared machine adds to it. Where a plan draws in shares, bare passes are made in the same.
 * ``operations_floor``: operations (:class:`~madformer.measuring.bare.Work`) over the rate of a large matrix product in
   the same dtype on the same device and threads. ``bytes_floor``: the weights of a denoising step, read once a step,
   over the rate of a large copy (bytes read and written). Both without the autoencoder.
@@ -46,7 +46,7 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
 from madformer.machine import copy_rate, matmul_rate, seconds
-from madformer.measuring.bare import BareModel, Work
+from madformer.measuring.bare import BareModel, SharedBareModel, Work, bare_model
 from madformer.measuring.timing import Spread, Stopwatch
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode
@@ -184,10 +184,10 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     plan.warmup()
     noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
     with torch.inference_mode():
-        bare = BareModel(plan.model, plan.cache)
+        bare = bare_model(plan)
         unet = plan.launcher.loop(plan.launcher.prepare("U-Net alone", bare.unet, no_reset), steps)
         unet_watch, rounds = Stopwatch(device), []
-        with watched(plan, vae) as (watches, draw):
+        with plan.passes.at_work(), watched(plan, vae) as (watches, draw):
             for _ in range(repeats + 1):
                 taken = {"total": seconds(lambda: draw(noise), device)}
                 taken |= {name: watch.read() for name, watch in watches.items()}
@@ -246,7 +246,7 @@ def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
     return Prompt(text, label=torch.zeros(batch, dtype=torch.int64) if config.num_classes else None)
 
 
-def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, float]]:
+def block_pairs(plan: Plan, bare: BareModel | SharedBareModel, count: int) -> list[tuple[float, float]]:
     """Seconds of one block by the plan's launches and by the bare passes, ``count`` times at most."""
     device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
     launcher = launcher_for(device)
@@ -267,12 +267,13 @@ def block_pairs(plan: Plan, bare: BareModel, count: int) -> list[tuple[float, fl
     def without_engine() -> float:
         return seconds(lambda: (bare_ar(), bare_loop()), device)
 
-    ours(), without_engine()
     pairs: list[tuple[float, float]] = []
-    started = time.perf_counter()
-    for _ in range(count):
-        if len(pairs) >= LEAST_PAIRS and time.perf_counter() - started > PAIRS_SECONDS:
-            break
-        first, second, third, fourth = ours(), without_engine(), without_engine(), ours()
-        pairs.append(((first + fourth) / 2, (second + third) / 2))
+    with plan.passes.at_work():
+        ours(), without_engine()
+        started = time.perf_counter()
+        for _ in range(count):
+            if len(pairs) >= LEAST_PAIRS and time.perf_counter() - started > PAIRS_SECONDS:
+                break
+            first, second, third, fourth = ours(), without_engine(), without_engine(), ours()
+            pairs.append(((first + fourth) / 2, (second + third) / 2))
     return pairs

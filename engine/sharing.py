@@ -1,0 +1,248 @@
+"""A batch shared out among threads: on a processor each of them passes a few of the images, on cores of its own.
+
+PyTorch's threads share every single operator. Most operators of a denoising step are too short for that, and images
+need nothing of each other: here threads meet at the end of a pass alone.
+
+A share is some neighbouring images. Its slots and its rows of the cache are those of the whole batch, in the same
+memory, so that whatever a plan does besides its passes (noise, callbacks, checks, the ``step`` of a scheduler without a
+table) it does to the whole batch, in the thread of its caller. All threads compute with the same model.
+
+Shape legend: R rows (slots), N rows of the cache (R, or under guidance 2 R), B images of a pass, L latents of a block,
+C channels, E time embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+from madformer.conditioning.prompt import Prompt
+from madformer.engine.cache import ConditioningCache
+from madformer.engine.passes import Passes
+from madformer.engine.running import computing
+from madformer.engine.slots import ScheduleRows, Slots
+from madformer.engine.structure import all_plain
+from madformer.model import MADFormer
+
+if TYPE_CHECKING:
+    from madformer.engine.pool import ModelKind
+    from madformer.engine.sampler import Sampler
+
+T = TypeVar("T")
+
+_BEGINNING = threading.Lock()
+
+
+class Workers:
+    """Threads that compute, each with an equal part of the threads that PyTorch has for their caller.
+
+    A context: they begin with it, and none is left when it ends, which waits for what they are at.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._threads: list[ThreadPoolExecutor] = []
+
+    def __enter__(self) -> Self:
+        with _BEGINNING:
+            mine = torch.get_num_threads()
+
+            def begin() -> None:
+                # a thread that is new to PyTorch takes over the process's number when it first asks: now, not later
+                torch.get_num_threads()
+                torch.set_num_threads(max(1, mine // self.count))
+
+            # of one thread each: a share stays on its core
+            self._threads = [ThreadPoolExecutor(1, "madformer-share") for _ in range(self.count)]
+            try:
+                self.each(lambda _: begin(), range(self.count))
+            finally:
+                # what the threads were given has become the process's, for threads to come
+                torch.set_num_threads(mine)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+        self._threads = []
+
+    def each(self, work: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
+        """``work`` of the threads of these numbers, at a time; when all are done, what they gave.
+
+        Raises:
+            Whatever the first of them raised that did.
+        """
+        futures = [self._threads[number].submit(work, number) for number in numbers]
+        wait(futures)
+        return [future.result() for future in futures]
+
+
+class SharedSlots(Slots):
+    """The state of images that are passed in shares.
+
+    Attributes:
+        shares: the rows of each. parts: their slots, which are this one's memory but for where in it a row stands, and
+            for text and class, of which each part has its conditional rows first.
+    """
+
+    def __init__(self, shares: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        rows = len(self.block_R)
+        ends = [rows * index // shares for index in range(shares + 1)]
+        self.shares = [slice(first, end) for first, end in itertools.pairwise(ends)]
+        self.parts = [self._part(share, *arguments, **options) for share in self.shares]
+
+    def _part(self, share: slice, config: Any, rows: int, *arguments: Any, **options: Any) -> Slots:
+        part = Slots(config, share.stop - share.start, *arguments, **options)
+        for name in ("canvas_RMLC", "latents_RLC", "previous_RLC", "block_R", "sound_R", "schedule_RTW", "order_RM"):
+            setattr(part, name, getattr(self, name)[share])
+        return part
+
+    def assign(self, schedule: ScheduleRows, model: MADFormer, row: int | None = None) -> None:
+        super().assign(schedule, model, row)
+        for part in self.parts:
+            part.end_R.copy_(part.start_R + schedule.num_steps)
+
+    def condition_on(self, prompt: Prompt, model: MADFormer, row: int | None = None) -> None:
+        super().condition_on(prompt, model, row)
+        for share, part in zip(self.shares, self.parts, strict=True):
+            for name in ("text_NP", "class_NC"):
+                by_branch = getattr(self, name).unflatten(0, (self.branches, -1))
+                getattr(part, name).copy_(by_branch[:, share].flatten(0, 1))
+
+    def reset(self, row: int | None = None) -> None:
+        super().reset(row)
+        for part in self.parts:
+            part.reset()
+
+    def schedule(self, rows_B: Tensor | None) -> list[Tensor]:
+        columns = zip(*(part.schedule(None) for part in self.parts), strict=True)
+        return [torch.cat(column) for column in columns]
+
+    def finish_step(self, rows_B: Tensor | None, latents_BLC: Tensor, previous_BLC: Tensor) -> None:
+        assert previous_BLC is self.previous_RLC
+        for share, part in zip(self.shares, self.parts, strict=True):
+            part.finish_step(None, latents_BLC[share], part.previous_RLC)
+
+
+class SharedPasses(Passes):
+    """The passes of a batch in shares: of all rows, in threads while :meth:`at_work`, else one share after the other.
+
+    Attributes:
+        in_turn: one share after the other in any case, in the caller's thread.
+    """
+
+    slots: SharedSlots
+
+    def __init__(self, model: MADFormer, cache: ConditioningCache, slots: SharedSlots, *options: Any) -> None:
+        super().__init__(model, cache, slots, *options)
+        self.in_turn = False
+        self._workers: Workers | None = None
+        self._packed: set[str] = set()
+        self._uneven = len({len(part.block_R) for part in slots.parts}) > 1
+        self.parts = [
+            Passes(model, cache.part(slice(slots.branches * share.start, slots.branches * share.stop)), part, *options)
+            for share, part in zip(slots.shares, slots.parts, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        if self._workers is not None:
+            yield
+            return
+        with Workers(len(self.parts)) as self._workers:
+            try:
+                yield
+            finally:
+                self._workers = None
+
+    def follow(self, model: MADFormer) -> None:
+        self.model = model
+        self._packed.clear()
+        for part in self.parts:
+            part.follow(model)
+
+    def rest(self) -> None:
+        super().rest()
+        for part in self.parts:
+            part.rest()
+
+    def first_block(self, rows_B: Tensor | None) -> None:
+        self.each("first_block", lambda index: self.parts[index].first_block(None))
+
+    def next_block(self, rows_B: Tensor | None) -> None:
+        self.each("next_block", lambda index: self.parts[index].next_block(None))
+
+    def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
+        self.each(f"denoise {refresh}", lambda index: self.parts[index].denoise(None, refresh=refresh))
+
+    def denoise_round(self, rows_B: Tensor | None) -> None:
+        self.each("denoise_round", lambda index: self.parts[index].denoise_round(None))
+
+    def predict(
+        self,
+        rows_B: Tensor | None,
+        latents_BLC: Tensor,
+        down_BE: Tensor,
+        up_BE: Tensor,
+        time_BC: Tensor,
+        *,
+        refresh: bool = True,
+    ) -> tuple[Tensor, ...]:
+        def of_share(index: int) -> tuple[Tensor, ...]:
+            own = (tensor[self.slots.shares[index]] for tensor in (latents_BLC, down_BE, up_BE, time_BC))
+            return self.parts[index].predict(None, *own, refresh=refresh)
+
+        return tuple(map(torch.cat, zip(*self.each(f"denoise {refresh}", of_share), strict=True)))
+
+    def each(self, name: str, work: Callable[[int], T]) -> list[T]:
+        """``work`` of every share, by its number, which is a pass of that name; what they gave."""
+        shares, device = range(len(self.parts)), self.model.device
+
+        def compute(index: int) -> T:
+            with computing(device):
+                return work(index)
+
+        if self._workers is None or self.in_turn:
+            return list(map(work, shares))
+        # weights are packed for the number of images that comes first: always that of the same share
+        alone = 1 if self._uneven and name not in self._packed else 0
+        self._packed.add(name)
+        return self._workers.each(compute, shares[:alone]) + self._workers.each(compute, shares[alone:])
+
+
+def shares_for(sampler: Sampler, kind: ModelKind, batch: int) -> int:
+    """In how many shares a batch is drawn unless it was measured: one for each thread; 1 where it is to stay whole."""
+    wanted = torch.get_num_threads() if sampler.shares is None else sampler.shares
+    shares = min(wanted, batch)
+    apart = (
+        kind.device.type != "cpu"
+        or sampler.compile_unet
+        or sampler.passes is not Passes
+        or (sampler.launcher is not None and sampler.launcher.captures)
+        or shares < 2
+        or "triton" in (kind.backend, kind.attention_backend, sampler.backend)
+    )
+    return 1 if apart or not shareable(sampler.source) else shares
+
+
+def shareable(model: nn.Module) -> bool:
+    """Whether nobody sees that the model's parts are called from other threads, for some of the images at a time.
+
+    Hooks, a ``forward`` of an instance's own and classes that are not known here would, as would the modes and the
+    profiler of the calling thread.
+    """
+    return (
+        all_plain(model)
+        and not torch._C._len_torch_dispatch_stack()
+        and all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
+        and not torch.autograd._profiler_enabled()
+    )

@@ -1,0 +1,301 @@
+"""A batch that is drawn in shares, each by a thread of its own, is the batch that is drawn whole."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from madformer.conditioning.prompt import Prompt
+from madformer.config import MADFormerConfig
+from madformer.engine import sharing
+from madformer.engine.options import SamplingOptions
+from madformer.engine.passes import Passes
+from madformer.engine.plan import Plan
+from madformer.engine.progress import Change, Progress
+from madformer.engine.sampler import Sampler
+from madformer.measuring.bare import Work
+from madformer.measuring.sampling import Roof, measure
+from madformer.model import MADFormer
+from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.testing import relative_error
+
+BATCH, STEPS, BLOCKS = 3, 3, 2
+RICH = CASES["text and classes"].replace(num_blocks=BLOCKS, block_grid=(1, 2))
+PLAIN = CASES["both"].replace(num_blocks=BLOCKS, block_grid=(1, 2))
+OPTIONS = SamplingOptions(STEPS)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2, "the caller's setting was changed"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("madformer-share")]
+    torch.set_num_threads(before)
+
+
+def plan_of(model: MADFormer, shares: int, batch: int = BATCH, options: SamplingOptions = OPTIONS, **how: Any) -> Plan:
+    scheduler = how.pop("scheduler", DDIMScheduler)
+    plan = Sampler(model, scheduler(), shares=shares, **how).plan(batch, options)
+    assert plan.shares == shares
+    return plan
+
+
+def part(prompt: Prompt, rows: slice) -> Prompt:
+    fields = (prompt.text, prompt.negative_text, prompt.label)
+    return Prompt(*(None if ids is None else ids[rows] for ids in fields))
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (RICH, SamplingOptions(STEPS, guidance=3.0, guidance_interval=(100, 900))),
+        (RICH, SamplingOptions(STEPS, refresh_every=2)),
+        (PLAIN.replace(context="condition"), OPTIONS),
+        (PLAIN.replace(block_order="random"), OPTIONS),
+        (CASES["spiral"].replace(num_blocks=2, block_grid=(1, 2)), SamplingOptions(STEPS, guidance=2.0)),
+        (CASES["text, block-local"].replace(num_blocks=2, block_grid=(1, 2)), OPTIONS),
+        (CASES["DiT"], SamplingOptions(STEPS, guidance=2.0)),
+    ],
+    ids=["guided", "refreshed", "condition only", "any order", "spiral", "block-local", "DiT"],
+)
+def test_pictures(config: MADFormerConfig, options: SamplingOptions) -> None:
+    """To rounding those of the whole batch, bit for bit those of each share alone; and again from the same plan."""
+    model = make_model(config)
+    prompt = draw_prompt(config, BATCH, guided=options.guided)
+    order = [1, 0] if config.block_order == "random" else None
+    plan = plan_of(model, 2, options=options)
+    assert isinstance(plan.slots, sharing.SharedSlots)
+    for seed in (1, 2):
+        noise = draw_noise(config, BATCH, seed)
+        shared = plan.run(noise, prompt, order=order)
+        assert torch.equal(plan.run(noise, prompt, order=order), shared)
+        assert relative_error(plan_of(model, 1, options=options).run(noise, prompt, order=order), shared) < 1e-5
+        torch.set_num_threads(1)
+        for rows in plan.slots.shares:
+            alone = Sampler(model, DDIMScheduler()).plan(rows.stop - rows.start, options)
+            drawn = alone.run(noise[rows], part(prompt, rows), order=order)
+            # classes are embedded for the whole batch at once
+            assert relative_error(drawn, shared[rows]) < (1e-5 if config.num_classes else 1e-30)
+        torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DPMSolverMultistepScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler]
+)
+def test_schedulers(scheduler: Callable[[], Any]) -> None:
+    """Those without a table step the whole batch, and draw what they add from each image's generator."""
+    model, noise = make_model(RICH), draw_noise(RICH, BATCH)
+    prompt, options = draw_prompt(RICH, BATCH, guided=True), SamplingOptions(STEPS, guidance=2.0)
+
+    def draw(shares: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(index) for index in range(BATCH)]
+        return plan_of(model, shares, options=options, scheduler=scheduler).run(noise, prompt, generator=generators)
+
+    assert relative_error(draw(1), draw(2)) < 1e-5
+
+
+def test_what_a_run_calls() -> None:
+    """Callbacks see the whole batch after every step and change it; blocks and progress are told in order."""
+    model, prompt = make_model(RICH), draw_prompt(RICH, BATCH, guided=True)
+    told: dict[int, list[Any]] = {}
+
+    def draw(shares: int, *, stop: bool) -> Tensor:
+        seen = told.setdefault(shares, [])
+
+        def callback(progress: Progress) -> Change | None:
+            assert threading.current_thread() is threading.main_thread()
+            seen.append((progress.block, progress.step, progress.latents_BLC.clone()))
+            if progress.step == 0:
+                model.layers[-1].tower("noise").proj.weight.data *= 1.01  # type: ignore[operator]
+                return Change(images_BMLC=progress.images() * 0.9, guidance=1.5 + progress.block)
+            return Change(stop=stop and progress.block == 1)
+
+        return plan_of(model, shares, options=SamplingOptions(STEPS, guidance=2.0)).run(
+            lambda place: draw_noise(RICH, BATCH)[:, place],
+            prompt,
+            callback=callback,
+            on_block=lambda place, latents: seen.append((place, "done", latents.clone())),
+            progress=lambda steps: seen.append((0, steps, torch.ones(1))),
+        )
+
+    kept = model.layers[-1].tower("noise").proj.weight.detach().clone()  # type: ignore[operator]
+    for stop in (False, True):
+        drawn = []
+        for shares in (1, 2):
+            model.layers[-1].tower("noise").proj.weight.data.copy_(kept)  # type: ignore[operator]
+            drawn.append(draw(shares, stop=stop))
+        assert relative_error(*drawn) < 1e-5
+    assert [event[:2] for event in told[1]] == [event[:2] for event in told[2]]
+    assert all(relative_error(one[2], two[2]) < 1e-5 for one, two in zip(told[1], told[2], strict=True))
+
+
+def test_given_blocks() -> None:
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    given = draw_noise(PLAIN, BATCH, 7)
+    one, two = (plan_of(model, shares).run(noise, given=given, blocks=[1]) for shares in (1, 2))
+    assert torch.equal(two[:, 0], given[:, 0])
+    assert relative_error(one, two) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["weights", "parameter", "layer"])
+def test_follows_the_model(change: str) -> None:
+    """Between two runs of one plan, as a plan of the changed model would draw."""
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    plan = plan_of(model, 2)
+    before, tower = plan.run(noise), model.layers[-1].tower("noise")  # type: ignore[operator]
+    if change == "weights":
+        tower.qkv.weight.detach().numpy()[...] *= 2
+        model.downsampler.conv_in.weight.data *= 1.5  # type: ignore[operator, union-attr]
+    elif change == "parameter":
+        tower.proj.weight = torch.nn.Parameter(tower.proj.weight.detach() * 3)
+    else:
+        tower.proj = torch.nn.Linear(tower.proj.in_features, tower.proj.out_features)
+    after = plan.run(noise)
+    assert relative_error(before, after) > 1e-3
+    assert torch.equal(after, plan_of(model, 2).run(noise))
+
+
+class _Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", ["first_block", "denoise", "next_block"])
+def test_an_error_of_a_share(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is raised where the run was called; the others are done by then, and the plan draws again."""
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    plan = plan_of(model, 2)
+    expected = plan.run(noise)
+    assert isinstance(plan.passes, sharing.SharedPasses)
+
+    def fail(*_: object, **__: object) -> None:
+        raise _Broken(threading.current_thread().name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.passes.parts[1], at, fail)
+        with pytest.raises(_Broken, match="madformer-share"):
+            plan.run(noise)
+    assert torch.equal(plan.run(noise), expected)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(noise, progress=interrupt)
+    drawing = plan.blocks(noise)
+    next(drawing)
+    drawing.close()
+    assert torch.equal(plan.run(noise), expected)
+    noise[2, 1, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="image 2, block 1"):
+        plan.run(lambda place: noise[:, place])
+
+
+def test_threads_of_others() -> None:
+    """Each worker has its part of the caller's threads; those of a thread that begins later are the caller's."""
+    torch.set_num_threads(5)
+    with sharing.Workers(2) as workers:
+        assert workers.each(lambda _: torch.get_num_threads(), range(2)) == [2, 2]
+        torch.ones(100_000).sum()  # the workers' setting is their own
+        assert torch.get_num_threads() == 5
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(torch.get_num_threads).result() == 5
+        assert workers.each(lambda _: torch.get_num_threads(), range(2)) == [2, 2]
+    torch.set_num_threads(2)
+
+
+def test_what_is_not_shared() -> None:
+    """One image or thread, a sampler's own passes, and whatever would see that it is called in parts."""
+    model = make_model(PLAIN)
+
+    class Own(Passes):
+        pass
+
+    def shares(batch: int = BATCH, **how: Any) -> int:
+        return Sampler(model, DDIMScheduler(), **how).plan(batch, OPTIONS).shares
+
+    assert (shares(), shares(2), shares(1)) == (2, 2, 1)
+    assert shares(passes=Own) == shares(compile_unet=True) == shares(backend="triton") == shares(shares=1) == 1
+    with torch.device("cpu"):
+        assert shares() == 2
+    with FlopCounterMode(display=False):
+        assert shares() == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert shares() == 1
+    plan = Sampler(model, DDIMScheduler()).plan(BATCH, OPTIONS)
+    torch.set_num_threads(1)
+    plan.run(draw_noise(PLAIN, BATCH))
+    assert plan.shares == 1
+    torch.set_num_threads(2)
+    sizes: list[int] = []
+    hook = model.upsampler.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    plan.run(draw_noise(PLAIN, BATCH))
+    assert plan.shares == 1
+    assert set(sizes) == {BATCH}
+    hook.remove()
+    plan.run(draw_noise(PLAIN, BATCH))
+    assert plan.shares == 2
+
+
+def test_a_hook_from_within() -> None:
+    """One that a callback puts on is called by the run's own thread, of one share after the other."""
+    model, noise, called = make_model(PLAIN), draw_noise(PLAIN, BATCH), []
+    plan = plan_of(model, 2)
+    expected = plan.run(noise)
+
+    def callback(progress: Progress) -> None:
+        if (progress.block, progress.step) == (1, 0):
+            hook = lambda _, inputs, __: called.append((threading.current_thread(), len(inputs[0])))  # noqa: E731
+            handles.append(model.upsampler.register_forward_hook(hook))
+
+    handles: list[Any] = []
+    assert relative_error(expected, plan.run(noise, callback=callback)) < 1e-5
+    assert called == [(threading.main_thread(), size) for _ in range(STEPS - 1) for size in (1, 2)]
+    handles[0].remove()
+    assert torch.equal(plan.run(noise), expected)
+
+
+def test_warmup_measures(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which way is faster, for as long as there are so many threads; and pictures do not tell."""
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, 4)
+    whole = Sampler(model, DDIMScheduler(), shares=1).plan(4, OPTIONS).run(noise)
+    clock = iter(range(10_000))
+    torch.set_num_threads(4)
+    for fastest in (1, 2, 4):
+        plan = Sampler(model, DDIMScheduler()).plan(4, OPTIONS)
+        with monkeypatch.context() as patch:
+            seconds: Callable[..., float] = lambda _: next(clock) + 100_000 * (plan.shares != fastest)  # noqa: B023, E731
+            patch.setattr("madformer.engine.following._seconds", seconds)
+            with caplog.at_level(logging.INFO, "madformer.engine"):
+                plan.warmup()
+        assert f"batch 4 is drawn in {fastest} share" in caplog.text
+        assert relative_error(whole, plan.run(noise)) < 1e-5
+        used = [plan.shares]
+        for threads in (3, 4):
+            torch.set_num_threads(threads)
+            plan.run(noise)
+            used.append(plan.shares)
+        assert used == [fastest, 3, fastest]
+    torch.set_num_threads(2)
+    assert Sampler(model, DDIMScheduler()).plan(4, OPTIONS).warmup().shares in (1, 2)
+
+
+def test_is_measured_as_a_whole_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bare passes are made in the same shares, which the parts of a step's time are told by."""
+    plan = Sampler(make_model(PLAIN), DPMSolverMultistepScheduler()).plan(4, OPTIONS)
+    monkeypatch.setattr(plan, "_measure_shares", lambda: None)
+    row = measure(plan, Roof(1e9, 1e9), Work.of(plan.sampler.source), repeats=1)
+    assert plan.shares == 2
+    assert row.bare_seconds.median > 0
+    assert row.split["ar"] > 0
+    assert row.split["unet"] > 0
