@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import ROOT
 
 STUB = ROOT / "build" / "stub_driver"
-CALLS, RUNS = 5, 100
+CALLS, RUNS = 5, 1000
 """Calls of a run, and runs of which the fastest counts."""
 WARM_UP = 20
 COLUMNS = {

@@ -68,7 +68,7 @@ class Counts:
         waits: for matrix products that run beside the warp (Hopper's).
         flops: of the matrix instructions.
         shared_bytes: between registers and shared memory.
-        read_bytes, write_bytes: of device memory, by one warp; of several loops that read, one.
+        read_bytes, write_bytes: of device memory, by one warp; of several loops, those of one.
     """
 
     loops: int
@@ -178,8 +178,8 @@ def count(text: str) -> Counts:
         main = [_counted(instructions)]
     total: collections.Counter[str] = sum((each[0] for each in main), collections.Counter())
     fields = ("issue", "matrix", "special", "memory", "waits", "flops", "shared_bytes")
-    # A second reading of the same is from the caches.
-    reads, writes = max(each[1] for each in main), sum(each[2] for each in main)
+    # A second reading of the same is from the caches, and what is written twice leaves them once.
+    reads, writes = (max(each[place] for each in main) for place in (1, 2))
     return Counts(loops, *(total[name] for name in fields), reads, writes)
 
 

@@ -288,4 +288,9 @@ def recorded(
             given = backward(ctx, *gradients)
             return (*given, None) if isinstance(given, tuple) else (given, None)
 
-    return Function.apply
+    return short_apply(Function)
+
+
+def short_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the look for transforms, for arguments of a :func:`plain_kind`, which are in none."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

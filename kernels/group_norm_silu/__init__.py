@@ -66,11 +66,13 @@ class GroupNormSettings:
         block_pixels: rows of a tile; a tile has all channels of a group.
         chunk: pixels of a program, a multiple of ``block_pixels``. Where it covers a slab, one launch does all.
         num_warps: warps of a program.
+        keep: in the backward, write the gradient before SiLU down and read it again, in place of computing it twice.
     """
 
     block_pixels: int
     chunk: int
     num_warps: int
+    keep: bool = False
 
     def ragged(self, num_pixels: int, group_channels: int) -> bool:
         """Whether some tile reaches beyond its slab, so that masks are needed."""
@@ -98,7 +100,7 @@ def choose_settings(
     num_warps = min(16, max(1, tile // (32 * per_thread)))
     tiles = -(-num_pixels // block_pixels)
     splits = 1 if whole else -(-4 * on.num_sms // slabs)
-    return GroupNormSettings(block_pixels, -(-tiles // splits) * block_pixels, num_warps)
+    return GroupNormSettings(block_pixels, -(-tiles // splits) * block_pixels, num_warps, keep=backward)
 
 
 def _rows(x_NCHW: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def _backward(
         Launch(
             backward_kernel, (slabs, splits), device, (num_groups, num_pixels, settings.chunk, *strides),
             K=group_channels, HAS_TEMB=temb is not None, SILU=silu, SUMS=take_sums, OUTPUT=output,
-            BLOCK_P=settings.block_pixels, BLOCK_K=columns,
+            KEEP=silu and settings.keep, BLOCK_P=settings.block_pixels, BLOCK_K=columns,
             RAGGED=settings.ragged(num_pixels, group_channels), num_warps=settings.num_warps, maxnreg=MAX_REGISTERS,
         )
         for take_sums, output in _phases(splits)

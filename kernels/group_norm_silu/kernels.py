@@ -147,14 +147,18 @@ def _affine_gradient(grad, x, shift, rstd, weight, bias, SILU: tl.constexpr):
 
 @jit
 def _channel_sums(
-    grad_ptr, x_ptr, sums_ptr, shift, rstd, weight, bias, first, last, stride_gp, stride_xp, num_channels,
-    K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr,
+    grad_ptr, x_ptr, dout_ptr, sums_ptr, shift, rstd, weight, bias, first, last, stride_gp, stride_xp, num_channels,
+    K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the pixels [first, last) of ``dout``, ``dout * normed`` and ``normed``, for each channel."""
+    """Sums over the pixels [first, last) of ``dout``, ``dout * normed`` and ``normed``, for each channel.
+
+    ``KEEP``: write ``dout`` down.
+    """
     rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
     tile_g = rows[:, None] * stride_gp + cols[None, :]
     tile_x = rows[:, None] * stride_xp + cols[None, :]
+    tile_dout = rows[:, None] * num_channels + cols[None, :]
     sum_dout = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     sum_product = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     sum_normed = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
@@ -164,6 +168,9 @@ def _channel_sums(
         grad = tl.load(grad_ptr + pixel.to(tl.int64) * stride_gp + tile_g, live, 0.0, eviction_policy="evict_last")
         x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile_x, live, 0.0, eviction_policy="evict_last")
         normed, dout = _affine_gradient(grad, x, shift, rstd, weight, bias, SILU)
+        if KEEP:
+            kept = dout.to(dout_ptr.dtype.element_ty)
+            tl.store(dout_ptr + pixel.to(tl.int64) * num_channels + tile_dout, kept, live, eviction_policy="evict_last")
         sum_dout += dout
         sum_product += dout * normed
         if HAS_TEMB:
@@ -205,13 +212,15 @@ def backward_kernel(
     grad_ptr, x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dtemb_ptr, sums_ptr,
     num_groups, num_pixels, chunk, stride_gn, stride_gp, stride_xn, stride_xp, stride_tn,
     K: tl.constexpr, HAS_TEMB: tl.constexpr, SILU: tl.constexpr, SUMS: tl.constexpr, OUTPUT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * G, S): the sums of one split of one slab, its dx from all splits' sums, or both (S = 1).
 
     With ``scale = weight * rstd`` the gradient of what is normalised is
     ``scale * dout - mean(scale * dout) - normed * mean(scale * dout * normed)``, with means over the slab. They follow
     from the channels' sums, and so do the gradients of weight, bias and temb.
+
+    ``KEEP``: ``dout`` is computed once, and lies in dx until that takes its place, in the dtype of dx.
     """
     slab, split = tl.program_id(0), tl.program_id(1)
     num_splits, num_channels = tl.num_programs(1), num_groups * K
@@ -219,6 +228,7 @@ def backward_kernel(
     stride_split = num_channels * (3 if HAS_TEMB else 2)
     grad_ptr += n * stride_gn + channel
     x_ptr += n * stride_xn + channel
+    dx_ptr += n * num_pixels * num_channels + channel
     sums_ptr += n * num_splits * stride_split + channel
     rstd = tl.load(rstd_ptr + slab)
     shift = (_channels(temb_ptr + n * stride_tn + channel, HAS_TEMB, K, BLOCK_K) - tl.load(mean_ptr + slab)) * rstd
@@ -228,8 +238,8 @@ def backward_kernel(
     last = tl.minimum(first + chunk, num_pixels)
     if SUMS:
         sum_dout, sum_product, sum_normed = _channel_sums(
-            grad_ptr, x_ptr, sums_ptr + split * stride_split, shift, rstd, weight, bias,
-            first, last, stride_gp, stride_xp, num_channels, K, HAS_TEMB, SILU, BLOCK_P, BLOCK_K, RAGGED,
+            grad_ptr, x_ptr, dx_ptr, sums_ptr + split * stride_split, shift, rstd, weight, bias,
+            first, last, stride_gp, stride_xp, num_channels, K, HAS_TEMB, SILU, KEEP, BLOCK_P, BLOCK_K, RAGGED,
         )  # fmt: skip
         if not OUTPUT:
             return
@@ -247,7 +257,10 @@ def backward_kernel(
         mask = (cols < K)[None, :] & (split == 0)
         tl.store(dtemb_ptr + n * num_channels + channel + cols[None, :], dtemb.to(dtemb_ptr.dtype.element_ty), mask)
 
-    dx_ptr += n * num_pixels * num_channels + channel
+    if KEEP and SUMS:
+        tl.debug_barrier()  # What other threads have written is read.
+    # dx = scale * dout - slope * x - offset
+    slope, offset = rstd * mean_product, mean_dout + shift * mean_product
     tile_g = rows[:, None] * stride_gp + cols[None, :]
     tile_x = rows[:, None] * stride_xp + cols[None, :]
     tile_dx = rows[:, None] * num_channels + cols[None, :]
@@ -256,8 +269,13 @@ def backward_kernel(
         # Backwards, as in the forward kernel.
         pixel = first + (num_tiles - 1 - index) * BLOCK_P
         live = _live(pixel, last, K, BLOCK_P, BLOCK_K, RAGGED)
-        grad = tl.load(grad_ptr + pixel.to(tl.int64) * stride_gp + tile_g, live, 0.0, eviction_policy="evict_first")
+        at_dx = dx_ptr + pixel.to(tl.int64) * num_channels + tile_dx
         x = tl.load(x_ptr + pixel.to(tl.int64) * stride_xp + tile_x, live, 0.0, eviction_policy="evict_first")
-        normed, dout = _affine_gradient(grad, x, shift, rstd, weight, bias, SILU)
-        dx = scale * dout - (mean_dout + normed * mean_product)
-        tl.store(dx_ptr + pixel.to(tl.int64) * num_channels + tile_dx, dx.to(dx_ptr.dtype.element_ty), live)
+        if KEEP:
+            dout = tl.load(at_dx, live, 0.0).to(tl.float32)
+        else:
+            at_grad = grad_ptr + pixel.to(tl.int64) * stride_gp + tile_g
+            grad = tl.load(at_grad, live, 0.0, eviction_policy="evict_first")
+            _, dout = _affine_gradient(grad, x, shift, rstd, weight, bias, SILU)
+        dx = scale * dout - (x.to(tl.float32) * slope + offset)
+        tl.store(at_dx, dx.to(dx_ptr.dtype.element_ty), live)

@@ -240,6 +240,22 @@ def _fill_with_zeros(*arguments: Any) -> None:
         gradient.zero_()
 
 
+def reduction_launch(groups: int, num_partials: int, cols: int, device: torch.device, stride_scale: int = 0) -> Launch:
+    """The launch of ``norm_reduce_kernel`` over partial sums ``(groups * num_partials, cols)`` in fp32."""
+    tile = min(1024, 1 << (num_partials - 1).bit_length())
+    width = max(16, min(128, 4096 // tile))
+    return Launch(
+        norm_reduce_kernel,
+        (groups, -(-cols // width)),
+        device,
+        [num_partials, stride_scale],
+        COLS=cols,
+        TILE=tile,
+        WIDTH=width,
+        num_warps=max(1, min(8, tile * width // 512)),
+    )
+
+
 def _reduction(
     rows: int, cols: int, scale: Tensor | None, wanted: Collection[str], device: torch.device
 ) -> Callable[..., None]:
@@ -247,19 +263,8 @@ def _reduction(
     groups = 1 if scale is None else scale.shape[0]
     num_partials = rows // groups
     affine = [name for name in ("weight", "bias") if name in wanted]
-    tile = min(1024, 1 << (num_partials - 1).bit_length())
-    width = max(16, min(128, 4096 // tile))
     new_rows = fresh(torch.empty(groups, cols, device=device))
-    launch = Launch(
-        norm_reduce_kernel,
-        (groups, -(-cols // width)),
-        device,
-        [num_partials, *_row_strides(scale)],
-        COLS=cols,
-        TILE=tile,
-        WIDTH=width,
-        num_warps=max(1, min(8, tile * width // 512)),
-    )
+    launch = reduction_launch(groups, num_partials, cols, device, *_row_strides(scale))
 
     def run(partials, weight, bias, scale, out):
         by_group = out if scale is None else {name: new_rows() for name in affine}

@@ -107,12 +107,19 @@ def _common_unit(strides: list[int]) -> int:
     return 1 if any(stride % 8 for stride in strides) else 8
 
 
+def _contiguous_float32(weight: Tensor) -> Tensor:
+    return weight.float().contiguous()
+
+
 def takers(stream: Stream) -> list[Callable[[Any], Any]]:
     """How the first five entries of streams of this kind are passed to a kernel."""
     cos, sin = stream.cos, stream.sin
     alike = cos is None or sin is None or (cos.stride(-1) == 1 and cos.stride() == sin.stride())
     table = itself if alike else Tensor.contiguous
-    weights = (taken_as(Tensor.contiguous, weight) for weight in (stream.q_weight, stream.k_weight))
+    given = stream.q_weight, stream.k_weight
+    # A program chooses between their addresses, which must be of one dtype.
+    in_float32 = len({weight.dtype for weight in given if weight is not None}) > 1
+    weights = (taken_as(_contiguous_float32 if in_float32 else Tensor.contiguous, weight) for weight in given)
     return [taken_as(with_contiguous_columns, stream.qkv), *weights, table, table]
 
 

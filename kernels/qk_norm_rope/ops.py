@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, library
 
 from madformer.kernels.checks import with_contiguous_columns
-from madformer.kernels.plans import Kind, eager, fresh, planned, taken_as
+from madformer.kernels.norm_common import reduction_launch
+from madformer.kernels.plans import Kind, eager, fresh, planned, short_apply, taken_as
 from madformer.kernels.qk_norm_rope import launchers
 from madformer.kernels.qk_norm_rope.launchers import Stream
 
@@ -118,10 +119,13 @@ def _backward(
     streams = _streams(qkv, weights, *arguments)
     # As many programs for every stream, so that one sum finishes the weights of all.
     num_programs = max(launchers.choose_settings(stream).num_programs for stream in streams)
+    num_sums, head_dim = len(weights) if needs_weights else 0, dk.shape[3]
     gradients = [with_contiguous_columns(x) for x in (dq, dk, dv)]
     takers = [taken_as(with_contiguous_columns, x) for x in (dq, dk, dv)]
-    shape = (len(weights) if needs_weights else 0, num_programs, dk.shape[3])
-    new_partial, new_dqkv = fresh(torch.empty(shape, device=dk.device)), [fresh(x.new_empty(x.shape)) for x in qkv]
+    new_dqkv = [fresh(x.new_empty(x.shape)) for x in qkv]
+    shapes = (num_sums, num_programs, head_dim), (num_sums, head_dim)
+    new_partial, new_dweights = (fresh(torch.empty(shape, device=dk.device)) for shape in shapes)
+    reduce = reduction_launch(num_sums, num_programs, head_dim, dk.device)
     steps = []
     for place in _placed(streams):
         firsts = place._asdict()
@@ -135,12 +139,13 @@ def _backward(
 
     def run(dq, dk, dv, _, qkv, weights, tables, *__):
         entries = (None, *qkv, *weights, *tables)
-        partial_NPD = new_partial()
+        partial_NPD, dweights_ND = new_partial(), new_dweights()
         given = [take(x) for take, x in zip(takers, (dq, dk, dv), strict=True)]
         dqkv = [new() for new in new_dqkv]
         for dx, (launch, taken, has_weights) in zip(dqkv, steps, strict=True):
             launch(*given, *[take(entries[at]) for at, take in taken], dx, partial_NPD if has_weights else None)
-        return dqkv, partial_NPD.sum(1)
+        reduce(None, partial_NPD, *[None] * 7, dweights_ND, None)
+        return dqkv, dweights_ND
 
     return run
 
@@ -215,11 +220,12 @@ def _gradients(
     dqkv, dweight_ND = backward(*grads, any(needed), qkv, weights, tables, *ctx.scalars)
     dweights: list[Tensor | None] = [None] * num_weights
     if any(needed):
-        rows = dweight_ND.to(weights[0].dtype)  # One cast for all, where they have one dtype.
-        dtype = rows.dtype
+        dtypes = {weight.dtype for weight in weights}
+        if len(dtypes) == 1 and dweight_ND.dtype not in dtypes:
+            dweight_ND = dweight_ND.to(*dtypes)  # One cast for all.
         dweights = [
-            (row if weight.dtype == dtype else row.to(weight.dtype)) if need else None
-            for row, weight, need in zip(rows.unbind(), weights, needed, strict=True)
+            (row if weight.dtype == row.dtype else row.to(weight.dtype)) if need else None
+            for row, weight, need in zip(dweight_ND.unbind(), weights, needed, strict=True)
         ]
     return dqkv, dweights
 
@@ -249,9 +255,12 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, *dqkv, *dweights, *([None] * num_tables)
 
 
+_apply = short_apply(_Recorded)
+
+
 def _record(qkv: list[Tensor], weights: list[Tensor], tables: list[Tensor], *others: Any) -> Any:
     *scalars, kind = others
-    return _Recorded.apply(kind, (len(qkv), len(weights), len(tables)), scalars, *qkv, *weights, *tables)
+    return _apply(kind, (len(qkv), len(weights), len(tables)), scalars, *qkv, *weights, *tables)
 
 
 _STREAMS = (

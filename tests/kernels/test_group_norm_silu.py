@@ -56,11 +56,11 @@ def check(inputs: dict[str, Any], **kwargs: Any) -> None:
     assert_op_matches(triton, group_norm_silu_ref, inputs, rows=rows, **kwargs)
 
 
-@pytest.fixture(params=["whole", "split"])
+@pytest.fixture(params=["whole", "split", "whole, kept", "split, kept"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, of which a program takes all of a slab or up to two: a last program then has a part of one."""
-    chunk = 2 if request.param == "split" else 1 << 20
-    settings = GroupNormSettings(block_pixels=2, chunk=2 * chunk, num_warps=1)
+    chunk = 2 if request.param.startswith("split") else 1 << 20
+    settings = GroupNormSettings(block_pixels=2, chunk=2 * chunk, num_warps=1, keep=request.param.endswith("kept"))
     module = importlib.import_module("madformer.kernels.group_norm_silu")
     monkeypatch.setattr(module, "choose_settings", lambda *args, **kwargs: settings)
 

@@ -12,6 +12,7 @@ from torch import Tensor, library, nn
 
 from madformer.config import MADFormerConfig
 from madformer.kernels import dispatch
+from madformer.kernels.norm_common import reduction_launch
 from madformer.kernels.qk_norm_rope import launchers, qk_norm_rope, qk_norm_rope_ref
 from madformer.kernels.qk_norm_rope.reference import apply_rope
 from madformer.model.layer import QK_NORM_EPS, Tower
@@ -97,6 +98,29 @@ def test_matches_float64(backend: str, device: torch.device, head_dim: int, axes
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dtypes(backend: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     check(backend, make_inputs(device, dtype=dtype, weight_dtype=weight_dtype, head_dim=64))
+
+
+def test_weights_of_two_dtypes() -> None:
+    """The gradient of one in fp32 is not rounded where the other's is: that of fp32 weights to the bit."""
+    inputs = make_inputs(DEVICE, (3,), head_dim=8, weight_dtype=torch.bfloat16)
+    mixed = {**inputs, "k_weight": [w.detach().float().requires_grad_() for w in inputs["k_weight"]]}
+    wide = {**mixed, "q_weight": [w.detach().float().requires_grad_() for w in inputs["q_weight"]]}
+
+    def gradients(given: dict[str, Any]) -> tuple[Tensor, ...]:
+        loss = sum(x.float().square().sum() for x in qk_norm_rope(**given, backend="triton"))
+        return torch.autograd.grad(loss, [given["q_weight"][0], given["k_weight"][0]])
+
+    (q, k), (q_wide, k_wide) = gradients(mixed), gradients(wide)
+    assert torch.equal(k, k_wide)
+    assert torch.equal(q, q_wide.bfloat16())
+
+
+def test_shares_of_many_programs_are_summed() -> None:
+    """In several tiles, and of columns that fill none."""
+    partials = torch.randn(2 * 2100, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sums = torch.empty(2, 20, device=DEVICE)
+    reduction_launch(2, 2100, 20, DEVICE)(None, partials, *[None] * 7, sums, None)
+    torch.testing.assert_close(sums, partials.double().view(2, 2100, 20).sum(1).float(), rtol=1e-5, atol=1e-4)
 
 
 STREAMS = {
