@@ -233,13 +233,17 @@ class Tower(nn.Module):
         branch = self.proj(attended_BHLD.transpose(1, 2).flatten(2))
         if modulation is None:
             normed, x = added(self.post_attention_norm, branch, x_BLC)
-            return x + self.mlp(normed)
+            return self.with_mlp(x, normed)
         gate, shift, scale = modulation.attention_gate, modulation.mlp_shift, modulation.mlp_scale
         normed, x = modulated_sum(self.post_attention_norm, branch, x_BLC, gate, shift, scale)
         # a gate for each run of tokens
         gate = modulation.mlp_gate.view(len(x), -1, 1, x.shape[2])
         gated = self.mlp(normed).unflatten(1, (gate.shape[1], -1)) * gate
         return x + gated.flatten(1, 2)
+
+    def with_mlp(self, x_BLC: Tensor, normed_BLC: Tensor) -> Tensor:
+        """``x_BLC``, which a norm made and nobody else reads, and the MLP's result."""
+        return x_BLC + self.mlp(normed_BLC)
 
 
 class TransformerLayer(nn.Module):
