@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -143,9 +145,44 @@ def others(device: torch.device) -> None:
 
 
 def tiles(device: torch.device) -> None:
-    """Attention's forward pass with other tiles: what ``kernels/block_causal_attention/op.py`` might choose."""
-    from unittest import mock
+    """Settings that ops might choose in place of theirs: GroupNorm's backward without ``keep``, attention's tiles."""
+    started = time.monotonic()
+    for case, direction, settings, module, choose in (*_group_norm_variants(), *_attention_variants()):
+        source = source_of(case.op)
+        done = {entry["settings"] for entry in known() if entry["kind"] == "tile" and entry["source"] == source}
+        if settings in done or seconds_left(started) < 5:
+            continue
+        head = {"kind": "tile", "source": source, "settings": settings}
+        with mock.patch.object(module, "choose_settings", choose):
+            result = kernel_speed.check(case, device)
+            if result["ok"]:
+                result |= kernel_speed.measure(case, direction, device, peers=False)
+        emit({**result, **head})
+        seconds = result.get("seconds", {}).get("ours", {}).get("median")
+        print(f"{settings}: {seconds * 1e6:.1f} us" if seconds else f"{settings}: {result.get('why')}", flush=True)
 
+
+Variant = tuple[Case, str, str, Any, Callable[..., Any]]
+"""A case, its direction, the settings in words, and what the module shall choose them by."""
+
+
+def _group_norm_variants() -> Iterator[Variant]:
+    module: Any = importlib.import_module("madformer.kernels.group_norm_silu")
+    chosen = module.choose_settings
+    shapes = ("16 x 512", "64 x 1024")
+    for case in cases():
+        if case.op == "group_norm_silu" and case.label.startswith(shapes):
+            for keep in (True, False):
+                yield (
+                    case,
+                    "backward",
+                    f"{case.label}, keep={keep}",
+                    module,
+                    lambda *args, keep=keep, **how: dataclasses.replace(chosen(*args, **how), keep=keep),
+                )
+
+
+def _attention_variants() -> Iterator[Variant]:
     from benchmarks.ops.block_causal_attention import FFHQ_1024 as FFHQ_LAYOUT
     from madformer.kernels.block_causal_attention import op
     from madformer.kernels.block_causal_attention.forward import Tile
@@ -158,21 +195,10 @@ def tiles(device: torch.device) -> None:
     variants += [("dkdv", Tile(rows, cols, warps, 3)) for rows in (64, 128) for cols in (32, 64) for warps in (4, 8)]
     # Registers for one program more on an SM.
     variants += [("dq", Tile(128, 64, 4, 3, 168)), ("dkdv", Tile(64, 64, 4, 3, 168)), ("dkdv", Tile(64, 64, 4, 2, 168))]
-    done = {entry["settings"] for entry in known() if entry["kind"] == "tile" and entry["source"] == source_of(case.op)}
-    started = time.monotonic()
     for name, tile in variants:
-        settings = f"{name} {tile}"
-        if settings in done or seconds_left(started) < 5:
-            continue
-        head = {"kind": "tile", "source": source_of(case.op), "settings": settings}
-        with mock.patch.object(op, "choose_settings", lambda *_, n=name, t=tile: dataclasses.replace(chosen, **{n: t})):
-            result = kernel_speed.check(case, device)
-            if result["ok"]:
-                direction = "forward" if name == "forward" else "backward"
-                result |= kernel_speed.measure(case, direction, device, peers=False)
-        emit({**result, **head})
-        seconds = result.get("seconds", {}).get("ours", {}).get("median")
-        print(f"{settings}: {seconds * 1e6:.1f} us" if seconds else f"{settings}: {result.get('why')}", flush=True)
+        direction = "forward" if name == "forward" else "backward"
+        settings = dataclasses.replace(chosen, **{name: tile})
+        yield case, direction, f"{name} {tile}", op, lambda *_, settings=settings: settings
 
 
 STAGES: dict[str, Callable[[torch.device], None]] = {

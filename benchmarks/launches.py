@@ -13,6 +13,7 @@ from benchmarks.released import CannotCompare, Shape, check, make_scheduler, rel
 from madformer.engine.graphs import EagerLauncher, GraphLauncher, Launcher, loop_refusal
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
+from madformer.engine.precision import apply
 from madformer.engine.sampler import Sampler
 from madformer.machine import synchronize
 from madformer.measuring.timing import Run, Spread, Stopwatch, interleaved
@@ -124,8 +125,19 @@ def busy_time(spans: Sequence[tuple[float, float]]) -> float:
 def time_unets(model: MADFormer, batch: int, steps: int, repeats: int) -> dict[str, float]:
     """Seconds of a captured step with the U-Net halves as they are, and compiled."""
     ways = {"channels-last, cuDNN": False, "torch.compile": True}
-    plans = {
-        name: Sampler(model, make_scheduler(), compile_unet=compiled).plan(batch, SamplingOptions(steps))
-        for name, compiled in ways.items()
+    samplers = {name: Sampler(model, make_scheduler(), compile_unet=compiled) for name, compiled in ways.items()}
+    return _time_steps(samplers, batch, steps, repeats)
+
+
+def time_mlps(exact: MADFormer, batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """Seconds of a captured step with gate and up as one product and as two (:mod:`madformer.engine.joined`)."""
+    ways = {"one product": True, "two products": False}
+    samplers = {
+        name: Sampler(apply(exact, "default", join_mlp=join_mlp), make_scheduler()) for name, join_mlp in ways.items()
     }
+    return _time_steps(samplers, batch, steps, repeats)
+
+
+def _time_steps(samplers: Mapping[str, Sampler], batch: int, steps: int, repeats: int) -> dict[str, float]:
+    plans = {name: sampler.plan(batch, SamplingOptions(steps)) for name, sampler in samplers.items()}
     return {name: spread.median / steps for name, spread in time_loops(plans, repeats).items()}

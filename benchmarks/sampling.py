@@ -287,8 +287,15 @@ def in_flight(bench: Bench) -> dict[str, Any]:
     )
 
 
+def mlp_options(bench: Bench) -> dict[str, float]:
+    return _told(launches.time_mlps(bench.exact, 1, bench.scale.steps, bench.repeats))
+
+
 def unet_options(bench: Bench, batch: int) -> dict[str, float]:
-    taken = launches.time_unets(bench.model, batch, bench.scale.steps, bench.repeats)
+    return _told(launches.time_unets(bench.model, batch, bench.scale.steps, bench.repeats))
+
+
+def _told(taken: dict[str, float]) -> dict[str, float]:
     print(", ".join(f"{name} {value * 1e3:.3f} ms a step" for name, value in taken.items()), flush=True)
     return taken
 
@@ -396,6 +403,7 @@ def ask_the_rest(bench: Bench) -> None:
     bench.ask("in flight", in_flight)
     if (best := best_batch(bench)) is not None:
         ask_to_confirm(bench, OURS, best)
+    bench.ask("MLP, batch 1", mlp_options, needs=no_cuda)
     for batch in (1, large):
         unet = functools.partial(unet_options, batch=batch)
         bench.ask(f"U-Net, batch {batch}", unet, needs=no_cuda, expected=COMPILING)

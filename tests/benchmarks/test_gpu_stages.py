@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 
 from benchmarks import gpu_stages, kernel_record, kernel_speed, timing, visit
 from benchmarks.ops.case import Case
+from madformer.kernels.launch import Target
 from madformer.kernels.rms_norm import rms_norm
 from madformer.kernels.swiglu import swiglu, swiglu_ref
 from tests.helpers.testing import DEVICE, needs_triton
+
+group_norm_silu: Any = importlib.import_module("madformer.kernels.group_norm_silu")
 
 pytestmark = needs_triton
 
@@ -138,3 +142,25 @@ def test_every_case_has_a_place() -> None:
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_stages.main(["kernels"]) == 1
     assert capsys.readouterr().err == "gpu-check: PyTorch sees no CUDA device\n"
+
+
+def test_settings_that_an_op_might_choose(journal: visit.Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = group_norm_silu.choose_settings
+
+    def measure(case: Case, direction: str, device: torch.device, *, peers: bool) -> dict[str, Any]:
+        settings = group_norm_silu.choose_settings(8, 1024, 64, Target(90, 132), backward=True)
+        return {"direction": direction, "kept": settings.keep, "chunk": settings.chunk}
+
+    small = [case(label, op="group_norm_silu") for label in ("16 x 512 in small", "2 x 512")]
+    monkeypatch.setattr(gpu_stages, "cases", lambda: small)
+    monkeypatch.setattr(gpu_stages, "_attention_variants", lambda: ())
+    monkeypatch.setattr(kernel_speed, "check", lambda case, device: {"ok": True})
+    monkeypatch.setattr(kernel_speed, "measure", measure)
+    for _ in range(2):  # the second has nothing to do
+        gpu_stages.tiles(DEVICE)
+        entries = [entry for entry in journal.entries if entry["kind"] == "tile"]
+        assert [entry["settings"] for entry in entries] == [f"16 x 512 in small, keep={keep}" for keep in (True, False)]
+    assert [entry["kept"] for entry in entries] == [True, False]
+    default = chosen(8, 1024, 64, Target(90, 132), backward=True)
+    assert {entry["chunk"] for entry in entries} == {default.chunk}
+    assert group_norm_silu.choose_settings is chosen

@@ -168,10 +168,11 @@ def check_record(record: dict[str, Any]) -> None:
     assert names >= {(sampling.OURS, 1), (sampling.OURS, 2), ("eager", 1), ("sweep", 1), ("sweep", 2)}
     if not torch.cuda.is_available():
         left_out = [name.partition(":")[0] for name in record["left_out"]]
-        assert left_out[-5:] == [
+        assert left_out[-6:] == [
             "idle",
             "launches, replays",
             "launches, one launch",
+            "MLP, batch 1",
             "U-Net, batch 1",
             "U-Net, batch 2",
         ]

@@ -32,6 +32,8 @@ def test_passes(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
             each(None)
         assert not watch.found
         assert ("aten._scaled_mm.default" in watch.ops) == (name == "fp8")
+        # the MLP's last product adds the residual
+        assert ("aten.addmm_.default" in watch.ops) == (name == "default")
 
 
 @pytest.mark.usefixtures("mode")
