@@ -21,11 +21,13 @@ from madformer.data.emoji import (
     DEFAULT_FONT,
     Emoji,
     EmojiRenderer,
+    EmojiSource,
     caption_of,
     read_emoji_list,
     write_emoji_shards,
 )
-from madformer.data.images import UnreadableImageError, decode_image, open_dataset
+from madformer.data.images import UnreadableImageError, decode_image, open_dataset, open_source
+from madformer.data.sources import RawSample
 from madformer.files.shards import ShardDataset, write_shards
 
 CLASSES = ("bird", "cat")
@@ -273,6 +275,19 @@ class TestEmoji:
             "0023-fe0f-20e3": ("keycap #", 3),
             "1f1eb-1f1f7": ("flag of france", 4),
         }
+
+    @needs_font
+    def test_a_source_renders_what_is_read(self, tmp_path: Path, emoji_test: Path) -> None:
+        """As the shards have it, and nothing for captions."""
+        made = write_emoji_shards(tmp_path, size=32, emoji_test=emoji_test)
+        source, shards = EmojiSource(32, emoji_test), open_source(str(tmp_path))
+        assert source.class_names == made["class_names"]
+        assert len(source) == len(shards) == made["num_samples"]
+        samples = [source.read(index) for index in range(len(source))]
+        told = [(one.caption, one.label) for one in samples]
+        assert not any("data" in vars(one) for one in samples)
+        for index, ours in enumerate(pickle.loads(pickle.dumps(samples))):
+            assert RawSample(source.key(index), ours.data, *told[index]) == shards.read(index)
 
     @needs_font
     def test_same_bytes_on_two_runs(self, tmp_path: Path, emoji_test: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,35 @@ def test_images_do_not_pile_up_in_memory() -> None:
 
     assert len(extract(Many(), tiny_extractor())) == 400
     assert most <= 3 * 8  # and not the 200 of a part
+
+
+def test_threads_change_no_feature() -> None:
+    """However many look, and whether pictures are made meanwhile; and PyTorch has as many threads as before."""
+    images, found = pictures(PART + 5), []
+
+    class Made:
+        name, drawn, looked_at = "made", dict[str, Any](), 0
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def parts(self) -> Iterator[Part]:
+            for first in (0, PART):
+                some = images[first : first + PART]
+                yield Part(f"{first:064x}", len(some), lambda some=some: map(Image.fromarray, some))
+
+    before = torch.get_num_threads()
+    for threads, alone in ((1, True), (1, False), (3, True), (3, False)):
+        torch.set_num_threads(threads)
+        try:
+            found.append(extract(Made(), tiny_extractor(), alone=alone).features_ND)
+            assert torch.get_num_threads() == threads
+            # and those that a thread begins with which is begun later
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(torch.get_num_threads).result() == threads
+        finally:
+            torch.set_num_threads(before)
+        np.testing.assert_array_equal(found[0], found[-1])
 
 
 def not_a_number(folder: Path) -> Path:

@@ -25,13 +25,17 @@ if __name__ in ("__main__", "__mp_main__"):
     EXTRACTORS["tiny"] = lambda weights, device: tiny_extractor()
 
 
+BLOCKS: dict[str, Any] = {"num_blocks": 2, "block_size": 32, "block_shape": (4, 8), "block_grid": (2, 1)}
+
+
 def make_world(folder: Path) -> Path:
     """A folder with a given ``model``, ``pictures`` that have captions, and a ``vae``."""
     write_folder(folder / "pictures", pictures(40))
     for index in range(40):
         (folder / "pictures" / f"{index:05}.txt").write_text(f"number {index}")
     torch.manual_seed(0)
-    model = perturb(MADFormer(small_config(block_size=16, text=TextConfig(257, 8))))
+    # as the one that is trained: operations of both are counted at once
+    model = perturb(MADFormer(small_config(**BLOCKS, text=TextConfig(257, 48, 256))))
     vae = small_vae()
     vae.save_pretrained(folder / "vae")
     assert isinstance(model, MADFormer)
@@ -42,12 +46,13 @@ def make_world(folder: Path) -> Path:
 def sweep_values(world: Path, **changes: Any) -> dict[str, Any]:
     """As a file has them: the given model and one that is trained from two seeds, four ways to sample them."""
     unet = {
-        "block_out_channels": [8], "layers_per_block": [1], "attention": [False], "norm_groups": 4, "time_embed_dim": 16
+        "block_out_channels": [8], "layers_per_block": [1], "attention": [False], "num_heads": 8, "norm_groups": 4,
+        "time_embed_dim": 16,
     }  # fmt: skip
     training = {
         "data": str(world / "pictures"), "vae": str(world / "vae"), "image_size": 16, "steps": 3, "batch_size": 2,
         "precision": "fp32", "log_every": 1, "save_every": 2, "sample_every": 0, "tensorboard": False,
-        "model": {"block_size": 16, "num_layers": 2, "unet": unet},
+        "model": {**BLOCKS, "num_layers": 2, "unet": unet},
     }  # fmt: skip
     values = {
         "models": [str(world / "model")],

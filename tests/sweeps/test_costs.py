@@ -74,7 +74,7 @@ def test_evaluations_are_what_the_engine_runs(guidance: float, refresh: int, mon
 
 
 def test_operations() -> None:
-    model = model_of(**SPLIT, text=TextConfig(11, 3))
+    model = model_of(num_layers=3, diffusion_layers=2, text=TextConfig(11, 3))
     work, scheduler = Work.of(model), DDIMScheduler()
 
     def flops(steps: int, guidance: float = 1.0, refresh: int = 1) -> int:

