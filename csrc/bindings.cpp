@@ -7,6 +7,7 @@
 
 #include "content_hash.h"
 #include "ops.h"
+#include "vector_kernels.h"
 
 #ifdef MADFORMER_WITH_CUDA
 #include "captured_loop.h"
@@ -19,6 +20,12 @@ STABLE_TORCH_LIBRARY_IMPL(madformer, CPU, library) {
   library.impl("qk_norm_rope_cpp", TORCH_BOX(&madformer::qk_norm_rope_cpu));
   library.impl("qk_norm_rope_backward_cpp", TORCH_BOX(&madformer::qk_norm_rope_backward_cpu));
   library.impl("qk_norm_rope_cached_cpp", TORCH_BOX(&madformer::qk_norm_rope_cached_cpu));
+  library.impl("swiglu_cpp", TORCH_BOX(&madformer::swiglu_cpu));
+  library.impl("swiglu_backward_cpp", TORCH_BOX(&madformer::swiglu_backward_cpu));
+  library.impl("residual_norm_cpp", TORCH_BOX(&madformer::residual_norm_cpu));
+  library.impl("residual_norm_backward_cpp", TORCH_BOX(&madformer::residual_norm_backward_cpu));
+  library.impl("group_norm_silu_cpp", TORCH_BOX(&madformer::group_norm_silu_cpu));
+  library.impl("group_norm_silu_backward_cpp", TORCH_BOX(&madformer::group_norm_silu_backward_cpu));
 }
 
 #ifdef MADFORMER_WITH_CUDA
@@ -79,6 +86,7 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("address"), py::arg("size"), py::call_guard<py::gil_scoped_release>(),
       "64 bits that tell ``size`` bytes at an address from others.");
+  module.attr("vectors") = madformer::vector_kernels().target;
 #ifdef MADFORMER_WITH_CUDA
   module.attr("cuda_architectures") = MADFORMER_WITH_CUDA;
   module.def("loop_support", &madformer::loop_support,

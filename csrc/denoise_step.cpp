@@ -1,13 +1,13 @@
 #include "denoise_step.h"
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <limits>
 
 #include "ops.h"
+#include "tensors.h"
 
 #ifdef MADFORMER_WITH_CUDA
 #include <cuda_bf16.h>
@@ -49,10 +49,6 @@ void check(const Tensor& sample, const Tensor& model_output, const Tensor& previ
                       guidance_scale->size(0) == sample.size(0) &&
                       guidance_scale->scalar_type() == ScalarType::Float,
                   "guidance_scale must be float32 of the shape (", sample.size(0), ",)");
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
 void copy_back(Tensor target, const Tensor& source) {

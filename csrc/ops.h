@@ -48,4 +48,30 @@ Tensor qk_norm_rope_cached_cpu(const Tensor& qkv, OptionalTensor q_weight, Optio
                                const Tensor& v_cache, const Tensor& positions, OptionalTensor rows,
                                int64_t num_heads, int64_t head_dim, int64_t axes, double eps);
 
+// The rest are those of kernels/swiglu.py, norm_common/op.py and group_norm_silu/__init__.py.
+Tensor swiglu_cpu(const Tensor& gate, const Tensor& up);
+
+std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& grad, const Tensor& gate, const Tensor& up);
+
+std::tuple<Tensor, Tensor> residual_norm_cpu(const Tensor& x, OptionalTensor shift, OptionalTensor scale,
+                                             OptionalTensor weight, OptionalTensor bias,
+                                             OptionalTensor residual, OptionalTensor gate, bool centred,
+                                             double eps);
+
+// Of x, shift, scale, weight, bias, total and gate; without elements where not wanted.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients residual_norm_backward_cpu(const Tensor& grad_y, OptionalTensor grad_total, const Tensor& total,
+                                     OptionalTensor x, OptionalTensor scale, OptionalTensor gate,
+                                     OptionalTensor weight, OptionalTensor bias, bool centred, double eps,
+                                     const std::vector<bool>& wanted);
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_cpu(const Tensor& x, OptionalTensor temb,
+                                                       const Tensor& weight, const Tensor& bias,
+                                                       int64_t num_groups, double eps, bool silu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
+    const Tensor& grad, const Tensor& x, OptionalTensor temb, const Tensor& weight, const Tensor& bias,
+    const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu);
+
 }  // namespace madformer

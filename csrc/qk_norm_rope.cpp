@@ -1,6 +1,5 @@
 #include "qk_norm_rope.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -9,6 +8,7 @@
 #include <utility>
 
 #include "ops.h"
+#include "tensors.h"
 
 namespace madformer {
 namespace {
@@ -17,15 +17,6 @@ using torch::headeronly::ScalarType;
 
 // Of a backward; more would be long to sum.
 constexpr int64_t kMaxChunks = 256;
-
-// What is not contiguous in its last dimension is copied.
-Tensor rows_of(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
 
 const float* floats_of(const OptionalTensor& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;

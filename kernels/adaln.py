@@ -15,7 +15,7 @@ from torch import Tensor
 from madformer.kernels import dispatch
 from madformer.kernels.checks import check_device, check_floating, check_same
 from madformer.kernels.norm_common import check_norm
-from madformer.kernels.norm_common.op import norm_op
+from madformer.kernels.norm_common.op import norm_op, norm_op_cpp
 from madformer.kernels.plans import once_a_kind, plain_kind
 
 OP = "adaln"
@@ -58,6 +58,7 @@ def adaln_ref(
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="residual_norm_backward_cpp")
 
 
 def adaln(
@@ -79,8 +80,8 @@ def adaln(
     before it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
 
     Args:
-        x: (B, L, C), a branch's output, C at most 8192; float32, bfloat16 or float16. Any strides: only the last
-            dimension is copied where it is not contiguous.
+        x: (B, L, C), a branch's output, C at most 8192 for Triton; float32, bfloat16 or float16. Any strides: only the
+            last dimension is copied where it is not contiguous.
         shift, scale: (B, C), one row for each sample, or (B, M, C), one for each of M runs of L / M tokens; of one
             dtype. They may be chunks of one projection.
         norm: ``"layer"``, less the mean and over the standard deviation, or ``"rms"``, over the root mean square.
@@ -88,7 +89,7 @@ def adaln(
         eps: added to the variance or mean square; positive.
         residual: (B, L, C), the stream that the branch is added to; its dtype may differ from ``x``'s.
         gate: as ``shift``; only with ``residual``. None adds ``x`` as it is.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``y`` (B, L, C) contiguous, in the dtype of ``x``; with ``residual`` the pair of ``y`` and ``total``, which has
@@ -104,7 +105,8 @@ def adaln(
         return adaln_ref(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, residual=residual, gate=gate)
     if shift.dim() == 2:
         shift, scale, gate = shift.unsqueeze(1), scale.unsqueeze(1), None if gate is None else gate.unsqueeze(1)
-    y, total = norm_op(x, shift, scale, weight, bias, residual, gate, norm == "layer", eps, kind=kind)
+    op = norm_op_cpp if chosen == "cpp" else norm_op
+    y, total = op(x, shift, scale, weight, bias, residual, gate, norm == "layer", eps, kind=kind)
     return y if residual is None else (y, total)
 
 
@@ -114,7 +116,7 @@ def _choose(tensors: tuple[Any, ...], norm: str, eps: float, backend: str) -> st
     x, shift, scale, weight, bias, residual, gate = tensors
     chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
     _check(x, shift, scale, norm, residual, gate)
-    check_norm(x, {"weight": weight, "bias": bias}, residual, eps, compiled=chosen == "triton")
+    check_norm(x, {"weight": weight, "bias": bias}, residual, eps, backend=chosen)
     if chosen != "reference":
         check_floating("shift", shift)
     return chosen

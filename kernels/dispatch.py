@@ -52,8 +52,11 @@ class BackendStatus:
 _UNAVAILABLE: dict[str, str] = {}
 CUDA_ARCHITECTURES = ""
 """Those that ``madformer._C`` was compiled for, as ``"80 90a 100"``; empty where it was built without CUDA."""
+VECTORS = ""
+"""The instructions that the extension's kernels for CPUs use here, as ``"AVX2"``; empty where it has no vectors."""
 try:
-    CUDA_ARCHITECTURES = importlib.import_module("madformer._C").cuda_architectures  # Registers its ops.
+    _extension = importlib.import_module("madformer._C")  # Registers its ops.
+    CUDA_ARCHITECTURES, VECTORS = _extension.cuda_architectures, getattr(_extension, "vectors", "")
 except ModuleNotFoundError:
     _UNAVAILABLE["cpp"] = "madformer._C is not built; an install with MADFORMER_EXTENSION=require shows why"
 except ImportError as _error:
@@ -67,7 +70,8 @@ _OPTIONAL = ("flash_attn", "xformers")
 
 _DESCRIPTION = {
     "triton": "our Triton kernels" + (", interpreted" if launch.INTERPRETED else ", on CUDA devices"),
-    "cpp": f"C++ in madformer._C, built {f'for CUDA {CUDA_ARCHITECTURES}' if CUDA_ARCHITECTURES else 'without CUDA'}",
+    "cpp": f"C++ in madformer._C, built {f'for CUDA {CUDA_ARCHITECTURES}' if CUDA_ARCHITECTURES else 'without CUDA'}, "
+    + (f"with vectors of {VECTORS}" if VECTORS else "without vectors (Highway was not there; Debian: libhwy-dev)"),
     "sdpa": "PyTorch's scaled_dot_product_attention, one dense call for each run of blocks",
     "flex": "PyTorch's FlexAttention with a BlockMask, compiled on CUDA, forward-only on the CPU",
     "flash_attn": "the flash-attn package",
@@ -78,10 +82,14 @@ _DESCRIPTION = {
 
 @dataclass(frozen=True)
 class _Implementation:
-    """Device types that an implementation runs on, and those for which ``auto`` may choose it; None: all."""
+    """Device types that an implementation runs on, and those for which ``auto`` may choose it; None: all.
+
+    ``is_built`` is whether the extension, if there is one, has it: it may have been built of older sources.
+    """
 
     device_types: tuple[str, ...] | None
     auto: tuple[str, ...] | None
+    is_built: bool
 
 
 # op -> backend -> what it runs on
@@ -89,17 +97,27 @@ _REGISTRY: dict[str, dict[str, _Implementation]] = {}
 
 
 def register(
-    op: str, backend: str, device_types: Sequence[str] | None = None, *, auto: Sequence[str] | None = None
+    op: str,
+    backend: str,
+    device_types: Sequence[str] | None = None,
+    *,
+    auto: Sequence[str] | None = None,
+    kernel: str | None = None,
 ) -> None:
     """Declares that ``op`` has an implementation in ``backend``.
 
     Args:
         device_types: those it runs on; None for all (Triton's own limits are :func:`launch.refusal`'s).
         auto: those for which ``auto`` may choose it; None for all that it runs on, an empty sequence for none.
+        kernel: the op of ``madformer::`` that the extension has where it was built of these sources, for vectors:
+            without them ``auto`` does not choose it.
     """
     assert backend in BACKENDS, backend
+    if kernel is not None and not VECTORS:
+        auto = ()
+    is_built = kernel is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"madformer::{kernel}", "CPU")
     implementation = _Implementation(
-        None if device_types is None else tuple(device_types), None if auto is None else tuple(auto)
+        None if device_types is None else tuple(device_types), None if auto is None else tuple(auto), is_built
     )
     _REGISTRY.setdefault(op, {})[backend] = implementation
 
@@ -145,6 +163,8 @@ def _is_auto(op: str, backend: str, device: torch.device) -> bool:
 def _refusal(op: str, backend: str, device: torch.device) -> str | None:
     if backend in _UNAVAILABLE:
         return _UNAVAILABLE[backend]
+    if not _REGISTRY[op][backend].is_built:
+        return "madformer._C was built of older sources, without it; `make install` builds it anew"
     if backend in _OPTIONAL and (why := optional.missing(backend)) is not None:
         return why
     device_types = _REGISTRY[op][backend].device_types

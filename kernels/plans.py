@@ -16,7 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -153,6 +158,17 @@ class Launch:
         compiled = launch.launch(self.kernel, self.grid, self.device, *given, **self.settings)
         if not bits & 15 and not launch.is_compiling():
             self._start = launch.prepared(compiled, self.kernel, self.grid, self.device, self.numbers, self.settings)
+
+
+class Compiled:
+    """An implementation in C++: an op that is called past autograd's place in the dispatcher, which is in Python."""
+
+    def __init__(self, op: Callable[..., Any]) -> None:
+        self._op = op
+
+    def run_kind(self, kind: Kind, arguments: Sequence[Any]) -> Any:
+        with _AutoDispatchBelowAutograd():
+            return self._op(*arguments)
 
 
 _short_way = True

@@ -1,7 +1,7 @@
 """Puts a kernel into PyTorch as an op of the library ``madformer``: dispatcher, fake tensors, autograd, and short way.
 
-Each op is registered once, by :func:`register` or, with a gradient, :func:`register_differentiable`; what these return
-is what the public function calls.
+Each op is registered once, by :func:`register` or, with a gradient, :func:`register_differentiable`, and one that C++
+implements by :func:`register_compiled`; what these return is what the public function calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import library
 
-from madformer.kernels.plans import Implementation, eager, recorded
+from madformer.kernels.plans import Compiled, Implementation, eager, recorded
 
 DEVICES = ("cpu", "cuda")
 """On a CPU Triton's kernels are interpreted."""
@@ -55,3 +55,28 @@ def register_differentiable(
     call = register(name, schema, implementation, fake, recorded(implementation, setup_context, backward))
     library.register_autograd(f"madformer::{name}", backward, setup_context=setup_context)
     return call
+
+
+def register_compiled(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """An op that ``madformer._C`` implements, which registers itself for the CPU.
+
+    One of its own where Triton has the op too: interpreted, its kernels stand beside these on a CPU.
+
+    Args:
+        schema, fake: as for :func:`register`.
+        setup_context, backward: as for :func:`register_differentiable`; None for an op without a gradient.
+    """
+    library.define(f"madformer::{name}", schema)
+    library.register_fake(f"madformer::{name}", fake)
+    op = getattr(torch.ops.madformer, name).default
+    implementation = Compiled(op)
+    if setup_context is None or backward is None:
+        return eager(op, implementation)
+    library.register_autograd(f"madformer::{name}", backward, setup_context=setup_context)
+    return eager(op, implementation, recorded(implementation, setup_context, backward))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from madformer.kernels import dispatch
 from madformer.kernels.norm_common import check_norm
-from madformer.kernels.norm_common.op import norm_op
+from madformer.kernels.norm_common.op import norm_op, norm_op_cpp
 from madformer.kernels.plans import once_a_kind, plain_kind
 
 OP = "rms_norm"
@@ -33,6 +33,7 @@ def rms_norm_ref(
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="residual_norm_backward_cpp")
 
 
 @overload
@@ -52,12 +53,12 @@ def rms_norm(
     before it is normalised, so that ``y`` is the norm of the ``total`` that is returned, as with two separate ops.
 
     Args:
-        x: (..., C), C at most 8192; float32, bfloat16 or float16. Rows may be spaced as a slice of a packed tensor's
-            are: only the last dimension is copied where it is not contiguous.
+        x: (..., C), C at most 8192 for Triton; float32, bfloat16 or float16. Rows may be spaced as a slice of a packed
+            tensor's are: only the last dimension is copied where it is not contiguous.
         weight: (C,) of any of these dtypes, or None.
         eps: added to the mean square; positive.
         residual: (..., C), the stream that ``x`` is added to; its dtype may differ from ``x``'s.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``y`` (..., C) contiguous, in the dtype of ``x``; with ``residual`` the pair of ``y`` and ``total``, which has
@@ -71,7 +72,8 @@ def rms_norm(
     chosen = _choose(kind, x, weight, residual, eps, backend)
     if chosen == "reference":
         return rms_norm_ref(x, weight, eps=eps, residual=residual)
-    y, total = norm_op(x, None, None, weight, None, residual, None, False, eps, kind=kind)
+    op = norm_op_cpp if chosen == "cpp" else norm_op
+    y, total = op(x, None, None, weight, None, residual, None, False, eps, kind=kind)
     return y if residual is None else (y, total)
 
 
@@ -79,5 +81,5 @@ def rms_norm(
 def _choose(x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, backend: str) -> str:
     """The backend that runs these, where they can be run."""
     chosen = dispatch.resolve(OP, backend, x.device, x.dtype)
-    check_norm(x, {"weight": weight}, residual, eps, compiled=chosen == "triton")
+    check_norm(x, {"weight": weight}, residual, eps, backend=chosen)
     return chosen

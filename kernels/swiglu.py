@@ -5,6 +5,7 @@ Shape legend: R rows (all dimensions but the last, flattened), I columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from madformer.kernels import dispatch
 from madformer.kernels.checks import check_floating, check_same, rows_of
 from madformer.kernels.launch import jit, tl
 from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
-from madformer.kernels.registration import register, register_differentiable
+from madformer.kernels.registration import register, register_compiled, register_differentiable
 
 OP = "swiglu"
 
@@ -109,26 +110,35 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
     ctx.save_for_backward(*inputs)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _call_backward(grad, *ctx.saved_tensors)
+def _autograd_backward(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(grad, *ctx.saved_tensors)
 
 
+def _empty_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+_SCHEMA = "(Tensor gate, Tensor up) -> Tensor", "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)"
+_call_backward = register("swiglu_backward", _SCHEMA[1], _backward, _empty_gradients)
 _call = register_differentiable(
     "swiglu",
-    "(Tensor gate, Tensor up) -> Tensor",
+    _SCHEMA[0],
     _forward,
     lambda gate, up: gate.new_empty(gate.shape),
     _setup_context,
-    _autograd_backward,
+    functools.partial(_autograd_backward, _call_backward),
 )
-_call_backward = register(
-    "swiglu_backward",
-    "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    _backward,
-    lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+_call_cpp_backward = register_compiled("swiglu_backward_cpp", _SCHEMA[1], _empty_gradients)
+_call_cpp = register_compiled(
+    "swiglu_cpp",
+    _SCHEMA[0],
+    lambda gate, up: gate.new_empty(gate.shape),
+    _setup_context,
+    functools.partial(_autograd_backward, _call_cpp_backward),
 )
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="swiglu_backward_cpp")
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -137,7 +147,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         gate, up: (..., I) of one shape, dtype (float32, bfloat16, float16) and device. They may be halves of one
             packed tensor: only the last dimension is copied where it is not contiguous.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         (..., I) contiguous, in the dtype of ``gate``.
@@ -147,9 +157,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: the backend that was asked for cannot run here.
     """
     kind = plain_kind((gate, up, backend))
-    if _choose(kind, gate, up, backend) == "reference":
+    chosen = _choose(kind, gate, up, backend)
+    if chosen == "reference":
         return swiglu_ref(gate, up)
-    return _call(gate, up, kind=kind)
+    return (_call_cpp if chosen == "cpp" else _call)(gate, up, kind=kind)
 
 
 @once_a_kind

@@ -12,6 +12,7 @@ S splits of a slab.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from madformer.kernels.checks import check_device, check_floating, check_shape, 
 from madformer.kernels.group_norm_silu.kernels import backward_kernel, forward_kernel, weights_kernel
 from madformer.kernels.launch import Target, next_power_of_2, target
 from madformer.kernels.plans import Launch, fresh, once_a_kind, plain_kind, planned, taken_as
-from madformer.kernels.registration import register, register_differentiable
+from madformer.kernels.registration import register, register_compiled, register_differentiable
 
 OP = "group_norm_silu"
 MAX_GROUP_CHANNELS = 4096
@@ -156,10 +157,10 @@ def _forward(
 
 
 def _empty_gradients(
-    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor
+    dx: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
-    return _channels_last(x), dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    dtemb = dx.new_empty(0) if temb is None else temb.new_empty(temb.shape)
+    return dx, dtemb, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 @planned(lambda: choose_settings)
@@ -197,7 +198,7 @@ def _backward(
     take_grad, take_x, take_temb = taken_as(_rows, grad), taken_as(_rows, x), taken_as(with_contiguous_columns, temb)
     take_weight, take_bias = (taken_as(Tensor.contiguous, each) for each in (weight, bias))
     sums = torch.empty(maps, splits, num_sums, channels, device=device)
-    new_tensors = [fresh(each) for each in (*_empty_gradients(x, temb, weight, bias), sums)]
+    new_tensors = [fresh(each) for each in (*_empty_gradients(_channels_last(x), temb, weight, bias), sums)]
 
     def run(grad, x, temb, weight, bias, mean, rstd, *_):
         dx, dtemb, dweight, dbias, sums = [new() for new in new_tensors]
@@ -211,11 +212,20 @@ def _backward(
     return run
 
 
+def _as_laid_out(x_NCHW: Tensor) -> Tensor:
+    """What C++ makes of maps: it is contiguous where they are, too."""
+    return (
+        torch.empty_like(x_NCHW, memory_format=torch.contiguous_format)
+        if x_NCHW.is_contiguous()
+        else _channels_last(x_NCHW)
+    )
+
+
 def _empty_outputs(
-    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+    y: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(len(x), num_groups, dtype=torch.float32) for _ in range(2))
-    return _channels_last(x), mean, rstd
+    mean, rstd = (y.new_empty(len(y), num_groups, dtype=torch.float32) for _ in range(2))
+    return y, mean, rstd
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -225,30 +235,53 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, temb, weight, bias, mean, rstd)
 
 
-def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    temb = ctx.saved_tensors[1]
-    dx, dtemb, dweight, dbias = _call_backward(grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
-    return dx, None if temb is None else dtemb, dweight, dbias, None, None, None
+def _autograd_backward(backward: Callable[..., Any], ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # Once: gradient checkpointing computes them anew each time.
+    dx, dtemb, dweight, dbias = backward(grad, *saved, ctx.num_groups, ctx.silu)
+    return dx, None if saved[1] is None else dtemb, dweight, dbias, None, None, None
 
 
+_SCHEMA = (
+    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups,"
+    " bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 _call = register_differentiable(
     "group_norm_silu",
-    "(Tensor x, Tensor? temb, Tensor weight, Tensor bias, int num_groups, float eps, bool silu) "
-    "-> (Tensor, Tensor, Tensor)",
+    _SCHEMA,
     _forward,
-    _empty_outputs,
+    lambda x, *others: _empty_outputs(_channels_last(x), *others),
     _setup_context,
-    _autograd_backward,
+    functools.partial(
+        _autograd_backward,
+        register(
+            "group_norm_silu_backward",
+            _BACKWARD_SCHEMA,
+            _backward,
+            lambda grad, x, *others: _empty_gradients(_channels_last(x), *others),
+        ),
+    ),
 )
-_call_backward = register(
-    "group_norm_silu_backward",
-    "(Tensor grad, Tensor x, Tensor? temb, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, int num_groups, "
-    "bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad, x, temb, weight, bias, *_: _empty_gradients(x, temb, weight, bias),
+_call_cpp = register_compiled(
+    "group_norm_silu_cpp",
+    _SCHEMA,
+    lambda x, *others: _empty_outputs(_as_laid_out(x), *others),
+    _setup_context,
+    functools.partial(
+        _autograd_backward,
+        register_compiled(
+            "group_norm_silu_backward_cpp",
+            _BACKWARD_SCHEMA,
+            lambda grad, x, *others: _empty_gradients(_as_laid_out(x), *others),
+        ),
+    ),
 )
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="group_norm_silu_backward_cpp")
 
 
 def group_norm_silu(
@@ -264,17 +297,18 @@ def group_norm_silu(
 ) -> Tensor:
     """``silu(group_norm(x + temb))``, differentiable, computed in float32 (by the reference in float64, for float64).
 
-    The kernel reads and writes channels-last memory. An input that is not laid out so is copied first; channels that
-    are a slice of such a map are read where they are. Its result and the gradient of ``x_NCHW`` are channels-last.
+    Kernels read and write channels-last memory; C++ takes contiguous memory too, and then leaves it contiguous. An
+    input that is not laid out so is copied first; channels that are a slice of such a map are read where they are. The
+    result and the gradient of ``x_NCHW`` are channels-last, but where C++ was given contiguous maps.
 
     Args:
         x_NCHW: (N, C, H, W), float32, bfloat16 or float16; N may be 0.
-        num_groups: G, a divisor of C, with at most 4096 channels in a group.
+        num_groups: G, a divisor of C, with at most 4096 channels in a group for Triton.
         weight, bias: (C,), of any of these dtypes, as ``nn.GroupNorm`` has them.
         eps: added to the variance.
         temb_NC: (N, C) of any of these dtypes, added to every pixel before the norm.
         silu: False for the norm alone.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         (N, C, H, W) in the dtype of ``x_NCHW``.
@@ -284,9 +318,10 @@ def group_norm_silu(
         RuntimeError: the backend that was asked for cannot run here.
     """
     kind = plain_kind((x_NCHW, temb_NC, weight, bias, num_groups, eps, silu, backend))
-    if _choose(kind, x_NCHW, num_groups, weight, bias, eps, temb_NC, backend) == "reference":
+    chosen = _choose(kind, x_NCHW, num_groups, weight, bias, eps, temb_NC, backend)
+    if chosen == "reference":
         return group_norm_silu_ref(x_NCHW, num_groups, weight, bias, eps=eps, temb_NC=temb_NC, silu=silu)
-    y, _, _ = _call(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu, kind=kind)
+    y, _, _ = (_call_cpp if chosen == "cpp" else _call)(x_NCHW, temb_NC, weight, bias, num_groups, eps, silu, kind=kind)
     return y
 
 
@@ -302,7 +337,7 @@ def _choose(
     for name, tensor in (("x_NCHW", x_NCHW), ("weight", weight), ("bias", bias), ("temb_NC", temb_NC)):
         if tensor is not None:
             check_floating(name, tensor)
-    if x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
+    if chosen == "triton" and x_NCHW.shape[1] > MAX_GROUP_CHANNELS * num_groups:
         raise ValueError(f"num_groups={num_groups} puts more than {MAX_GROUP_CHANNELS} channels into a group")
     return chosen
 

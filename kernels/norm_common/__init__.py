@@ -89,9 +89,9 @@ def choose_splits(blocks: int, tiles: int, programs: int) -> int:
 
 
 def check_norm(
-    x: Tensor, affine: Mapping[str, Tensor | None], residual: Tensor | None, eps: float, *, compiled: bool
+    x: Tensor, affine: Mapping[str, Tensor | None], residual: Tensor | None, eps: float, *, backend: str
 ) -> None:
-    """Raises ``ValueError`` unless these can be normalised, and with ``compiled`` unless the kernels can do it."""
+    """Raises ``ValueError`` unless these can be normalised, by this backend."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have columns to normalise over, got the shape {tuple(x.shape)}")
     if not (eps > 0 and math.isfinite(eps)):
@@ -101,12 +101,12 @@ def check_norm(
         if tensor is not None:
             check_shape(name, tensor, x.shape if name == "residual" else x.shape[-1:])
             check_device(name, tensor, x.device)
-    if compiled:
+    if backend != "reference":
         for name, tensor in {"x": x, **named}.items():
             if tensor is not None:
                 check_floating(name, tensor)
-        if x.shape[-1] > MAX_COLS:
-            raise ValueError(f"x must have at most {MAX_COLS} columns for the triton backend, got {x.shape[-1]}")
+    if backend == "triton" and x.shape[-1] > MAX_COLS:
+        raise ValueError(f"x must have at most {MAX_COLS} columns for the triton backend, got {x.shape[-1]}")
 
 
 def empty_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from madformer.kernels.checks import rows_of, with_contiguous_columns
 from madformer.kernels.norm_common import empty_outputs, norm_backward, norm_forward, settings_in_use
 from madformer.kernels.plans import fresh, planned, taken_as
-from madformer.kernels.registration import register, register_differentiable
+from madformer.kernels.registration import register, register_compiled, register_differentiable
 
 
 def _sample_shape(*tensors: Tensor | None) -> tuple[int, int, int]:
@@ -141,7 +141,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(total, x if gate_needs_x else None, scale, gate, weight, bias)
 
 
-def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(
+    backward: Callable[..., Any], ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
+) -> tuple[Tensor | None, ...]:
     total, x, scale, gate, weight, bias = ctx.saved_tensors
     _, *others = wanted = ctx.needs_input_grad[:7]
     needs_x, needs_residual = wanted[0], wanted[5]
@@ -151,29 +153,60 @@ def _autograd_backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | Non
     wanted = (needs_x and not shared, *others)
     grad_total = grad_total if ctx.has_residual else None
     arguments = (grad_y, grad_total, total, x, scale, gate, weight, bias, ctx.centred, ctx.eps, wanted)
-    gradients = _call_backward(*arguments)
+    gradients = backward(*arguments)
     results = [x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)]
     if shared:
         results[0] = results[5]
     return (*results, None, None)
 
 
-norm_op = register_differentiable(
-    "residual_norm",
+_SCHEMA = (
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate,"
-    " bool centred, float eps) -> (Tensor, Tensor)",
-    _forward,
-    lambda x, shift, scale, weight, bias, residual, *_: empty_outputs(x, residual),
-    _setup_context,
-    _autograd_backward,
+    " bool centred, float eps) -> (Tensor, Tensor)"
 )
-_call_backward = register(
-    "residual_norm_backward",
+_BACKWARD_SCHEMA = (
     "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor? x, Tensor? scale, Tensor? gate, Tensor? weight,"
     " Tensor? bias, bool centred, float eps, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad_y, grad_total, total, x, scale, gate, weight, bias, centred, eps, wanted: _empty_gradients(
-        grad_y, total, scale, gate, weight, bias, wanted
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _fake(x: Tensor, shift: Any, scale: Any, weight: Any, bias: Any, residual: Tensor | None, *_: Any) -> Any:
+    return empty_outputs(x, residual)
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    x: Tensor | None,
+    scale: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centred: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(grad_y, total, scale, gate, weight, bias, wanted)
+
+
+norm_op = register_differentiable(
+    "residual_norm",
+    _SCHEMA,
+    _forward,
+    _fake,
+    _setup_context,
+    functools.partial(
+        _autograd_backward, register("residual_norm_backward", _BACKWARD_SCHEMA, _backward, _fake_backward)
+    ),
+)
+norm_op_cpp = register_compiled(
+    "residual_norm_cpp",
+    _SCHEMA,
+    _fake,
+    _setup_context,
+    functools.partial(
+        _autograd_backward, register_compiled("residual_norm_backward_cpp", _BACKWARD_SCHEMA, _fake_backward)
     ),
 )

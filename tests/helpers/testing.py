@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig, UNetConfig, tiny
-from madformer.kernels import launch
+from madformer.kernels import dispatch, launch
 from tests.helpers import ROOT
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ def _largest(values: Tensor) -> float:
 
 
 needs_triton = pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
+needs_cpp = pytest.mark.skipif(
+    "cpp" in dispatch._UNAVAILABLE or torch.cuda.is_available(),
+    reason=dispatch._UNAVAILABLE.get("cpp", "kernels for CPUs are tested where there is no GPU"),
+)
+OUR_BACKENDS = [pytest.param("triton", marks=needs_triton), pytest.param("cpp", marks=needs_cpp)]
+"""Those whose results are held to the error budget."""
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels are tested: compiled on a GPU where there is one, else in Triton's interpreter on the CPU."""

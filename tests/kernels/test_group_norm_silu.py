@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from madformer.kernels.group_norm_silu import GroupNormSettings, choose_settings, group_norm_silu, group_norm_silu_ref
 from madformer.kernels.launch import Target
-from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, OUR_BACKENDS, assert_op_matches, each_dtype, needs_cpp
 
 H200 = Target(capability=90, num_sms=132)
+
+
+Op = Callable[..., Tensor]
+
+
+@pytest.fixture(params=OUR_BACKENDS)
+def op(request: pytest.FixtureRequest) -> Op:
+    return partial(group_norm_silu, backend=request.param)
 
 
 def make_inputs(
@@ -43,17 +52,13 @@ def make_inputs(
     return {**{name: x.requires_grad_() for name, x in inputs.items()}, "num_groups": num_groups, "eps": 1e-6}
 
 
-def triton(**arguments: Any) -> Tensor:
-    return group_norm_silu(**arguments, backend="triton")
-
-
-def check(inputs: dict[str, Any], **kwargs: Any) -> None:
+def check(op: Op, inputs: dict[str, Any], **kwargs: Any) -> None:
     maps, channels, height, width = inputs["x_NCHW"].shape
     pixels, group = height * width, channels // inputs["num_groups"]
     # Moments are sums over a slab, and everything is made of them.
     rows = dict.fromkeys(("result 0", "x_NCHW", "temb_NC"), pixels * group)
     rows |= dict.fromkeys(("weight", "bias"), maps * pixels)
-    assert_op_matches(triton, group_norm_silu_ref, inputs, rows=rows, **kwargs)
+    assert_op_matches(op, group_norm_silu_ref, inputs, rows=rows, **kwargs)
 
 
 @pytest.fixture(params=["whole", "split", "whole, kept", "split, kept"])
@@ -70,40 +75,40 @@ each_cut = pytest.mark.usefixtures("cut")
 
 @each_dtype
 @pytest.mark.parametrize("temb", [True, False])
-def test_matches_float64(temb: bool, dtype: torch.dtype) -> None:
-    check(make_inputs(1, 6, 3, 5, dtype=dtype, temb=temb))
+def test_matches_float64(op: Op, temb: bool, dtype: torch.dtype) -> None:
+    check(op, make_inputs(1, 6, 3, 5, dtype=dtype, temb=temb))
 
 
 @pytest.mark.parametrize(("shape", "num_groups"), [((2, 8, 1, 1), 2), ((1, 7, 2, 3), 1), ((1, 4, 2, 2), 4)], ids=str)
-def test_shapes(shape: tuple[int, ...], num_groups: int) -> None:
-    check(make_inputs(*shape, num_groups=num_groups))
+def test_shapes(op: Op, shape: tuple[int, ...], num_groups: int) -> None:
+    check(op, make_inputs(*shape, num_groups=num_groups))
 
 
-def test_without_silu() -> None:
-    check({**make_inputs(1, 6, 2, 3, temb=True), "silu": False})
+def test_without_silu(op: Op) -> None:
+    check(op, {**make_inputs(1, 6, 2, 3, temb=True), "silu": False})
 
 
 @each_cut
 @each_dtype
-def test_cuts(dtype: torch.dtype) -> None:
-    check(make_inputs(1, 3, 3, 3, num_groups=1, dtype=dtype))
+def test_cuts(op: Op, dtype: torch.dtype) -> None:
+    check(op, make_inputs(1, 3, 3, 3, num_groups=1, dtype=dtype))
 
 
 @each_cut
-def test_cuts_of_many_slabs() -> None:
-    check(make_inputs(2, 4, 1, 5, temb=True))
+def test_cuts_of_many_slabs(op: Op) -> None:
+    check(op, make_inputs(2, 4, 1, 5, temb=True))
 
 
 @each_cut
-def test_mean_that_is_large_beside_the_deviation() -> None:
+def test_mean_that_is_large_beside_the_deviation(op: Op) -> None:
     """Float32 sums of squares would leave nothing of the variance."""
-    check(make_inputs(1, 4, 3, 3, num_groups=1, mean=3000.0))
+    check(op, make_inputs(1, 4, 3, 3, num_groups=1, mean=3000.0))
 
 
-def test_weights_of_another_dtype() -> None:
+def test_weights_of_another_dtype(op: Op) -> None:
     inputs = make_inputs(2, 6, 2, 2, dtype=torch.bfloat16, weight_dtype=torch.float32, temb=True)
     inputs["temb_NC"] = inputs["temb_NC"].detach().float().requires_grad_()
-    check(inputs)
+    check(op, inputs)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -117,14 +122,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
+def test_layouts(op: Op, layout: str) -> None:
     inputs = make_inputs(2, 6, 1, 1, num_groups=1)
     x = torch.randn(2, 8, 4, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     inputs["x_NCHW"] = LAYOUTS[layout](x.to(memory_format=torch.channels_last)).requires_grad_()
     inputs["bias"] = inputs["bias"].detach()[:1].expand(6).requires_grad_()
     inputs["temb_NC"] = x[0, :6, :1, 0].expand(6, 2).mT.requires_grad_()
-    check(inputs)
-    assert triton(**inputs).is_contiguous(memory_format=torch.channels_last)
+    check(op, inputs)
+    y = op(**inputs)
+    stays = op.keywords["backend"] == "cpp" and inputs["x_NCHW"].is_contiguous()
+    assert y.is_contiguous(memory_format=torch.contiguous_format if stays else torch.channels_last)
 
 
 @each_cut
@@ -133,13 +140,13 @@ def test_layouts(layout: str) -> None:
     [lambda g: g.contiguous(), lambda g: g[:1, :1, :1, :1].expand(g.shape), lambda g: g.repeat(1, 2, 1, 1)[:, ::2]],
     ids=["NCHW", "stride 0", "strided channels"],
 )
-def test_layouts_of_the_gradient(grads: Callable[[Tensor], Tensor]) -> None:
-    check(make_inputs(1, 4, 1, 5, temb=True), grads=grads)
+def test_layouts_of_the_gradient(op: Op, grads: Callable[[Tensor], Tensor]) -> None:
+    check(op, make_inputs(1, 4, 1, 5, temb=True), grads=grads)
 
 
-def test_no_maps() -> None:
+def test_no_maps(op: Op) -> None:
     inputs = make_inputs(0, 6, 2, 2, temb=True)
-    y = triton(**inputs)
+    y = op(**inputs)
     y.sum().backward()
     assert y.shape == (0, 6, 2, 2)
     assert inputs["weight"].grad.eq(0).all()
@@ -147,11 +154,11 @@ def test_no_maps() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x_NCHW", "weight", "temb_NC"])
-def test_some_gradients_only(frozen: str) -> None:
+def test_some_gradients_only(op: Op, frozen: str) -> None:
     """Against the op itself: PyTorch's crashes on the CPU for a channels-last map that needs no gradient."""
 
     def gradients(inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-        triton(**inputs).square().sum().backward()
+        op(**inputs).square().sum().backward()
         return {name: x.grad for name, x in inputs.items() if isinstance(x, Tensor)}
 
     expected, inputs = gradients(make_inputs(1, 6, 2, 2, temb=True)), make_inputs(1, 6, 2, 2, temb=True)
@@ -160,7 +167,7 @@ def test_some_gradients_only(frozen: str) -> None:
         assert grad is None if name == frozen else torch.equal(grad, expected[name])
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *OUR_BACKENDS])
 def test_is_what_a_residual_block_computes(backend: str) -> None:
     torch.manual_seed(0)
     block = ResnetBlock2D(in_channels=4, out_channels=6, temb_channels=4, groups=2).to(DEVICE)
@@ -178,36 +185,64 @@ def test_is_what_a_residual_block_computes(backend: str) -> None:
 
 
 @each_cut
-def test_is_deterministic() -> None:
+def test_is_deterministic(op: Op) -> None:
     def run() -> list[Tensor]:
         inputs = make_inputs(1, 4, 1, 5, temb=True)
-        triton(**inputs).square().sum().backward()
+        op(**inputs).square().sum().backward()
         return [inputs[name].grad for name in ("x_NCHW", "weight", "bias", "temb_NC")]
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
 
 
+@needs_cpp
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels last", "planes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_maps_of_several_pieces_do_not_depend_on_threads(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Larger than a piece of C++'s and than what one thread takes, with pixels and channels that no vector divides."""
+    inputs, op = (
+        make_inputs(1, 59, 57, 81, num_groups=1, dtype=dtype, temb=True),
+        partial(group_norm_silu, backend="cpp"),
+    )
+    inputs["x_NCHW"] = inputs["x_NCHW"].detach().contiguous(memory_format=layout).requires_grad_()
+    check(op, inputs)
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+        y = op(**inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
+
+    before = torch.get_num_threads()
+    try:
+        assert all(torch.equal(one, two) for one, two in zip(run(1), run(2), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["", "_cpp"])
 @pytest.mark.parametrize("temb", [True, False])
-def test_opcheck(temb: bool) -> None:
+def test_opcheck(temb: bool, name: str) -> None:
     inputs = make_inputs(1, 3, 2, 2, num_groups=1, temb=temb, dtype=torch.bfloat16)
     tensors = inputs["x_NCHW"], inputs.get("temb_NC"), inputs["weight"], inputs["bias"]
-    library.opcheck(torch.ops.madformer.group_norm_silu.default, (*tensors, 1, 1e-6, True))
+    op = getattr(torch.ops.madformer, f"group_norm_silu{name}")
+    library.opcheck(op.default, (*tensors, 1, 1e-6, True))
 
 
-def test_opcheck_of_the_backward() -> None:
+@pytest.mark.parametrize("name", ["", "_cpp"])
+def test_opcheck_of_the_backward(name: str) -> None:
     inputs = make_inputs(1, 3, 2, 2, num_groups=1, temb=True)
     tensors = [inputs[name].detach() for name in ("x_NCHW", "temb_NC", "weight", "bias")]
     y, mean, rstd = torch.ops.madformer.group_norm_silu(*tensors, 1, 1e-6, True)
     library.opcheck(
-        torch.ops.madformer.group_norm_silu_backward.default,
+        getattr(torch.ops.madformer, f"group_norm_silu_backward{name}").default,
         (y, *tensors, mean, rstd, 1, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
-def test_compiles_whole_and_once() -> None:
+def test_compiles_whole_and_once(op: Op) -> None:
     counter = CompileCounterWithBackend(COMPILER)
-    compiled = torch.compile(triton, fullgraph=True, backend=counter)
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
     inputs = make_inputs(1, 3, 2, 2, num_groups=1, temb=True)
     for _ in range(2):
         assert_op_matches(compiled, group_norm_silu_ref, inputs)
@@ -215,11 +250,11 @@ def test_compiles_whole_and_once() -> None:
     assert counter.frame_count == 1
 
 
-def test_autocast() -> None:
+def test_autocast(op: Op) -> None:
     """No op that autocast casts: the result has the dtype of the map."""
     inputs = make_inputs(1, 6, 2, 2, dtype=torch.bfloat16, weight_dtype=torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        check(inputs)
+        check(op, inputs)
 
 
 MODEL_SHAPES = [
@@ -263,7 +298,7 @@ def test_one_program_a_slab_where_maps_are_many_or_tiny() -> None:
         ({"temb_NC": torch.zeros(2, 6, device="meta")}, "temb_NC must be on"),
         ({"eps": 0.0}, "eps=0.0 must be positive"),
         ({"eps": float("nan")}, "eps=nan must be positive"),
-        ({"backend": "cpp"}, "backend='cpp' must be one of auto, triton, reference for group_norm_silu"),
+        ({"backend": "flex"}, "backend='flex' must be one of auto, triton, cpp, reference for group_norm_silu"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -286,5 +321,5 @@ def test_groups_too_wide_for_a_program() -> None:
 @each_dtype
 @pytest.mark.parametrize("maps", [1, 16, 64])
 @pytest.mark.parametrize(("channels", "side"), [(512, 32), (1024, 16), (1536, 16)])
-def test_shapes_of_the_model(channels: int, side: int, maps: int, dtype: torch.dtype) -> None:
-    check(make_inputs(maps, channels, side, side, num_groups=8, dtype=dtype, temb=True))
+def test_shapes_of_the_model(op: Op, channels: int, side: int, maps: int, dtype: torch.dtype) -> None:
+    check(op, make_inputs(maps, channels, side, side, num_groups=8, dtype=dtype, temb=True))

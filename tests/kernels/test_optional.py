@@ -115,7 +115,7 @@ from madformer.kernels.swiglu import swiglu
 
 statuses = {status.backend: status for status in dispatch.report()}
 cpp, triton, reference = statuses["cpp"], statuses["triton"], statuses["reference"]
-assert (cpp.available, cpp.ops) == (False, ("denoise_step", "qk_norm_rope", "qk_norm_rope_cached")), cpp
+assert not cpp.available and {"denoise_step", "qk_norm_rope", "swiglu"} <= set(cpp.ops), cpp
 assert "madformer._C is not built" in cpp.reason and "\\n" not in cpp.reason, cpp
 assert not triton.available and "swiglu" in triton.ops, triton
 assert reference.available and "swiglu" in reference.ops, reference

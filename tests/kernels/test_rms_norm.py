@@ -14,12 +14,17 @@ from torch import Tensor, library
 
 from madformer.kernels.norm_common import choose_backward_settings, choose_forward_settings, choose_splits
 from madformer.kernels.rms_norm import rms_norm, rms_norm_ref
-from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype
+from tests.helpers.testing import COMPILER, DEVICE, OUR_BACKENDS, assert_op_matches, each_dtype, needs_cpp
 
 EPS = 1e-5
-triton = partial(rms_norm, eps=EPS, backend="triton")
+Op = Callable[..., Any]
 reference = partial(rms_norm_ref, eps=EPS)
 each_residual = pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+
+
+@pytest.fixture(params=OUR_BACKENDS)
+def op(request: pytest.FixtureRequest) -> Op:
+    return partial(rms_norm, eps=EPS, backend=request.param)
 
 
 def make_inputs(
@@ -43,44 +48,50 @@ def check(op: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> Non
 @each_dtype
 # One column, an odd number, one row, heads, and a row of several chunks of which the last is part empty.
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33,), (2, 3, 2, 64), (2, 300)], ids=str)
-def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, residual: bool) -> None:
-    check(triton, make_inputs(*shape, dtype=dtype, weight_dtype=dtype, residual=residual))
+def test_matches_float64(op: Op, shape: tuple[int, ...], dtype: torch.dtype, residual: bool) -> None:
+    check(op, make_inputs(*shape, dtype=dtype, weight_dtype=dtype, residual=residual))
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1152), (1, 8192)])
-def test_wide_rows(rows: int, cols: int) -> None:
+def test_wide_rows(op: Op, rows: int, cols: int) -> None:
     """The model's width, and the widest, where a row takes all warps."""
-    check(triton, make_inputs(rows, cols, dtype=torch.bfloat16))
+    check(op, make_inputs(rows, cols, dtype=torch.bfloat16))
 
 
-def test_programs_take_several_tiles() -> None:
+@needs_cpp
+def test_rows_wider_than_a_program_and_more_than_a_chunk() -> None:
+    """C++ has no widest row, and sums its gradients in chunks."""
+    check(partial(rms_norm, eps=EPS, backend="cpp"), make_inputs(9, 8193))
+
+
+def test_programs_take_several_tiles(op: Op) -> None:
     """More rows than the backward pass has programs for at once, and a last tile that is part empty."""
-    check(triton, make_inputs(122, 64, residual=False))
+    check(op, make_inputs(122, 64, residual=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weight_in_float32(dtype: torch.dtype) -> None:
+def test_weight_in_float32(op: Op, dtype: torch.dtype) -> None:
     inputs = make_inputs(6, 40, dtype=dtype)
-    check(triton, inputs)
-    assert triton(**inputs)[0].dtype == dtype
+    check(op, inputs)
+    assert op(**inputs)[0].dtype == dtype
 
 
-def test_stream_in_float32() -> None:
+def test_stream_in_float32(op: Op) -> None:
     """A branch in bfloat16 on a stream in float32, as autocast has them: neither loses its dtype."""
     inputs = make_inputs(6, 40, dtype=torch.bfloat16)
     inputs["residual"] = inputs["residual"].detach().float().requires_grad_()
-    check(triton, inputs)
-    y, total = triton(**inputs)
+    check(op, inputs)
+    y, total = op(**inputs)
     assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
 
 
 @each_dtype
-def test_total_is_the_rounded_sum(dtype: torch.dtype) -> None:
+def test_total_is_the_rounded_sum(op: Op, dtype: torch.dtype) -> None:
     """``y`` is the norm of the sum that is returned, bit for bit as in two separate ops."""
     inputs = make_inputs(4, 40, dtype=dtype)
-    y, total = triton(**inputs)
+    y, total = op(**inputs)
     assert torch.equal(total, inputs["x"] + inputs["residual"])
-    assert torch.equal(y, triton(total, inputs["weight"]))
+    assert torch.equal(y, op(total, inputs["weight"]))
 
 
 @each_dtype
@@ -91,9 +102,9 @@ def test_reference_is_the_formula(dtype: torch.dtype) -> None:
     torch.testing.assert_close(rms_norm(x, weight, eps=EPS, backend="reference"), expected.to(dtype))
 
 
-def test_without_weight() -> None:
+def test_without_weight(op: Op) -> None:
     inputs = make_inputs(5, 40)
-    check(triton, inputs | {"weight": None})
+    check(op, inputs | {"weight": None})
 
 
 LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
@@ -107,11 +118,11 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str) -> None:
+def test_layouts(op: Op, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, residual = LAYOUTS[layout](torch.randn(2, 6, 80, generator=generator).to(DEVICE))
     weight = torch.randn(2 * x.shape[-1], generator=generator).to(DEVICE)[::2]
-    check(triton, {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "residual": residual.requires_grad_()})
+    check(op, {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "residual": residual.requires_grad_()})
 
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -124,30 +135,30 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("grads", GRADIENTS.values(), ids=GRADIENTS.keys())
-def test_layouts_of_the_gradient(grads: Callable[[Tensor], Tensor]) -> None:
-    check(triton, make_inputs(4, 5, 33), grads=grads)
+def test_layouts_of_the_gradient(op: Op, grads: Callable[[Tensor], Tensor]) -> None:
+    check(op, make_inputs(4, 5, 33), grads=grads)
 
 
 @pytest.mark.parametrize(("used", "names"), [(0, ("x", "weight", "residual")), (1, ("x", "residual"))])
-def test_one_result_is_used(used: int, names: tuple[str, ...]) -> None:
+def test_one_result_is_used(op: Op, used: int, names: tuple[str, ...]) -> None:
     """The gradient of the other is not there; that of the sum alone passes unchanged."""
     inputs = {name: x.detach().requires_grad_(name in names) for name, x in make_inputs(4, 40).items()}
     rows = {"weight": 4}
-    assert_op_matches(lambda **x: triton(**x)[used], lambda **x: reference(**x)[used], inputs, rows=rows)
+    assert_op_matches(lambda **x: op(**x)[used], lambda **x: reference(**x)[used], inputs, rows=rows)
 
 
 @pytest.mark.parametrize("names", [("x",), ("weight",), ("residual",), ("x", "weight")], ids=str)
-def test_only_wanted_gradients(names: tuple[str, ...]) -> None:
+def test_only_wanted_gradients(op: Op, names: tuple[str, ...]) -> None:
     inputs = {name: x.detach().requires_grad_(name in names) for name, x in make_inputs(4, 40).items()}
-    assert_op_matches(lambda **x: triton(**x)[0], lambda **x: reference(**x)[0], inputs, rows={"weight": 4})
+    assert_op_matches(lambda **x: op(**x)[0], lambda **x: reference(**x)[0], inputs, rows={"weight": 4})
 
 
-def test_deterministic() -> None:
+def test_deterministic(op: Op) -> None:
     """The sum over rows is the same to the last bit, over several programs."""
 
     def gradient() -> Tensor:
         inputs = make_inputs(40, 8, residual=False)
-        triton(**inputs).square().sum().backward()
+        op(**inputs).square().sum().backward()
         return inputs["weight"].grad
 
     assert torch.equal(gradient(), gradient())
@@ -155,39 +166,40 @@ def test_deterministic() -> None:
 
 @each_residual
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
-def test_nothing_to_do(shape: tuple[int, ...], residual: bool) -> None:
+def test_nothing_to_do(op: Op, shape: tuple[int, ...], residual: bool) -> None:
     inputs = make_inputs(*shape, residual=residual)
-    result = triton(**inputs)
+    result = op(**inputs)
     y = result[0] if residual else result
     y.sum().backward()
     assert y.shape == inputs["x"].grad.shape == shape
     assert torch.equal(inputs["weight"].grad, torch.zeros(4, device=DEVICE))
 
 
+@pytest.mark.parametrize("name", ["residual_norm", "residual_norm_cpp"])
 @pytest.mark.parametrize(("dtype", "residual"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-def test_opcheck(dtype: torch.dtype, residual: bool) -> None:
+def test_opcheck(dtype: torch.dtype, residual: bool, name: str) -> None:
     inputs = make_inputs(3, 40, dtype=dtype)
     added = inputs["residual"] if residual else None
     arguments = (inputs["x"], None, None, inputs["weight"], None, added, None, False, EPS)
-    library.opcheck(torch.ops.madformer.residual_norm.default, arguments)
+    library.opcheck(getattr(torch.ops.madformer, name).default, arguments)
 
 
-def test_compiles_whole() -> None:
-    compiled = torch.compile(triton, fullgraph=True, backend=COMPILER)
+def test_compiles_whole(op: Op) -> None:
+    compiled = torch.compile(op, fullgraph=True, backend=COMPILER)
     check(compiled, make_inputs(3, 40))
     with torch.compiler.set_stance("fail_on_recompile"):
         check(compiled, make_inputs(3, 40))
     check(compiled, make_inputs(5, 40))
 
 
-def test_autocast() -> None:
+def test_autocast(op: Op) -> None:
     """No op that autocast casts: results have the dtypes of the arguments."""
     inputs = make_inputs(3, 40, dtype=torch.bfloat16)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        check(triton, inputs)
+        check(op, inputs)
 
 
-def test_large_and_small_values() -> None:
+def test_large_and_small_values(op: Op) -> None:
     """Half-precision values whose mean square is not one."""
     x = torch.tensor([[3e4, -6e4, 1e4, 5e4], [1e-6, -3e-6, 2e-6, 0.0]], device=DEVICE).half()
     op, plain = partial(rms_norm, eps=1e-14, backend="triton"), partial(rms_norm_ref, eps=1e-14)
@@ -210,7 +222,7 @@ def test_large_and_small_values() -> None:
         ({"residual": torch.zeros(3, 4, device="meta")}, "residual must be on"),
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, "eps must be positive, got nan"),
-        ({"backend": "cpp"}, "backend='cpp' must be one of auto, triton, reference for rms_norm"),
+        ({"backend": "flex"}, "backend='flex' must be one of auto, triton, cpp, reference for rms_norm"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -251,5 +263,5 @@ def test_splits_fill_the_machine_once(blocks: int, tiles: int, programs: int, ex
 @pytest.mark.gpu
 @each_residual
 @pytest.mark.parametrize("batch", [1, 4])
-def test_at_the_size_of_the_model(batch: int, residual: bool) -> None:
-    check(triton, make_inputs(batch, 8192, 1152, dtype=torch.bfloat16, residual=residual))
+def test_at_the_size_of_the_model(op: Op, batch: int, residual: bool) -> None:
+    check(op, make_inputs(batch, 8192, 1152, dtype=torch.bfloat16, residual=residual))
