@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
+from madformer.engine.compiled import CompiledPasses, seen
 from madformer.engine.graphs import EagerLauncher, Launchable, Launcher, Prepared, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
@@ -47,6 +49,7 @@ class Following:
     passes: Passes
     model: MADFormer
     shares: int
+    compiled: bool
     _frozen: bool
     _prompt: Prompt
 
@@ -86,11 +89,14 @@ class Following:
 
     def _allocate(self, key: PlanKey, shares: int) -> None:
         self.key, self.shares, kind = key, shares, key.kind
+        self.compiled = self._compiles(kind)
         # of one kind with what passes make, or a compiled one would be compiled for both
         with torch.inference_mode():
             self.slots, self.cache = kind.allocate(key.batch, key.num_steps, guided=key.guided, shares=shares)
             self.model = self.sampler.current_model()
-            passes = self.sampler.passes if shares == 1 else SharedPasses
+            passes: Any = CompiledPasses if self.compiled else self.sampler.passes
+            if shares > 1:
+                passes = partial(SharedPasses, passes=passes)
             options = (key.clip, self.sampler.backend, key.refresh_every)
             self.passes = passes(self.model, self.cache, self.slots, *options)
         # what a scheduler's own step needs of the host is not in a graph
@@ -101,11 +107,12 @@ class Following:
         self._order = block_order(kind.config)
         self._told = ""
 
-    def warmup(self) -> Self:
+    def warmup(self, *, measure_shares: bool = True) -> Self:
         """Make ready what the first run would: compile, pack, capture. Logged with its times as ``madformer.engine``.
 
-        On a processor find out, besides, in how many shares the batch is drawn fastest (:mod:`.sharing`), which runs
-        keep to for as long as PyTorch has so many threads.
+        Args:
+            measure_shares: on a processor find out, besides, in how many shares the batch is drawn fastest
+                (:mod:`.sharing`), which runs keep to for as long as PyTorch has so many threads.
 
         Raises:
             InUseError: it is drawing.
@@ -113,7 +120,7 @@ class Following:
         with self._alone, computing(self.key.kind.device):
             self._measured = None
             self._follow(try_out=True)
-            if self.shares > 1 and self.sampler.shares is None:
+            if measure_shares and self.shares > 1 and self.sampler.shares is None:
                 self._measure_shares()
         return self
 
@@ -131,6 +138,13 @@ class Following:
         self._follow(try_out=True)
         listed = ", ".join(f"{shares}: {1e3 * time:.1f} ms" for shares, time in times.items())
         logger.info("batch %d is drawn in %d shares; a step in each number of shares: %s", self.batch, best, listed)
+
+    def _compiles(self, kind: ModelKind) -> bool:
+        """Whether steps are to be compiled: of a processor, and the paper's."""
+        sampler = self.sampler
+        captures = sampler.launcher is not None and sampler.launcher.captures
+        other = captures or sampler.compile_unet or sampler.passes is not Passes
+        return sampler.compile_step and kind.device.type == "cpu" and not other
 
     def _shares(self, kind: ModelKind) -> int:
         """In how many shares the next run draws."""
@@ -155,14 +169,18 @@ class Following:
         if self._drawing:
             if kind != self.key.kind:
                 raise RuntimeError("the model's configuration, dtype, device or backend changed while it was drawing")
-        elif (kind, shares := self._shares(kind)) != (self.key.kind, self.shares):
-            self._allocate(replace(self.key, kind=kind), shares)
+        else:
+            shares, compiled = self._shares(kind), self._compiles(kind)
+            if (kind, shares, compiled) != (self.key.kind, self.shares, self.compiled):
+                self._allocate(replace(self.key, kind=kind), shares)
         if isinstance(self.passes, SharedPasses):
             # what was put into the model since the run began is called by one thread, though for some images at a time
             self.passes.in_turn = self._drawing and not shareable(self.sampler.source)
         self._touched, steps = False, len(self.timesteps)
         if not self._frozen:
             self._look_through(self.sampler.current_model(self.packed))
+            if self.compiled:
+                self._look_for_programs(try_out=try_out)
             if self.prepared is None:
                 self.prepared = Prepared.of(self.passes, steps, self.launcher if try_out else None, ())
             return
@@ -183,6 +201,13 @@ class Following:
             self.prepared = Prepared.of(self.passes, steps, launcher, built)
         else:
             self._look_through(self.model)
+
+    def _look_for_programs(self, *, try_out: bool) -> None:
+        model = self.sampler.current_model()
+        built, threads = seen(model), max(1, torch.get_num_threads() // self.shares)
+        for passes in self.passes.parts if isinstance(self.passes, SharedPasses) else (self.passes,):
+            assert isinstance(passes, CompiledPasses)
+            passes.look_at(model, built, threads, try_out=try_out)
 
     def _look_through(self, model: MADFormer) -> None:
         self.model = model

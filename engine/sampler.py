@@ -41,6 +41,8 @@ class Sampler:
         pack_weights: on a CPU, compute with a second copy of the weights in oneDNN's layout where that is possible
             (:mod:`madformer.engine.packing`).
         compile_unet: run the U-Net's halves through ``torch.compile``, which takes minutes at the first run.
+        compile_step: on a processor, run a step's network as one compiled program (:mod:`.compiled`) where one is kept
+            for such a model, batch and machine; :meth:`.plan.Plan.warmup` makes those that there are not, in minutes.
         launcher: how passes are launched; None for CUDA graphs on a GPU, else Python.
         passes: what is launched; a subclass computes something else.
         grid: rows and columns of blocks, for images of another size than the model's own.
@@ -60,6 +62,7 @@ class Sampler:
         backend: str = "auto",
         pack_weights: bool = True,
         compile_unet: bool = False,
+        compile_step: bool = False,
         launcher: Launcher | None = None,
         passes: type[Passes] = Passes,
         grid: tuple[int, int] | None = None,
@@ -73,7 +76,7 @@ class Sampler:
                 stacklevel=2,
             )
         self.passes = passes
-        self.compile_unet = compile_unet
+        self.compile_unet, self.compile_step = compile_unet, compile_step
         self.pack_weights = pack_weights
         self.scheduler = copy.deepcopy(scheduler)
         self.backend = backend

@@ -142,14 +142,21 @@ class SharedPasses(Passes):
 
     slots: SharedSlots
 
-    def __init__(self, model: MADFormer, cache: ConditioningCache, slots: SharedSlots, *options: Any) -> None:
+    def __init__(
+        self,
+        model: MADFormer,
+        cache: ConditioningCache,
+        slots: SharedSlots,
+        *options: Any,
+        passes: type[Passes] = Passes,
+    ) -> None:
         super().__init__(model, cache, slots, *options)
         self.in_turn = False
         self._workers: Workers | None = None
         self._packed: set[str] = set()
         self._uneven = len({len(part.block_R) for part in slots.parts}) > 1
         self.parts = [
-            Passes(model, cache.part(slice(slots.branches * share.start, slots.branches * share.stop)), part, *options)
+            passes(model, cache.part(slice(slots.branches * share.start, slots.branches * share.stop)), part, *options)
             for share, part in zip(slots.shares, slots.parts, strict=True)
         ]
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,16 @@ _SEEN = ("training", "_parameters", "_buffers")
 
 M = TypeVar("M", bound=nn.Module)
 Signature = tuple[Hashable, ...]
+
+
+class Placed(NamedTuple):
+    """A tensor in a signature."""
+
+    address: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 def plain(module: nn.Module) -> bool:
@@ -158,7 +168,7 @@ def _frozen(value: Any, name: str) -> Hashable:
     if isinstance(value, float):
         return repr(value)  # NaN is not itself
     if type(value) in _PLAIN:
-        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+        return Placed(value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
     if isinstance(value, dict):
         return tuple((_frozen(key, name), _frozen(item, f"{name}.{key}")) for key, item in value.items())
     if isinstance(value, (list, tuple)):

@@ -9,8 +9,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import diffusers
 import numpy as np
@@ -85,6 +85,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer)
         self.register_to_config(class_names=class_names)
         self._plans = PlanPool()
+        self._compiles = False
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
@@ -202,8 +203,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
         order = order_around(blocks or (), config)
         noise = noise_of(latents, generators, config)
         drawn = [place for place in order if blocks is None or place in blocks]
-        # made anew by every call: it holds the scheduler as it is now
-        sampler = Sampler(self.transformer, self.scheduler, grid=grid if (height or width) else None)
+        sampler = self._sampler(grid if (height or width) else None)
         with (
             contextlib.ExitStack() as stack,
             self._onloaded(),
@@ -233,6 +233,39 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             )
         images = self._finish(from_blocks(drawn_BMLC, config), output_type)
         return MADFormerPipelineOutput(images) if return_dict else (images,)  # type: ignore[return-value]
+
+    def _sampler(self, grid: tuple[int, int] | None = None) -> Sampler:
+        """Made anew by every call: it holds the scheduler as it is now."""
+        return Sampler(self.transformer, self.scheduler, grid=grid, compile_step=self._compiles)
+
+    def warmup(
+        self,
+        num_images: int = 1,
+        options: SamplingOptions | None = None,
+        *,
+        compile_step: bool = False,
+        measure_shares: bool = True,
+    ) -> Self:
+        """Make ready what the first call of so many images would; see :meth:`madformer.engine.plan.Plan.warmup`.
+
+        Args:
+            options: steps, guidance and so on of the calls to come.
+            compile_step: on a processor, make a denoising step of these calls one compiled program
+                (:mod:`madformer.engine.compiled`), which takes minutes where none is kept; and use those that are kept,
+                in this call and all that follow.
+
+        Raises:
+            ValueError: a count or options that make no sense for the model or its scheduler.
+        """
+        self._check_parts()
+        truth_value("compile_step", compile_step)
+        options = SamplingOptions() if options is None else options
+        SamplingOptions.check(options)
+        options = replace(options, guidance=effective(options.guidance))
+        self._compiles = compile_step
+        with self._onloaded(), self._plans.plan(self._sampler(), num_images, options) as plan:
+            plan.warmup(measure_shares=measure_shares)
+        return self
 
     @keywords_checked
     def stream(

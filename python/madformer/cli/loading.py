@@ -65,3 +65,7 @@ def prepare(pipeline: MADFormerPipeline, request: DrawingOptions) -> None:
     pipeline.transformer = apply(pipeline.transformer, request.precision)
     pipeline.transformer.set_backend(request.backend)
     pipeline.set_progress_bar_config(disable=True)
+    if request.compile:
+        images = min(request.batch_size, request.num_images or request.batch_size)
+        # not the fastest number of shares: the same command is to draw the same bits
+        pipeline.warmup(images, request.sampling, compile_step=True, measure_shares=False)

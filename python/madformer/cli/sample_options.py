@@ -40,6 +40,7 @@ class DrawingOptions(SamplingOptions, Request):
     vae_tile: int | None = None  # decode larger pictures in tiles of so many pixels, for less memory; 1024, or 0: never
     precision: Precision = "auto"  # exact is fp32, default bf16, fp8 for GPUs that have it; auto takes what is faster
     device: str = "auto"  # where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 ...
+    compile: bool = False  # on a processor, compile the denoising step first: minutes once, then it is kept and faster
     backend: Literal["auto", "triton", "reference"] = "auto"  # implementation of the kernels; auto takes the best here
 
     # what to draw, as an option, which may be repeated

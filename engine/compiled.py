@@ -1,0 +1,319 @@
+"""A denoising step's network as one compiled program, on processors: called once a step, without Python in it.
+
+At small batches a step is hundreds of operators of a few microseconds each, and most of its time is what calls them.
+Here the step (:class:`Step`) is exported once, compiled by Inductor ahead of time (AOTInductor) to one C++ library,
+and kept in ``$XDG_CACHE_HOME/madformer/steps`` under a hash of everything that it was made of but the values of the
+weights: those it reads where they lie. It runs without Python's lock, so that threads that share a batch
+(:mod:`.sharing`) do not wait for each other.
+
+What is compiled is the model as it is built, of plain parts alone (:func:`.structure.signature`). A model that may
+change without being seen, one that reads what its own last step wrote to the cache, and a machine without a C++
+compiler go on without, which one line of the log says.
+
+Shape legend: B samples, N rows of the cache (B, or 2 B under guidance), L latents of a block, C channels, S tokens of a
+block, T tokens of a row of the cache, H heads, D head dim, E time embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import madformer
+from madformer.engine.passes import Passes
+from madformer.engine.structure import Placed, Signature, UnknownPartError, signature
+from madformer.machine import device_name
+from madformer.model import MADFormer
+from madformer.model.layer import Attention, Projections, set_backend
+
+logger = logging.getLogger("madformer.engine")
+
+
+class _Traced(Passes):
+    """The passes of a step whose state is what it is given; the cache is read, and never written to."""
+
+    def __init__(self, model: MADFormer, branches: int, dtype: torch.dtype) -> None:
+        self.model, self.config, self.branches, self.dtype = model, model.config, branches, dtype
+
+    def attention(self, view: Any, index: int, stream: str) -> Attention:
+        cached, seen_N1ST = view
+        keys_NHTD, values_NHTD = cached[index - self.config.ar_layers]
+
+        def attend(projections: Projections) -> Tensor:
+            q, k, v = projections.heads()
+            if self.config.cross_block_attention:
+                keys, values, mask = keys_NHTD, values_NHTD, seen_N1ST
+            else:
+                length = self.config.text_length
+                keys, values, mask = keys_NHTD[:, :, :length], values_NHTD[:, :, :length], None
+            joined = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+            return F.scaled_dot_product_attention(q, *joined, attn_mask=mask)
+
+        return attend
+
+
+class Step(nn.Module):
+    """A step's network as a function of tensors, for export.
+
+    Args:
+        model: a tree of its own, whose kernels are the reference: those Inductor can see into.
+        branches: 2 under guidance. dtype: to compute in.
+    """
+
+    def __init__(self, model: MADFormer, branches: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.branches, self.dtype = model, branches, dtype
+
+    def forward(
+        self,
+        latents_BLC: Tensor,
+        down_BE: Tensor,
+        up_BE: Tensor,
+        time_BC: Tensor,
+        class_NC: Tensor,
+        condition_NSC: Tensor,
+        cos_NSD: Tensor,
+        sin_NSD: Tensor,
+        lengths_N: Tensor,
+        cached: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """The prediction ``(N, L, C)``, of the first ``lengths_N`` tokens of each row of ``cached`` and the block."""
+        traced, config = _Traced(self.model, self.branches, self.dtype), self.model.config
+        tokens_BSC, skips = self.model.embed(latents_BLC[:, None].to(self.dtype), down_BE)
+        tokens_NSC = traced._for_branches(tokens_BSC)
+        if config.has_condition:
+            tokens_NSC = condition_NSC + tokens_NSC
+        modulation_NC = None
+        if config.modulated:
+            time_NC = traced._for_branches(time_BC)
+            modulation_NC = F.silu(time_NC + class_NC if config.num_classes else time_NC)
+        # all of the cache, whose length does not change, and a mask: one program for every block
+        num_cached, size = cached[0][0].shape[2], config.block_size
+        place_T = torch.arange(num_cached + size, device=lengths_N.device)
+        seen_NT = (place_T < lengths_N[:, None]) | (place_T >= num_cached)
+        mask_NT = torch.zeros(seen_NT.shape, dtype=self.dtype).masked_fill(~seen_NT, -torch.inf)
+        view = cached, mask_NT[:, None, None].expand(-1, 1, size, -1)
+        streams = {"noise": tokens_NSC}
+        for index in range(config.ar_layers, config.num_layers):
+            attention = traced.attention(view, index, "noise")
+            tables = {"noise": (cos_NSD, sin_NSD)}
+            streams = self.model.layers[index](streams, self.model.rope, tables, attention, ["noise"], modulation_NC)
+        skips = tuple(traced._for_branches(skip) for skip in skips)
+        up_NE = traced._for_branches(up_BE)
+        return self.model.decode(streams["noise"], up_NE, skips, modulation_NC)[:, 0]
+
+
+class CompiledPasses(Passes):
+    """The passes of all rows, whose step's network is one program, looked for whenever the model is looked at."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.program: Program | None = None
+        self._key = ""
+        self._bound: tuple[object, list[Tensor]] | None = None
+
+    def rest(self) -> None:
+        super().rest()
+        self._bound = None
+
+    def look_at(self, model: MADFormer, built: Signature | str, threads: int, *, try_out: bool) -> None:
+        """Compute with the program of a model, if there is one; it is the one that :meth:`follow` was given.
+
+        Args:
+            built: as :func:`seen` says. threads: of PyTorch's, that a pass has. try_out: make a program that there is
+                not, in minutes.
+        """
+        why = built if isinstance(built, str) else _refusal(self, model)
+        inputs = self._inputs(self.slots.latents_RLC, *self.slots.schedule(None)[:3])
+        key = why or key_of(built, tree_leaves(inputs), self.branches, self.dtype, threads)
+        if key != self._key:
+            self._key, self._bound, self.program = key, None, None
+            path = folder() / f"{key}.pt2"
+            if why is None and not path.exists():
+                if try_out:
+                    why = _compile(Step(_twin(model), self.branches, self.dtype), inputs, path, threads)
+                else:
+                    self._key = ""  # there may be one by the next time
+            if why is None and path.exists():
+                self.program, why = _loaded(path)
+            if why is not None:
+                logger.warning("a denoising step is not compiled: %s", why)
+        if self.program is not None and (self._bound is None or self._bound[0] != built):
+            named = (model.named_parameters, model.named_buffers)
+            tensors = {f"model.{name}": x for each in named for name, x in each(remove_duplicate=False)}
+            self.program.bind(tensors)
+            # kept until others are bound: the program reads them where they lie
+            self._bound = built, list(tensors.values())
+
+    def first_block(self, rows_B: Tensor | None) -> None:
+        # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
+        for cached in (*self.cache.keys_RHSD, *self.cache.values_RHSD):
+            cached.zero_()
+        super().first_block(rows_B)
+
+    def predict(
+        self,
+        rows_B: Tensor | None,
+        latents_BLC: Tensor,
+        down_BE: Tensor,
+        up_BE: Tensor,
+        time_BC: Tensor,
+        *,
+        refresh: bool = True,
+    ) -> tuple[Tensor, ...]:
+        if self.program is None:
+            return super().predict(rows_B, latents_BLC, down_BE, up_BE, time_BC, refresh=refresh)
+        assert rows_B is None
+        output_NLC = self.program(*self._inputs(latents_BLC, down_BE, up_BE, time_BC))
+        if output_NLC.dtype == torch.float64:
+            output_NLC = output_NLC.float()  # the latents are fp32
+        return output_NLC.chunk(self.branches)
+
+    def _inputs(self, latents_BLC: Tensor, *time: Tensor) -> tuple[Any, ...]:
+        cache, ar_layers = self.cache, self.config.ar_layers
+        cached = list(zip(cache.keys_RHSD[ar_layers:], cache.values_RHSD[ar_layers:], strict=True))
+        parts = self.slots.class_NC, cache.condition_RLC, self.cos_RSD, self.sin_RSD, cache.lengths_R
+        return latents_BLC.contiguous(), *(column.contiguous() for column in time), *parts, cached
+
+
+def seen(model: MADFormer) -> Signature | str:
+    """How a model is built and where its tensors are, or why that cannot be seen."""
+    try:
+        return signature(model)
+    except UnknownPartError as unknown:
+        return str(unknown)
+
+
+def _refusal(passes: Passes, model: MADFormer) -> str | None:
+    """Why there can be no program, in one line."""
+    config = passes.config
+    if passes.refresh_every > 1:
+        return "refresh_every keeps what the diffusion layers added"
+    if not config.has_clean_stream and config.cross_block_attention:
+        return f"context={config.context!r} reads the keys and values of its own last step"
+    if backend := {model.backend, model.attention_backend} - {"auto", "reference"}:
+        return f"backend={min(backend)!r} was asked for by name"
+    return None
+
+
+def _twin(model: MADFormer) -> MADFormer:
+    """A tree of its own over the same tensors, computing with the reference kernels."""
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    set_backend(twin, "reference")
+    twin.attention_backend = "reference"
+    return twin
+
+
+class Program:
+    """A compiled :class:`Step`.
+
+    Args:
+        path: of a package that :func:`_compile` wrote. A package is loaded once for each thread that calls it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        self._names = self._package.get_constant_fqns()
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Read these weights from now on, where they lie and as they are by then."""
+        chosen = {name: tensors[name] for name in self._names}
+        self._package.load_constants(chosen, check_full_update=True, user_managed=True)
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self._package(*inputs)
+
+
+def _loaded(path: Path) -> tuple[Program | None, str | None]:
+    try:
+        return Program(path), None
+    except (RuntimeError, OSError) as error:
+        return None, f"{path} does not load, remove it: {_line(error)}"
+
+
+def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str | None:
+    """Write a package; or why there is none, in one line."""
+    started = time.perf_counter()
+    options = {"aot_inductor.package_constants_in_so": False, "cpp.threads": threads}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+            warnings.catch_warnings(),
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(step, tuple(tree_map(Tensor.clone, inputs)), strict=False)
+            if others := exported.constants.keys() - dict(step.named_buffers()).keys():
+                return f"it holds tensors that are no weights: {', '.join(sorted(others))}"
+            package = Path(scratch) / path.name
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+            package.replace(path)
+    except (RuntimeError, OSError) as error:
+        return _line(error)
+    rows, seconds = len(inputs[0]), time.perf_counter() - started
+    logger.info("a denoising step of %d images was compiled in %.0f s, and is kept as %s", rows, seconds, path)
+    return None
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def folder() -> Path:
+    """Where programs are kept. Nothing else is there, and all of it may be removed."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madformer" / "steps"
+
+
+def key_of(built: Any, inputs: Sequence[Tensor], branches: int, dtype: torch.dtype, threads: int) -> str:
+    """A hash of what a program was made of: model, shapes, this code, versions and machine."""
+    shapes = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs]
+    text = _text((built, shapes, branches, dtype, threads, _surroundings()))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _surroundings() -> tuple[str, ...]:
+    digest, root = hashlib.sha256(), Path(madformer.__file__).parent
+    for source in sorted(path for part in ("model", "kernels", "engine") for path in (root / part).rglob("*.py")):
+        digest.update(source.read_bytes())
+    versions = (torch.__version__, importlib.metadata.version("diffusers"), torch.backends.cpu.get_cpu_capability())
+    return digest.hexdigest(), *versions, platform.machine(), device_name(torch.device("cpu"))
+
+
+def _text(value: Any) -> str:
+    """Of a signature, the same in every process: without where tensors lie, and where the model came from."""
+    if isinstance(value, Placed):
+        return _text(value[1:])
+    if isinstance(value, (tuple, list)):
+        return f"({','.join(_text(item) for item in value if not _is_provenance(item))})"
+    if isinstance(value, frozenset):
+        return f"{{{','.join(sorted(map(_text, value)))}}}"
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
+def _is_provenance(item: Any) -> bool:
+    # diffusers' record of the configuration, which names the folder
+    return isinstance(item, tuple) and len(item) == 2 and item[0] == "_internal_dict"
