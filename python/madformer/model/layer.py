@@ -238,8 +238,8 @@ class Tower(nn.Module):
         normed, x = modulated_sum(self.post_attention_norm, branch, x_BLC, gate, shift, scale)
         # a gate for each run of tokens
         gate = modulation.mlp_gate.view(len(x), -1, 1, x.shape[2])
-        gated = self.mlp(normed).unflatten(1, (gate.shape[1], -1)) * gate
-        return x + gated.flatten(1, 2)
+        x, branch = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, self.mlp(normed)))
+        return torch.addcmul(x, branch, gate).flatten(1, 2)
 
     def with_mlp(self, x_BLC: Tensor, normed_BLC: Tensor) -> Tensor:
         """``x_BLC``, which a norm made and nobody else reads, and the MLP's result."""
