@@ -20,6 +20,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import logging
 import os
 import platform
@@ -36,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-import madformer
 from madformer.engine.passes import Passes
 from madformer.engine.structure import Placed, Signature, UnknownPartError, signature
+from madformer.kernels import dispatch
 from madformer.machine import device_name
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections, set_backend
@@ -294,9 +295,11 @@ def key_of(built: Any, inputs: Sequence[Tensor], branches: int, dtype: torch.dty
 
 @functools.cache
 def _surroundings() -> tuple[str, ...]:
-    digest, root = hashlib.sha256(), Path(madformer.__file__).parent
-    for source in sorted(path for part in ("model", "kernels", "engine") for path in (root / part).rglob("*.py")):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256()
+    # not folders of one: without an install they lie apart
+    for part in (MADFormer, Passes, dispatch):
+        for source in sorted(Path(inspect.getfile(part)).parent.rglob("*.py")):
+            digest.update(source.read_bytes())
     versions = (torch.__version__, importlib.metadata.version("diffusers"), torch.backends.cpu.get_cpu_capability())
     return digest.hexdigest(), *versions, platform.machine(), device_name(torch.device("cpu"))
 

@@ -200,6 +200,7 @@ def write(source: Path, vae: AutoencoderKL, folder: Path, **options: Any) -> Enc
 # How it is written
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment(source: Path, vae_folder: Path, unbroken: Path, tmp_path: Path) -> None:
     """SIGKILL again and again, each run going on from the last one's end: no duplicate, no gap, the same bytes."""
     kills = [

@@ -74,6 +74,10 @@ def test_diffusers_loads_it(pipeline: MADFormerPipeline, folder: Path) -> None:
         assert loaded.transformer.dtype == torch.float32
         assert loaded.config.class_names == NAMES
         assert torch.allclose(draw(loaded), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_diffusers_loads_it_where_madformer_was_not_imported(folder: Path) -> None:
     code = (
         "from diffusers import DiffusionPipeline\n"
         f"p = DiffusionPipeline.from_pretrained({str(folder)!r}, custom_pipeline='pipeline', trust_remote_code=True)\n"

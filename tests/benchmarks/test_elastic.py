@@ -94,6 +94,7 @@ def check_loss(record: dict[str, Any], options: Any) -> None:
         assert record["metrics"][f"elastic-{split}_image_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

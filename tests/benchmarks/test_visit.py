@@ -73,8 +73,8 @@ def all_rows(*names: str) -> set[str]:
     ("fault", "status"),
     [
         ("raise", "failed"),
-        ("kill", "killed"),
-        ("hang", "out of time"),
+        pytest.param("kill", "killed", marks=pytest.mark.slow),
+        pytest.param("hang", "out of time", marks=pytest.mark.slow),
         ("deaf", "out of time"),
         ("nonsense", "failed"),
         ("orphan", "done"),
@@ -134,7 +134,9 @@ Visit(folder / "out", rows).run([stage(folder, name, fault.get(name, "")) for na
 """
 
 
-@pytest.mark.parametrize("where", ["a", "b", "c"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("a", marks=pytest.mark.slow), "b", pytest.param("c", marks=pytest.mark.slow)]
+)
 def test_the_visit_itself_is_killed(where: str, tmp_path: Path) -> None:
     """In each stage, with two of its rows found: the record holds them, and a second visit does the rest."""
     command = [sys.executable, "-c", DRIVER, str(ROOT), str(tmp_path), where]

@@ -87,7 +87,8 @@ def test_clipping_sees_every_gradient(kind: str, case: GoldenCase) -> None:
     assert clipped == pytest.approx(expected / 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["compat", pytest.param("accelerated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["compat", "accelerated"])
 def test_compiles_whole(kind: str) -> None:
     """Traced by Dynamo without a break, on the shallowest model; what Inductor makes of it is not looked at here."""
     config = {"intermediate_size": 64, "unet_block_out_channels": [16], "unet_num_layers_per_block": [1]}
@@ -129,18 +130,18 @@ import torch
 import torch.distributed as dist
 from tests.compat.test_training_use import RUNS, train
 
-child, world, folder, runs = os.fork(), 2, sys.argv[1], RUNS[sys.argv[2]]
+child, world, folder = os.fork(), 2, sys.argv[1]
 rank = int(child == 0)
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-results = [train(kind, case, rank, world) for kind, case in runs]
+results = [train(kind, case, rank, world) for kind, case in RUNS]
 if rank == 0:
     torch.save(results, f"{folder}/results.pt")
 dist.destroy_process_group()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-RUNS = {"text": [("accelerated", TEXT_BASELINE)], "both kinds": [("compat", BASELINE), ("accelerated", BASELINE)]}
+RUNS = [("compat", BASELINE), ("accelerated", BASELINE), ("accelerated", TEXT_BASELINE)]
 
 
 def train(kind: str, case: GoldenCase, rank: int, world: int) -> dict[str, dict[str, Tensor]]:
@@ -159,14 +160,14 @@ def train(kind: str, case: GoldenCase, rank: int, world: int) -> dict[str, dict[
     return {"gradients": gradients, "weights": model.state_dict()}
 
 
-@pytest.mark.parametrize("runs", ["text", pytest.param("both kinds", marks=pytest.mark.slow)])
-def test_ddp_without_find_unused_parameters(tmp_path: Path, runs: str) -> None:
+@pytest.mark.slow
+def test_ddp_without_find_unused_parameters(tmp_path: Path) -> None:
     """Two ranks with an image each take the steps that one process takes with both."""
-    command = [sys.executable, "-c", WORKER, str(tmp_path), runs]
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
     own = environment(OMP_NUM_THREADS="1")
     run = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    for (kind, case), result in zip(RUNS[runs], torch.load(tmp_path / "results.pt"), strict=True):
+    for (kind, case), result in zip(RUNS, torch.load(tmp_path / "results.pt"), strict=True):
         expected = train("compat", case, 0, 1)
         scale = max(gradient.norm() for gradient in expected["gradients"].values())
         for name, gradient in expected["gradients"].items():
