@@ -6,7 +6,8 @@ Whole runs (``plan.run``, to latents), each way once in every round: what else t
 
 * ``whole``: one thread draws the batch. ``operators``: PyTorch's threads share every operator of it.
 * ``shares``: each thread draws some of the images (:mod:`madformer.engine.sharing`).
-* the same three with the step's network as one program (:mod:`madformer.engine.compiled`), unless ``--no-compile``.
+* ``compiled whole``, ``compiled shares``: a step's network is one program (:mod:`madformer.engine.compiled`), unless
+  ``--no-compile`` is given.
 
 Wall time and processor time of a run are the least of all rounds: on a machine that others use the first says nothing,
 and the second little of what threads gain. ``operators`` counts the calls of a step that reach PyTorch's dispatcher
@@ -89,7 +90,7 @@ def _row(
         for way, threads, shares in (
             ("whole", 1, 1), ("operators", options.threads, 1), ("shares", options.threads, options.threads)
         ):  # fmt: skip
-            if way == "whole" or (threads > 1 and shares <= batch):
+            if way == "whole" or (threads > 1 and shares <= batch and not (compiled and way == "operators")):
                 torch.set_num_threads(threads)
                 sampler = Sampler(model, pipeline.scheduler, compile_step=compiled, shares=shares)
                 ways[name + way] = sampler.plan(batch, sampling).warmup(), threads

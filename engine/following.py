@@ -22,7 +22,7 @@ from madformer.engine.passes import Passes
 from madformer.engine.pool import ModelKind, PlanKey
 from madformer.engine.running import Exclusive, computing
 from madformer.engine.schedule import Schedule
-from madformer.engine.sharing import SharedPasses, shareable, shares_for
+from madformer.engine.sharing import SharedPasses, most_shares, shareable, shares_for
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.blocks import block_order
@@ -120,13 +120,15 @@ class Following:
         with self._alone, computing(self.key.kind.device):
             self._measured = None
             self._follow(try_out=True)
-            if measure_shares and self.shares > 1 and self.sampler.shares is None:
+            # compiled steps do not wait for each other, and each number of shares would be compiled anew
+            if measure_shares and self.shares > 1 and self.sampler.shares is None and not self.compiled:
                 self._measure_shares()
         return self
 
     def _measure_shares(self) -> None:
         times: dict[int, float] = {}
-        for shares in (*(1 << power for power in range((self.shares - 1).bit_length())), self.shares):
+        most = most_shares(self.sampler, self.key, self.key.kind)
+        for shares in (*(1 << power for power in range((most - 1).bit_length())), most):
             self._measured = torch.get_num_threads(), shares
             self._follow(try_out=True)
             assert self.prepared is not None
@@ -148,7 +150,7 @@ class Following:
 
     def _shares(self, kind: ModelKind) -> int:
         """In how many shares the next run draws."""
-        suitable = shares_for(self.sampler, kind, self.key.batch)
+        suitable = shares_for(self.sampler, self.key, kind, compiled=self._compiles(kind))
         if suitable > 1 and self._measured is not None and self._measured[0] == torch.get_num_threads():
             return self._measured[1]
         return suitable

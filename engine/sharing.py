@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,10 @@ from madformer.engine.running import computing
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import all_plain
 from madformer.model import MADFormer
+from madformer.model.layer import TransformerLayer
 
 if TYPE_CHECKING:
-    from madformer.engine.pool import ModelKind
+    from madformer.engine.pool import ModelKind, PlanKey
     from madformer.engine.sampler import Sampler
 
 T = TypeVar("T")
@@ -226,10 +228,37 @@ class SharedPasses(Passes):
         return self._workers.each(compute, shares[:alone]) + self._workers.each(compute, shares[alone:])
 
 
-def shares_for(sampler: Sampler, kind: ModelKind, batch: int) -> int:
-    """In how many shares a batch is drawn unless it was measured: one for each thread; 1 where it is to stay whole."""
+CALLING = 3e-3
+"""Seconds of a step in which a thread holds Python's lock, to call some 300 operators; measured on an EPYC."""
+RATE = 5e10
+"""Operations a second of a core, about: AVX2 in fp32 at the sizes of a step."""
+
+
+def shares_for(sampler: Sampler, key: PlanKey, kind: ModelKind, *, compiled: bool) -> int:
+    """In how many shares a batch is drawn unless it was measured: one for each thread, or 1 where it is to stay whole.
+
+    Fewer where threads would wait for each other: only one at a time calls operators. The number hangs on sizes alone,
+    so that the same command draws the same bits.
+    """
+    shares = most_shares(sampler, key, kind)
+    if sampler.shares is not None or shares <= 2 or compiled:
+        return shares
+    noise_towers = (
+        parameter
+        for layer in sampler.source.layers[kind.config.ar_layers :]
+        for parameter in cast(TransformerLayer, layer).tower("noise").parameters()
+    )
+    unet = (*sampler.source.downsampler.parameters(), *sampler.source.upsampler.parameters())
+    weights = sum(parameter.numel() for parameter in itertools.chain(noise_towers, unet))
+    # each weight and token once: convolutions at full resolution are more
+    computing = 2 * weights * kind.config.block_size * key.batch * (1 + key.guided) / RATE
+    return min(shares, max(2, round(math.sqrt(computing / CALLING))))
+
+
+def most_shares(sampler: Sampler, key: PlanKey, kind: ModelKind) -> int:
+    """In how many shares a batch can be drawn."""
     wanted = torch.get_num_threads() if sampler.shares is None else sampler.shares
-    shares = min(wanted, batch)
+    shares = min(wanted, key.batch)
     apart = (
         kind.device.type != "cpu"
         or sampler.compile_unet

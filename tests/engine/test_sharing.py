@@ -247,6 +247,18 @@ def test_what_is_not_shared() -> None:
     assert plan.shares == 2
 
 
+def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a thread of a large model; of a small one fewer, unless it is compiled or as many were asked for."""
+    torch.set_num_threads(8)
+    model, found = make_model(PLAIN), []
+    for rate in (1.0, 1e30):
+        monkeypatch.setattr(sharing, "RATE", rate)
+        for how in ({}, {"compile_step": True}, {"shares": 5}):
+            found.append(Sampler(model, DDIMScheduler(), **how).plan(8, OPTIONS).shares)  # type: ignore[arg-type]
+    torch.set_num_threads(2)
+    assert found == [8, 8, 5, 2, 8, 5]
+
+
 def test_a_hook_from_within() -> None:
     """One that a callback puts on is called by the run's own thread, of one share after the other."""
     model, noise, called = make_model(PLAIN), draw_noise(PLAIN, BATCH), []
@@ -285,7 +297,7 @@ def test_warmup_measures(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.M
             torch.set_num_threads(threads)
             plan.run(noise)
             used.append(plan.shares)
-        assert used == [fastest, 3, fastest]
+        assert used == [fastest, 2, fastest]
     torch.set_num_threads(2)
     assert Sampler(model, DDIMScheduler()).plan(4, OPTIONS).warmup().shares in (1, 2)
 
