@@ -351,6 +351,13 @@ class MADFormerConfig(Mapping[str, Any]):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def check_split(self, diffusion_layers: int) -> None:
+        """Raises ``ValueError`` for a number of diffusion layers that the model was not trained for."""
+        choices = {self.diffusion_layers, *self.elastic_diffusion_layers}
+        if diffusion_layers not in choices:
+            listed = ", ".join(map(str, sorted(choices)))
+            raise ValueError(f"diffusion_layers={diffusion_layers}: this model was trained for {listed}")
+
     def replace(self, **changes: Any) -> MADFormerConfig:
         """A copy with some fields changed, validated again."""
         result = dataclasses.replace(self, **changes)

@@ -33,10 +33,12 @@ from madformer.evaluation import (
     open_reference,
     save_statistics,
 )
+from madformer.evaluation.fidelity import Pictures, fidelity
 from madformer.evaluation.memorization import memorization
 from madformer.evaluation.moments import Moments
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
+from madformer.vae import decode
 from tests.helpers.evaluation_cases import WIDTH, pictures, tiny_extractor, write_batch, write_folder
 from tests.helpers.testing import perturb, small_config, small_vae
 
@@ -183,6 +185,82 @@ def test_captions_are_those_of_the_reference(folders: tuple[str, str], tmp_path:
     assert _captions(request, open_images(folder)) == ["picture 0", "picture 2", "picture 5", "picture 7"]
     with pytest.raises(ValueError, match="ours has none"):
         _captions(replace(request, reference=folders[0]), open_images(folders[0]))
+
+
+def captioned(folder: Path, images: Any, captions: list[str]) -> str:
+    write_folder(folder, images)
+    for index, text in enumerate(captions):
+        (folder / f"{index:05}.txt").write_text(text)
+    return str(folder)
+
+
+def test_whether_captions_are_followed(tmp_path: Path, capsys: Any) -> None:
+    """Of ten pictures of the reference two have each other's captions, and one has that of a copy of it."""
+    images = pictures(30)
+    images[20] = images[2]
+    texts = [f"picture {index}" for index in range(30)]
+    reference = captioned(tmp_path / "reference", images, texts)
+    ours = captioned(tmp_path / "ours", images[:10], ["picture 1", "picture 0", "picture 20", *texts[3:10]])
+    words = ["--images", ours, "--reference", reference, "--metrics", "following"]
+    scores = told(capsys, *words)["scores"]
+    assert list(scores) == ["caption_at_1", "caption_at_10", "caption_rank"]
+    # of the two copies the first is found, which has the other caption
+    assert scores["caption_at_1"]["value"] == 0.7
+    assert scores["caption_at_1"]["low"] < 0.7 < scores["caption_at_1"]["high"]
+    assert scores["caption_rank"]["value"] == 1
+    other = captioned(tmp_path / "other", images, [*texts[:29], "picture 99"])
+    theirs = told(capsys, "--images", ours, "--reference", other, "--metrics", "following")["scores"]
+    with pytest.raises(ValueError, match="options of caption_at_1 is 'captions="):
+        check_comparable([Score.of(scores["caption_at_1"]), Score.of(theirs["caption_at_1"])])
+    strange = captioned(tmp_path / "strange", images[:3], ["picture 1", "a whale", "picture 2"])
+    assert main(["evaluate", "--images", strange, *words[2:], "--extractor", "tiny"]) == 1
+    assert "following takes captions of the reference, and none of its images has 'a whale'" in capsys.readouterr().err
+
+
+def test_classes_are_followed_by_a_vote(tmp_path: Path) -> None:
+    """In folders of classes, whose names are captions: of six pictures one lies in the other class's folder."""
+    dark, light = pictures(12) // 4, 190 + pictures(12) // 4
+    for name, images in (("dark", dark), ("light", light)):
+        write_folder(tmp_path / "reference" / name, images[:8])
+        write_folder(tmp_path / "ours" / name, images[8:11])
+    (tmp_path / "ours" / "dark" / "00000.png").rename(tmp_path / "ours" / "light" / "9.png")
+    sets = [open_images(tmp_path / name) for name in ("ours", "reference")]
+    found = evaluate(*sets, EXTRACTOR, metrics=["following"])
+    assert found.scores["class_accuracy"].value == pytest.approx(5 / 6)
+    assert found.scores["caption_at_1"].value == pytest.approx(5 / 6)
+    assert found.details["class_accuracy_of_reference"] == 1
+
+
+def test_a_mode_against_exact(tmp_path: Path, capsys: Any) -> None:
+    transformer = perturb(MADFormer(small_config(num_blocks=2, block_size=32, block_shape=(4, 8), block_grid=(2, 1))))
+    assert isinstance(transformer, MADFormer)
+    pipeline = MADFormerPipeline(transformer, small_vae(), default_scheduler("epsilon"))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model"), "--precision", "exact", "--steps", "3", "--batch-size", "2"]
+    scores = told(capsys, *model, "--num-images", "5", "--seed", "4", "--refresh-every", "2", "--against", "exact")
+    scores = scores["scores"]
+    sides = []
+    for every in (2, 1):
+        latents = pipeline(
+            num_images=5, seed=4, num_inference_steps=3, refresh_every=every, output_type="latent"
+        ).images  # fmt: skip
+        sides.append(Pictures(latents, decode(pipeline.vae, latents)))
+    expected = fidelity(*sides, EXTRACTOR)
+    assert expected.largest_latent_difference > 1e-3
+    figures = {
+        "psnr": expected.picture_psnr_db,
+        "worst_psnr": expected.worst_picture_psnr_db,
+        "ssim": expected.ssim,
+        "feature_distance": expected.feature_distance,
+        "largest_latent_difference": expected.largest_latent_difference,
+    }
+    assert {name: score["value"] for name, score in scores.items()} == pytest.approx(figures, rel=1e-3)
+    assert scores["psnr"]["low"] < scores["psnr"]["value"]
+    protocol = scores["psnr"]["protocol"]
+    assert (protocol["refresh_every"], protocol["reference"]) == (2, "the same seeds, exact, refresh_every=1")
+    assert main(["evaluate", "--images", str(tmp_path), "--against", "exact"]) == 1
+    assert "--against is for --model" in capsys.readouterr().err
 
 
 # Statistics

@@ -69,6 +69,8 @@ def test_cells_are_every_combination() -> None:
         ({"tune": {"metric": "memorization"}}, "tune.metric='memorization' must be one of fd"),
         ({"evaluate": JUDGING | {"metrics": "kidd"}}, r"unknown metric kidd \(the nearest known name is kid\)"),
         ({"evaluate": JUDGING | {"num_images": 0}}, "evaluate.num_images=0 must be at least 1"),
+        ({"sample": {"guidance_interval": [100, 500]}}, "sample.guidance_interval is for sample.guidance, or tune"),
+        ({"evaluate": JUDGING | {"holdout": 1}}, "evaluate.holdout=1.* must be at least 0, and below 1"),
         ({"sample": {"seeds": [2**60]}}, "seed"),
     ],
 )  # fmt: skip

@@ -14,20 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from madformer.cli.main import main
-from madformer.evaluation import evaluate, open_images
+from madformer.engine.schedulers import default_scheduler
+from madformer.evaluation import Statistics, evaluate, extract, open_images
 from madformer.evaluation.extractors import EXTRACTORS
 from madformer.files import atomic
 from madformer.files.atomic import locked
+from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from madformer.sweeps import Sweep, SweepFolder, run_sweep, work
 from madformer.sweeps.folder import UNEQUAL
+from madformer.sweeps.running import jobs_of
 from tests.helpers import environment
 from tests.helpers.evaluation_cases import pictures, tiny_extractor, write_folder
-from tests.helpers.sweep_cases import make_world, sweep_values
+from tests.helpers.sweep_cases import BLOCKS, make_world, sweep_values
+from tests.helpers.testing import small_config, small_vae
 
 Rows = list[dict[str, Any]]
 
@@ -136,6 +142,112 @@ def test_another_sweep_is_refused_and_a_longer_one_goes_on(
     rows = run(Sweep.of(longer), out, world)
     assert [row["steps"] for row in rows] == 2 * [1, 3, 2]
     assert measured == [row["cell"] for row in rows if row["steps"] == 3]
+
+
+def test_runs_that_begin_with_a_model_are_encoded_once_too(world: Path) -> None:
+    """Under the size that their model says, and apart from what is held out."""
+    values = small(world)
+    fields = values["train"]["fields"]
+    own = {name: value for name, value in fields.items() if name != "model"}
+    values["train"] = {
+        "preset": "tiny",
+        "fields": own,
+        "grid": {"init_from": [str(world / "model")], "holdout": [0.0, 0.5]},
+    }
+    told, held = (model.config for model in Sweep.of(values | {"models": []}).all_models)
+    assert told is not None
+    assert held is not None
+    assert work.encoding_of(told) != work.encoding_of(held)
+    plain = next(model.config for model in Sweep.of(small(world)).all_models if model.config is not None)
+    # its pictures have the same size
+    assert work.encoding_of(told) == work.encoding_of(plain)
+
+
+def test_the_reference_is_looked_at_by_all_and_once(swept: Path, world: Path, tmp_path: Path) -> None:
+    out = SweepFolder(tmp_path / "out", Sweep.of(given(world)))
+    jobs = jobs_of(out, 2)
+    looks = [job for job in jobs if job.kind == "look"]
+    assert [job.name for job in looks] == ["0 of 2", "1 of 2"]
+    assert set(next(job for job in jobs if job.kind == "reference").after) == {
+        ("check", ""),
+        *(job.key for job in looks),
+    }
+    assert {tuple(job.after) for job in jobs if job.kind == "cell"} == {(("reference", ""),)}
+    workers = [work.Worker(out, "cpu", tmp_path / "cache", progress=False) for _ in range(3)]
+    for number, job in enumerate(looks):
+        workers[number](*job.key)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1  # forty pictures are one part
+    workers[0]("reference", "")
+    found = workers[2].reference_features
+    assert not isinstance(found, Statistics)
+    assert found.num_computed == 0
+    expected = extract(open_images(world / "pictures"), tiny_extractor())
+    np.testing.assert_array_equal(found.features_ND, expected.features_ND)
+    assert (found.hash, found.image_size, found.name) == (expected.hash, expected.image_size, expected.name)
+
+
+def refused(world: Path, folder: Path, case: str) -> dict[str, Any]:
+    """A sweep that some model cannot be sampled by."""
+    values = given(world)
+    values["sample"] |= {"guidance": [1]}
+    if case == "trained":
+        # of data that have no captions
+        write_folder(folder / "bare", pictures(8))
+        values = small(world, models=[])
+        values["train"]["fields"] |= {"data": str(folder / "bare")}
+    elif case in ("given", "prompts", "autoencoder", "autoencoder's channels"):
+        torch.manual_seed(0)
+        vae = None if case.startswith("autoencoder") else small_vae()
+        plain = MADFormerPipeline(MADFormer(small_config(**BLOCKS)), vae, default_scheduler("epsilon"))
+        plain.save_pretrained(folder / "plain")
+        small_vae(latent_channels=2).save_pretrained(folder / "vae")
+        values["models"].append(str(folder / "plain"))
+        values["sample"] |= {
+            "given": {"guidance": [1, 3]},
+            "prompts": {"prompts": ["a"]},
+            "autoencoder": {},
+            "autoencoder's channels": {"vae": str(folder / "vae")},
+        }[case]
+    elif case == "tuned":
+        write_folder(folder / "bare", pictures(8))
+        values = small(world, models=[], tune={"metric": "fd"})
+        values["train"]["fields"] |= {"data": str(folder / "bare")}
+        values["sample"] |= {"guidance": 1}
+    else:
+        values["sample"] |= {
+            "steps": {"steps": [4, 1001]},
+            "split": {"diffusion_layers": [1, 2]},
+            "scheduler": {"scheduler": ["own", "flow-euler"]},
+        }[case]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("given", "plain: sample.guidance=3: guidance needs a model with text or classes"),
+        ("trained", "diffusion_layers=1: sample.guidance=2: guidance needs a model with text or classes"),
+        ("tuned", "diffusion_layers=1: tune: guidance needs a model with text or classes"),
+        ("prompts", "plain: sample.prompts have no place: it was made without text"),
+        ("autoencoder", "plain: sample.vae is missing: it has no autoencoder"),
+        ("autoencoder's channels", "has 2 latent channels, and it draws 4"),
+        ("steps", "model: sample.steps=1001 with sample.scheduler='own': num_inference_steps=1001 must be between"),
+        ("split", "model: sample.diffusion_layers=2: diffusion_layers=2: this model was trained for 1"),
+        ("scheduler", "sample.scheduler='flow-euler': FlowMatchEulerDiscreteScheduler has prediction_type='flow'"),
+    ],
+)
+def test_what_a_model_refuses_is_told_before_anything_is_done(
+    case: str, message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "sweep.json", tmp_path / "out"
+    file.write_text(json.dumps(refused(world, tmp_path, case)))
+    words = ["sweep", str(file), "--out", str(out), "--device", "cpu", "--json"]
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("madformer sweep: error: model ")
+        assert message in line
+    assert not out.exists()
 
 
 def test_two_sweeps_do_not_share_a_folder(swept: Path, world: Path) -> None:

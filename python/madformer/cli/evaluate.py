@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from madformer.cli.request import file_of, filled, resolved
 from madformer.cli.sample_options import DrawingOptions, check_drawing, texts_of
@@ -16,7 +16,7 @@ from madformer.machine import device_of
 from madformer.objects import check_names
 
 if TYPE_CHECKING:
-    from madformer.evaluation import Evaluation, ImageSet, Statistics
+    from madformer.evaluation import Evaluation, ImageSet, Score, Statistics
 
 METRICS = ("fd", "kid", "prdc")
 
@@ -40,7 +40,8 @@ class Evaluate(DrawingOptions):
     reference: str | None = None  # images to compare with, or saved statistics (.npz)
     # images that the model was trained on, for memorization; with --holdout the rest of --reference
     training: str | None = None
-    # names with commas between them: fd, fd-infinity, kid, prdc, is, cmmd, memorization; unless given fd,kid,prdc
+    # names with commas between them: fd, fd-infinity, kid, prdc, is, cmmd, following, memorization; unless given
+    # fd,kid,prdc
     metrics: str | None = None
     # network that compares: efficientnet-lite0, unless given, inception, dinov2 or clip
     extractor: str | None = None
@@ -50,6 +51,8 @@ class Evaluate(DrawingOptions):
     captions: bool = False  # draw for the captions of the reference, evenly from all over it
     holdout: float = 0.0  # compare with the part of --reference that a run with this --holdout was not trained on
     num_reference: int | None = None  # how many images of the reference, evenly from all over it; unless given, all
+    # also hold what --model draws against the same seeds in fp32 with every layer in every step: --against exact
+    against: Literal["exact"] | None = None
     save_statistics: Path | None = None  # .npz file for mean and covariance of the images, as pytorch-fid writes it
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
     fresh: bool = False  # keep no features, and use none that were kept
@@ -82,15 +85,18 @@ class Evaluate(DrawingOptions):
     def run(self) -> None:
         _check(self)
         request = resolved(self)
-        found = _evaluated(request)
-        if found is None:
-            return
-        for line in found.warnings:
+        found, paired = _evaluated(request)
+        for line in found.warnings if found is not None else ():
             print(f"madformer evaluate: warning: {line}", file=sys.stderr)
-        if request.json:
-            print(json.dumps(found.to_dict(), allow_nan=False))
+        scores = (dict(found.scores) if found is not None else {}) | paired
+        if not scores:
             return
-        _print(found, request)
+        if request.json:
+            told = found.to_dict() if found is not None else {}
+            told["scores"] = {name: score.to_dict() for name, score in scores.items()}
+            print(json.dumps(told, allow_nan=False))
+            return
+        _print(scores, found, request)
 
 
 def _check(request: Evaluate) -> None:
@@ -99,9 +105,13 @@ def _check(request: Evaluate) -> None:
         "nothing to evaluate: give --images, or --model": request.images is None and request.model is None,
         "--images and --model are ways to say what to evaluate: give one": None not in (request.images, request.model),
         "--model draws --num-images: give it, or a --protocol": request.model is not None and not request.num_images,
-        "nothing to compare with: give --reference, --save-statistics, or a metric without one (is)": (
-            request.reference is None and request.save_statistics is None and request.metrics is None
+        "nothing to compare with: give --reference, --save-statistics, --against, or a metric without one (is)": (
+            request.reference is None
+            and request.save_statistics is None
+            and request.metrics is None
+            and request.against is None
         ),
+        "--against is for --model": request.against is not None and request.model is None,
         "--captions are of --reference, and for --model": request.captions
         and (request.model is None or request.reference is None),
         "--captions say what to draw: leave out --prompt and --prompts": request.captions
@@ -120,10 +130,10 @@ def _check(request: Evaluate) -> None:
         check_drawing(request)
 
 
-def _evaluated(request: Evaluate) -> Evaluation | None:
-    """None where statistics alone were asked for."""
+def _evaluated(request: Evaluate) -> tuple[Evaluation | None, dict[str, Score]]:
+    """What metrics say, None where there are none; and what ``--against`` does."""
     from madformer import evaluation
-    from madformer.evaluation.scoring import check_metrics
+    from madformer.evaluation.scoring import check_following, check_metrics, compare
     from madformer.files.atomic import check_writable
 
     if request.save_statistics is not None:
@@ -152,16 +162,26 @@ def _evaluated(request: Evaluate) -> Evaluation | None:
     if reference is not None and not isinstance(reference, evaluation.Statistics):
         # what is wrong with it is known before images are drawn
         target = evaluation.extract(reference, extractor, cache=cache, progress=progress)
+    paired: dict[str, Score] = {}
+    if request.against is not None:
+        assert isinstance(images, evaluation.DrawnImages)
+        exact = _images(replace(request, precision=request.against, refresh_every=1), reference)
+        assert isinstance(exact, evaluation.DrawnImages)
+        paired = compare(images, exact, extractor)
+        if not judged and request.save_statistics is None:
+            return None, paired
+    check_following(metrics, images, target)
     features = evaluation.extract(images, extractor, cache=cache, progress=progress)
     if request.save_statistics is not None:
         evaluation.save_statistics(request.save_statistics, features, extractor)
     if not judged:
         print(f"{len(features)} images of {features.name}: statistics in {request.save_statistics}")
-        return None
-    return evaluation.evaluate(
+        return None, paired
+    found = evaluation.evaluate(
         features, target, extractor, metrics=metrics, training=training, preset=_preset(request), cache=cache,
         progress=progress,
     )  # fmt: skip
+    return found, paired
 
 
 def _reference(request: Evaluate) -> ImageSet | Statistics:
@@ -181,11 +201,12 @@ def _images(request: Evaluate, reference: ImageSet | Statistics | None) -> Image
         return open_images(request.images, request.num_images)
     from madformer.bulk import Prompts, Settings
     from madformer.cli.loading import load, prepare
-    from madformer.engine.schedule import tabulate
+    from madformer.engine.schedule import Schedule
 
     assert request.num_images is not None
     pipeline, lora = load(request)
-    tabulate(pipeline.scheduler, request.steps)
+    # a number of steps is refused before anything is looked at
+    Schedule.of(pipeline.scheduler, request.steps, pipeline.transformer.device)
     texts = _captions(request, reference) if request.captions else texts_of(request)
     guided = request.sampling.guidance > 1
     prompts = Prompts.of(pipeline.reader, texts, request.classes, negative_text=request.negative_prompt, guided=guided)
@@ -225,10 +246,10 @@ def _preset(request: Evaluate) -> str | None:
     return request.protocol if same else None
 
 
-def _print(found: Evaluation, request: Evaluate) -> None:
+def _print(scores: Mapping[str, Score], found: Evaluation | None, request: Evaluate) -> None:
     from madformer.evaluation import FeatureSet
 
-    for side in (found.images, found.reference):
+    for side in (found.images, found.reference) if found is not None else ():
         if isinstance(side, FeatureSet):
             rate = side.images_per_second
             how = f"{rate:.3g} images/s" if rate else "features were kept"
@@ -236,13 +257,13 @@ def _print(found: Evaluation, request: Evaluate) -> None:
                 f"{side.name}: {len(side)} images of {side.image_size[0]} x {side.image_size[1]}, {how}",
                 file=sys.stderr,
             )
-    width = max(map(len, found.scores))
-    for name, score in found.scores.items():
+    width = max(map(len, scores))
+    for name, score in scores.items():
         one = score.estimate
         interval = f"[{one.low:.6g}, {one.high:.6g}]" if math.isfinite(one.low) else "[no interval]"
         deviation = f" ± {one.deviation:.3g}" if one.deviation is not None else ""
         print(f"{name:<{width}}  {f'{one.value:.6g}{deviation}':<22} {interval:<24} {one.method}")
         if request.verbose:
             print(f"{'':<{width}}  {score.protocol.line()}")
-    for name, value in found.details.items():
+    for name, value in found.details.items() if found is not None else ():
         print(f"{name}: {json.dumps(value, default=str)}")

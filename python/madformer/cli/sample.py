@@ -67,7 +67,7 @@ class Sample(SampleOptions):
 
 def _sample(request: Sample) -> None:
     from madformer.bulk import OutputFolder, Prompts, Settings
-    from madformer.engine.schedule import tabulate
+    from madformer.engine.schedule import Schedule
     from madformer.sheets import check_grid
 
     request = resolved(request, elsewhere=request.ray is not None)
@@ -77,7 +77,8 @@ def _sample(request: Sample) -> None:
     pipeline, lora = load(
         request if request.ray is None else dataclasses.replace(request, device="cpu"), latents=request.latents
     )
-    tabulate(pipeline.scheduler, request.steps)  # to refuse a step count before anything is written
+    # to refuse a step count before anything is written
+    Schedule.of(pipeline.scheduler, request.steps, pipeline.transformer.device)
     sampling = request.sampling
     prompts = Prompts.of(
         pipeline.reader, texts, request.classes, negative_text=request.negative_prompt, guided=sampling.guidance > 1

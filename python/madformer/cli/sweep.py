@@ -47,7 +47,7 @@ class SweepRequest(Request):
             raise ValueError("give --out FOLDER, or --dry-run")
         sweep = _sweep(self.file, values)
         if self.dry_run:
-            _describe(sweep, self.out)
+            _describe(sweep, self.out, device_of(self.device))
             return
         from madformer.sweeps import run_sweep
 
@@ -70,10 +70,14 @@ def _sweep(file: Path, values: dict[str, Any]) -> Sweep:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _describe(sweep: Sweep, out: Path | None) -> None:
+def _describe(sweep: Sweep, out: Path | None, device: str) -> None:
     from madformer.sweeps import SweepFolder
+    from madformer.sweeps.checking import check_cells
 
-    there = len(sweep.cells) - len(SweepFolder(out, sweep).missing()) if out is not None else 0
+    folder = SweepFolder(out or Path(), sweep)
+    missing = sweep.cells if out is None else folder.missing()
+    check_cells(folder, missing, device, elsewhere=True)
+    there = len(sweep.cells) - len(missing)
     for model in sweep.all_models:
         seed = "" if model.seed is None else f", seed {model.seed}"
         how = "given" if model.config is None else f"to train, {model.config.steps:,} steps{seed}"

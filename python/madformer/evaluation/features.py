@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from tqdm import tqdm
 from madformer.evaluation.extractors import Extractor
 from madformer.evaluation.images import ImageSet, Part, sources_fingerprint
 from madformer.evaluation.moments import Array
-from madformer.files.atomic import atomic_path, remove_leftovers
+from madformer.files.atomic import atomic_path, remove_leftovers, write_json
+from madformer.objects import read_object
 
 __all__ = ["FeatureSet", "default_cache", "extract"]
 
@@ -43,6 +44,8 @@ DECODERS = 4
 """Threads that resize, most of whose time Pillow lets others run."""
 AHEAD = 16
 """Images that are waiting for a look while others are read or drawn: a batch."""
+
+FEATURES, DESCRIPTION = "features.npy", "features.json"
 
 _CODE = ("data/pixels.py", "data/metadata.py", "evaluation/extractors.py")  # that a feature depends on
 
@@ -57,6 +60,7 @@ class FeatureSet:
         drawn: how a model drew the images; empty where nobody knows.
         num_computed: how many had to be looked at. seconds: that it took, drawing included.
         extractor_hash: of what made them.
+        captions, labels: what the images are of, see :class:`~madformer.evaluation.images.Part`.
     """
 
     features_ND: Array
@@ -67,9 +71,25 @@ class FeatureSet:
     num_computed: int
     seconds: float
     extractor_hash: str
+    captions: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.features_ND)
+
+    def write(self, folder: str | Path) -> None:
+        """Into a folder, for :meth:`read`. Raises ``OSError`` where it cannot be written."""
+        told = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "features_ND"}
+        with atomic_path(Path(folder) / FEATURES) as temporary, temporary.open("wb") as file:
+            np.save(file, self.features_ND)
+        write_json(Path(folder) / DESCRIPTION, told)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> FeatureSet:
+        """What :meth:`write` wrote, mapped from its file. Raises ``OSError`` or ``ValueError`` where it is damaged."""
+        told = read_object(Path(folder) / DESCRIPTION)
+        told |= {name: tuple(told[name]) for name in ("image_size", "captions", "labels")}
+        return cls(np.load(Path(folder) / FEATURES, mmap_mode="r"), **told)
 
     @property
     def images_per_second(self) -> float | None:
@@ -108,6 +128,7 @@ def extract(
         remove_leftovers(folder, "*.safetensors")
         features_ND = _mapped(folder, (len(images), extractor.width))
         digest, size, first, computed, started = hashlib.sha256(), None, 0, 0, time.perf_counter()
+        captions, labels = list[str](), list[int]()
         with (
             _Lookers(extractor, alone=alone) as lookers,
             tqdm(total=len(images), desc=f"features of {images.name}", unit="image", disable=not progress) as bar,
@@ -125,6 +146,8 @@ def extract(
                 size = found[1]
                 features_ND[first : first + part.count] = found[0]
                 first += part.count
+                captions.extend(part.captions)
+                labels.extend(part.labels)
                 digest.update(part.key.encode())
                 bar.update(first - bar.n)
         if size is None:
@@ -132,7 +155,8 @@ def extract(
     seconds = time.perf_counter() - started
     digits = digest.hexdigest()[:16]
     return FeatureSet(
-        features_ND, images.name, digits, size, dict(images.drawn), computed, seconds, extractor.hash
+        features_ND, images.name, digits, size, dict(images.drawn), computed, seconds, extractor.hash,
+        tuple(captions), tuple(labels),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Shape legend: B images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from madformer.evaluation.extractors import Extractor
 from madformer.evaluation.moments import Array
+from madformer.evaluation.uncertainty import Estimate, mean_estimate
 from madformer.vae import to_uint8
 
-__all__ = ["Fidelity", "Pictures", "fidelity", "psnr", "ssim"]
+__all__ = ["Fidelity", "Pictures", "fidelity", "paired_estimates", "psnr", "ssim"]
 
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM, as in the paper
 _K1, _K2 = 0.01, 0.03
@@ -77,6 +79,42 @@ def fidelity(actual: Pictures, exact: Pictures, extractor: Extractor | None = No
         mean_latent_difference=difference.mean().item(),
         feature_distance=None if extractor is None else _feature_distance(actual, exact, extractor),
     )
+
+
+def paired_estimates(
+    pairs: Iterable[tuple[Pictures, Pictures]], extractor: Extractor
+) -> tuple[dict[str, Estimate], tuple[int, int]]:
+    """Figures of batches of pairs, none of which is kept, and height and width of the pictures.
+
+    ``psnr`` is of all pixels together, with its interval from the pictures' mean squared errors; ``worst_psnr`` and
+    ``largest_latent_difference`` are of the worst picture, and have none.
+
+    Raises:
+        As :func:`fidelity`.
+    """
+    errors, similar, distances, largest, size = list[float](), list[float](), list[float](), 0.0, (0, 0)
+    for actual, exact in pairs:
+        for index in range(len(exact.pictures)):
+            one, other = (
+                Pictures(side.latents[index][None], side.pictures[index][None]) for side in (actual, exact)
+            )  # fmt: skip
+            found = fidelity(one, other, extractor)
+            assert found.feature_distance is not None
+            errors.append(10 ** (-found.picture_psnr_db / 10))
+            similar.append(found.ssim)
+            distances.append(found.feature_distance)
+            largest = max(largest, found.largest_latent_difference)
+        size = (exact.pictures.shape[2], exact.pictures.shape[3])
+    error = mean_estimate(errors)
+    # the larger the error, the smaller the ratio
+    value, low, high = (-10 * math.log10(one) if one > 0 else math.inf for one in (error.value, error.high, error.low))
+    return {
+        "psnr": Estimate(value, low, high, error.method),
+        "worst_psnr": Estimate.bare(-10 * math.log10(max(errors)) if max(errors) else math.inf, "of one picture"),
+        "ssim": mean_estimate(similar),
+        "feature_distance": mean_estimate(distances),
+        "largest_latent_difference": Estimate.bare(largest, "of one picture"),
+    }, size
 
 
 def psnr(actual: Tensor, expected: Tensor, peak: float) -> float:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import madformer.engine
 import madformer.kernels
@@ -53,11 +54,14 @@ class Part:
     Attributes:
         key: 64 hexadecimal digits, which other images do not have. count: how many there are.
         images: reads, or draws, them: pictures of mode RGB.
+        captions, labels: what they are of; empty, or -1, where an image has none. Without any where none has one.
     """
 
     key: str
     count: int
     images: Callable[[], Iterator[Image.Image]]
+    captions: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 class ImageSet(Protocol):
@@ -111,11 +115,14 @@ class StoredImages:
     def parts(self) -> Iterator[Part]:
         for first in range(0, len(self), PART):
             span = range(first, min(first + PART, len(self)))
-            files = [self._sample(index).data for index in span]
+            samples = list(map(self._sample, span))
+            files = [sample.data for sample in samples]
             digest = hashlib.sha256()
             for file in files:
                 digest.update(len(file).to_bytes(8) + file)
-            yield Part(digest.hexdigest(), len(span), functools.partial(map, self._decode, span, files))
+            captions, labels = zip(*((sample.caption, sample.label) for sample in samples), strict=True)
+            read = functools.partial(map, self._decode, span, files)
+            yield Part(digest.hexdigest(), len(span), read, captions, labels)
 
     def caption(self, index: int) -> str:
         """Of an image; empty where it has none."""
@@ -258,15 +265,49 @@ class DrawnImages:
             span = range(first, min(first + size, self.num_images))
             # an image depends on how many there are in its batch
             key = hashlib.sha256(f"{how} {span.start} {span.stop}".encode()).hexdigest()
-            yield Part(key, len(span), functools.partial(self._draw, span))
+            captions, labels = self.asked(span)
+            yield Part(key, len(span), functools.partial(self._draw, span), captions, labels)
 
-    def _draw(self, span: range) -> Iterator[Image.Image]:
+    def asked(self, span: range) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Captions and classes that these images are drawn for; empty for a model without."""
+        entries = [self.settings.prompts.entry(index) for index in span]
+        captions, labels = (
+            tuple(one[name] for one in entries if name in one) for name in ("prompt", "labels")
+        )  # fmt: skip
+        return captions, labels
+
+    def batches(self, span: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents ``(B, C, H, W)`` and pictures ``(B, 3, H, W)`` in [0, 1] of these images, or all, as they are drawn.
+
+        Raises:
+            FloatingPointError: a pixel is not finite.
+        """
+        span = range(self.num_images) if span is None else span
         for first in range(span.start, span.stop, self.settings.batch_size):
             batch = range(first, min(first + self.settings.batch_size, span.stop))
             latents = self.pipeline(**self.settings.options(batch), output_type="latent").images
             pixels = decode_latents(self.pipeline.vae, latents)
             check_finite(finite(pixels), self.pipeline.vae)
+            yield latents, pixels
+
+    def _draw(self, span: range) -> Iterator[Image.Image]:
+        for _, pixels in self.batches(span):
             yield from map(Image.fromarray, to_uint8(pixels).cpu().numpy())
+
+
+@dataclass(frozen=True)
+class OnePart:
+    """A part of a set, as a set of its own."""
+
+    name: str
+    part: Part
+    drawn: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.part.count
+
+    def parts(self) -> Iterator[Part]:
+        yield self.part
 
 
 def open_images(

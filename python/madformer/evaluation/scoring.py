@@ -6,16 +6,18 @@ Shape legend: N images, M images of the reference, D features.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from madformer.evaluation import frechet, inception_score, kernel, manifold, memorization
+from madformer.evaluation import following, frechet, inception_score, kernel, manifold, memorization
 from madformer.evaluation.extractors import Extractor
 from madformer.evaluation.features import FeatureSet, extract
-from madformer.evaluation.images import ImageSet, is_statistics, open_images
+from madformer.evaluation.fidelity import Pictures, paired_estimates
+from madformer.evaluation.images import DrawnImages, ImageSet, is_statistics, open_images
 from madformer.evaluation.moments import Moments, read_statistics, write_statistics
 from madformer.evaluation.protocol import Protocol, Score, how_drawn
 from madformer.evaluation.uncertainty import Estimate
@@ -162,6 +164,13 @@ def _memorization(sides: _Sides) -> tuple[dict[str, Estimate], dict[str, Any]]:
     return {"memorization": found.share}, {"memorization": {**asdict(found), "training_hash": sides.training.hash}}
 
 
+def _following(sides: _Sides) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    images, reference = sides.images, sides.reference
+    assert isinstance(reference, FeatureSet)
+    captions, labels = (images.captions, reference.captions), (images.labels, reference.labels)
+    return following.following_estimates(sides.pair, captions, labels)
+
+
 METRICS = {
     "fd": Metric(_fd, "moments", "Frechet distance of the features, FID where they are Inception's"),
     "fd-infinity": Metric(
@@ -176,6 +185,9 @@ METRICS = {
     "prdc": Metric(_prdc, "features", "precision, recall, density, coverage", f"nearest_k={manifold.NEAREST_K}"),
     "is": Metric(_is, "nothing", "Inception Score", f"splits={inception_score.SPLITS}, seed={{seed}}"),
     "cmmd": Metric(_cmmd, "features", "kernel distance of CLIP's embeddings", f"sigma={kernel.SIGMA}", "clip"),
+    "following": Metric(
+        _following, "features", "whether the nearest images have the caption, and the class", "captions={captions}"
+    ),
     "memorization": Metric(_memorization, "features", "share nearer to the training set than held-out images are"),
 }
 """By name."""
@@ -224,7 +236,10 @@ def evaluate(
 
     # first the reference: what is wrong with it is known sooner than images are drawn
     target, trained = features(reference), features(training)
+    check_following(metrics, images, target)
     sides = _Sides(features(images), target, trained, extractor, seed)
+    texts = target.captions if isinstance(target, FeatureSet) else ()
+    told = {"seed": seed, "captions": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
     warnings = _warnings(sides, metrics)
     base = _protocol(sides, preset)
     scores, details = dict[str, Score](), dict[str, Any]()
@@ -232,9 +247,7 @@ def evaluate(
         figures, found = METRICS[name].run(sides)
         details |= found
         for figure, estimate in figures.items():
-            scores[figure] = Score(
-                estimate, replace(base, metric=figure, options=METRICS[name].options.format(seed=seed))
-            )
+            scores[figure] = Score(estimate, replace(base, metric=figure, options=METRICS[name].options.format(**told)))
     return Evaluation(scores, tuple(warnings), sides.images, target, details)
 
 
@@ -254,6 +267,16 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: objec
             raise ValueError(f"{name} takes a reference")
         if metric.needs == "features" and isinstance(reference, Statistics):
             raise ValueError(f"{name} takes the images of the reference, and {reference.name} holds statistics alone")
+
+
+def check_following(metrics: Sequence[str], images: object, reference: object) -> None:
+    """Raises ``ValueError`` where pictures are of captions that the reference has not: before any is drawn."""
+    if "following" not in metrics or not isinstance(reference, FeatureSet):
+        return
+    asked = images.captions if isinstance(images, FeatureSet) else ()
+    if isinstance(images, DrawnImages):
+        asked = images.asked(range(len(images)))[0]
+    following.check_captions(asked, reference.captions)
 
 
 def open_reference(source: str | Path, count: int | None = None, *, holdout: float = 0.0) -> ImageSet | Statistics:
@@ -292,6 +315,39 @@ def save_statistics(path: str | Path, features: FeatureSet, extractor: Extractor
         "image_size": list(features.image_size),
     }
     write_statistics(Path(path), Moments.of(features.features_ND), description)
+
+
+def compare(drawn: DrawnImages, exact: DrawnImages, extractor: Extractor) -> dict[str, Score]:
+    """How far pictures of one mode of the engine are from those of another on the same seeds, drawn in turns.
+
+    Args:
+        drawn, exact: the same number of images of the same seeds.
+
+    Raises:
+        ValueError: pictures of other sizes. FloatingPointError: one that is not finite.
+    """
+    pairs = (
+        (Pictures(*ours), Pictures(*theirs)) for ours, theirs in zip(drawn.batches(), exact.batches(), strict=True)
+    )
+    found, size = paired_estimates(pairs, extractor)
+    digest = hashlib.sha256(json.dumps(exact.drawn, sort_keys=True).encode()).hexdigest()[:16]
+    base = Protocol(
+        metric="",
+        options="",
+        extractor=extractor.name,
+        extractor_hash=extractor.hash,
+        resizer=extractor.resizer,
+        normalization=extractor.normalization,
+        num_images=len(drawn),
+        image_size=size,
+        image_format="RGB, as decoded",
+        images_hash=hashlib.sha256(json.dumps(drawn.drawn, sort_keys=True).encode()).hexdigest()[:16],
+        reference=f"the same seeds, {exact.settings.precision}, refresh_every={exact.settings.sampling.refresh_every}",
+        reference_hash=digest,
+        num_reference=len(exact),
+        **how_drawn(drawn.drawn),
+    )
+    return {name: Score(estimate, replace(base, metric=name)) for name, estimate in found.items()}
 
 
 def _protocol(sides: _Sides, preset: str | None) -> Protocol:

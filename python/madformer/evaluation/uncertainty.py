@@ -13,7 +13,7 @@ import numpy as np
 
 from madformer.evaluation.moments import Array
 
-__all__ = ["Estimate", "Spread", "groups_of", "jackknife", "share", "student", "variance_components"]
+__all__ = ["Estimate", "Spread", "groups_of", "jackknife", "mean_estimate", "share", "student", "variance_components"]
 
 GROUPS = 20
 """Into which a set is divided to see how much its figure varies."""
@@ -82,6 +82,14 @@ def share(successes: int, count: int) -> Estimate:
     middle = (fraction + z2 / (2 * count)) / (1 + z2 / count)
     half = _NORMAL / (1 + z2 / count) * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count**2))
     return Estimate(fraction, max(0.0, middle - half), min(1.0, middle + half), f"Wilson, {count} images")
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Of figures of single images, by the normal approximation."""
+    of = np.asarray(values, np.float64)
+    if len(of) < 2:
+        return Estimate.bare(float(of.mean()), "no interval: one picture")
+    return Estimate.around(float(of.mean()), float(of.std(ddof=1)) / math.sqrt(len(of)), f"normal, {len(of)} images")
 
 
 @dataclass(frozen=True)

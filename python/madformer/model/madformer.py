@@ -138,7 +138,7 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         Raises:
             ValueError: it was not trained for this one.
         """
-        self._check_split(diffusion_layers)
+        self.config.check_split(diffusion_layers)
         self.config = self.config.replace(diffusion_layers=diffusion_layers)
         return self
 
@@ -151,12 +151,6 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         self.config = self.config.at_grid(rows, columns)
         self.rope.set_config(self.config)
         return self
-
-    def _check_split(self, diffusion_layers: int) -> None:
-        choices = {self.config.diffusion_layers, *self.config.elastic_diffusion_layers}
-        if diffusion_layers not in choices:
-            listed = ", ".join(map(str, sorted(choices)))
-            raise ValueError(f"diffusion_layers={diffusion_layers}: this model was trained for {listed}")
 
     def has_tower(self, stream: str, layer: int) -> bool:
         """Whether a stream passes a layer at all in this configuration."""
@@ -271,7 +265,7 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         keep = [name for name, wanted in (("clean", return_clean), ("text", return_logits)) if wanted]
         modulation = self.modulation(timestep_BM, labels_B)
         if diffusion_layers is not None:
-            self._check_split(diffusion_layers)
+            self.config.check_split(diffusion_layers)
         ar_layers = config.num_layers - (diffusion_layers or config.diffusion_layers)
         tables = self.rope.tables(order_BM)
         streams, condition = self.transform(streams, noisy, ar_layers, tables, keep, modulation)

@@ -28,8 +28,12 @@ __all__ = ["Cell", "Judging", "Model", "Sampling", "Sweep", "Training", "Tuning"
 
 OWN = "own"
 """The scheduler that a model was saved with."""
-LOWER = {"fd": "fd", "fd-infinity": "fd-infinity", "kid": "kid", "cmmd": "cmmd"}
-HIGHER = dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc") | {"is": "is"}
+LOWER = {"fd": "fd", "fd-infinity": "fd-infinity", "kid": "kid", "cmmd": "cmmd", "caption_rank": "following"}
+HIGHER = {
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc"),
+    "is": "is",
+    **dict.fromkeys(("caption_at_1", "caption_at_10", "class_accuracy"), "following"),
+}
 """Figures of which less, or more, is better, each with the metric that gives it."""
 AXES = {
     "sample": ("steps", "guidance", "scheduler", "refresh_every", "diffusion_layers", "seeds"),
@@ -137,6 +141,7 @@ class Judging:
     extractor: str = "efficientnet-lite0"  # network that compares
     weights: str | None = None  # its weights
     num_reference: int | None = None  # how many images of the reference, evenly from all over it; unless given, all
+    holdout: float = 0.0  # compare with the part of the reference that runs with this holdout were not trained on
 
     def __post_init__(self) -> None:
         check_types(self, "evaluate.")
@@ -148,6 +153,7 @@ class Judging:
         for name in ("num_images", "num_reference"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"evaluate.{name}={value} must be at least 1")
+        require(0 <= self.holdout < 1, f"evaluate.holdout={self.holdout} must be at least 0, and below 1")
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,11 @@ class Sweep:
             _check_axis("models", self.models)
         given = self.tune is not None and self.sample.guidance != (1.0,)
         require(not given, "sample.guidance and tune are ways to choose guidance: give one")
+        guided = self.tune is not None or any(scale > 1 for scale in self.sample.guidance)
+        unused = self.sample.guidance_interval is not None and not guided
+        require(not unused, "sample.guidance_interval is for sample.guidance, or tune")
+        followed = "following" in self.evaluate.metrics and bool(self.sample.prompts)
+        require(not followed, "evaluate.metrics: following takes the reference's captions: leave out sample.prompts")
         check_seed(max(self.sample.seeds) * self.evaluate.num_images, self.evaluate.num_images)
 
     @classmethod

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,7 +129,7 @@ class WatchedImages:
     def parts(self) -> Iterator[Part]:
         first = 0
         for part in self.drawn_images.parts():
-            yield Part(part.key, part.count, functools.partial(self._watch, part, first))
+            yield replace(part, images=functools.partial(self._watch, part, first))
             first += part.count
 
     @property

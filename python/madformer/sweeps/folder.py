@@ -2,8 +2,8 @@
 
 ``sweep.json`` says what the sweep is. ``cells/ID.json`` is a row, which is there when its cell is done, and
 ``cells/ID.webp`` shows some of its pictures. ``models/ID/`` holds a training run and, once it is at its end, a pipeline
-in ``finished/``. ``latents/`` holds encoded data, ``tuning/`` what was found out about guidance. ``table.parquet`` is
-made of the rows.
+in ``finished/``. ``latents/`` holds encoded data, ``reference/`` features of the reference, ``tuning/`` what was found
+out about guidance. ``table.parquet`` is made of the rows.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SweepFolder:
 
         goes_on(self.path, DESCRIPTION, found, difference, "run it as it was, or choose another folder")
         write_json(self.path / DESCRIPTION, self.sweep.to_dict())
-        remove_leftovers(self.path, "*.json", "*.webp", "*.parquet", "*.html", "*.png")
+        remove_leftovers(self.path, "*.json", "*.npy", "*.webp", "*.parquet", "*.html", "*.png")
 
     def model(self, model: Model) -> str:
         """Folder or hub id to load a model from; one that is trained here may not be there yet."""

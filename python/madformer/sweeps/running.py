@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from madformer.arguments import whole_number
 from madformer.evaluation import default_cache
 from madformer.machine import device_of, this_process
-from madformer.sweeps.config import Sweep
+from madformer.sweeps.checking import check_cells
+from madformer.sweeps.config import Cell, Sweep
 from madformer.sweeps.costs import threads as computing_with
 from madformer.sweeps.folder import SweepFolder, pyarrow_or_why_not
 from madformer.sweeps.pool import Job, run_jobs
@@ -52,8 +53,9 @@ def run_sweep(
         progress: show a bar over the cells.
 
     Raises:
-        ValueError: the folder is of another sweep, or what a model, the reference or the data are refused for; one
-            line. OSError: a file cannot be read or written, or another sweep is at work in the folder.
+        ValueError: the folder is of another sweep, or what a model, its scheduler, the reference or the data are
+            refused for, which is told before anything is done as far as it is known by then; one line.
+        OSError: a file cannot be read or written, or another sweep is at work in the folder.
         ImportError: a package is missing.
     """
     whole_number("workers", workers, 1)
@@ -63,11 +65,12 @@ def run_sweep(
     pyarrow_or_why_not()
     devices = _devices(device_of(device), workers)
     folder = SweepFolder(out, sweep)
+    check_cells(folder, folder.missing(), devices[0])
     setup = Setup(folder.path, sweep.to_dict(), devices, threads, Path(cache or default_cache()), progress)
     with folder.opened():
         folder.rows()
         missing = folder.missing()
-        total, jobs = len(sweep.cells), jobs_of(folder)
+        total, jobs = len(sweep.cells), jobs_of(folder, workers)
         with (
             computing_with(threads),
             tqdm(total=total, initial=total - len(missing), desc="cells", unit="cell", disable=not progress) as bar,
@@ -83,22 +86,26 @@ def run_sweep(
         return folder.write_table()
 
 
-def jobs_of(folder: SweepFolder) -> list[Job]:
+def jobs_of(folder: SweepFolder, workers: int = 1) -> list[Job]:
     """What a sweep still has to do, with what each waits for."""
     missing = folder.missing()
     if not missing:
         return []
-    jobs = {("reference", ""): Job("reference", "")}
+    check, reference = Job("check", ""), ("reference", "")
+    # it is looked at together
+    looks = [Job("look", f"{share} of {workers}", [check.key]) for share in range(workers if workers > 1 else 0)]
+    found = Job(*reference, [check.key, *(look.key for look in looks)])
+    jobs = {job.key: job for job in (check, *looks, found)}
     for model in {cell.model.id: cell.model for cell in missing}.values():
         if not folder.is_there(model):
             assert model.config is not None
-            before = [("reference", "")]
+            before = [check.key]
             if (encoding := encoding_of(model.config)) is not None:
                 before.append(("encode", encoding))
                 jobs.setdefault(before[1], Job("encode", encoding, before[:1]))
             jobs["train", model.id] = Job("train", model.id, before)
-    for cell in missing:
-        before = [("reference", "")]
+    for cell in missing if workers == 1 else _longest_first(missing):
+        before = [reference]
         if ("train", cell.model.id) in jobs:
             before.append(("train", cell.model.id))
         if cell.guidance is None:
@@ -106,6 +113,12 @@ def jobs_of(folder: SweepFolder) -> list[Job]:
             before.append(("tune", cell.tuning_id))
         jobs["cell", cell.id] = Job("cell", cell.id, before)
     return list(jobs.values())
+
+
+def _longest_first(cells: Sequence[Cell]) -> list[Cell]:
+    """Those of a model by what they take, so that workers end together; models, which are loaded, stay together."""
+    models = list(dict.fromkeys(cell.model.id for cell in cells))
+    return sorted(cells, key=lambda cell: (models.index(cell.model.id), -cell.steps * (1 + (cell.guidance != 1))))
 
 
 def _devices(device: str, workers: int) -> tuple[str, ...]:

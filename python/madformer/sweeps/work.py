@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,23 +30,25 @@ from madformer.evaluation import (
     FeatureSet,
     ImageSet,
     Statistics,
-    StoredImages,
     evaluate,
     extract,
     load_extractor,
     open_reference,
 )
+from madformer.evaluation.images import OnePart
 from madformer.evaluation.scoring import check_metrics
 from madformer.files.atomic import write_json
 from madformer.machine import precision_of
 from madformer.objects import read_object
 from madformer.pipeline import MADFormerPipeline
+from madformer.sweeps.checking import Outlines, what_to_draw
 from madformer.sweeps.config import HIGHER, LOWER, OWN, Cell, Model, Sweep, is_lower_better
 from madformer.sweeps.costs import PeakMemory, WatchedImages, evaluations_of, flops_per_image
 from madformer.sweeps.folder import SweepFolder
 from madformer.sweeps.tuning import golden_section
 from madformer.training.config import TrainingConfig
 from madformer.training.costs import costs_of
+from madformer.training.initial import initial_config
 
 logger = logging.getLogger("madformer.evaluation")
 SHOWN = 8
@@ -91,9 +94,11 @@ class Worker:
         self._loaded: tuple[Any, MADFormerPipeline, Settings] | None = None
 
     def __call__(self, kind: str, name: str) -> None:
-        {"encode": self.encode, "train": self.train, "reference": self.look, "tune": self.tune, "cell": self.measure}[
-            kind
-        ](name)
+        work = {
+            "check": self.check, "look": self.look, "reference": self.find, "encode": self.encode,
+            "train": self.train, "tune": self.tune, "cell": self.measure,
+        }  # fmt: skip
+        work[kind](name)
 
     # data and training
 
@@ -106,6 +111,7 @@ class Worker:
         from madformer.vae import load_vae
 
         config = next(m.config for m in self.models.values() if m.config and encoding_of(m.config) == name)
+        config = with_size(config)
         images = open_data(config)
         assert isinstance(images, ImageDataset)
         vae = load_vae(config.vae, self.device)
@@ -126,7 +132,8 @@ class Worker:
         config = dataclasses.replace(config, device=self.device, num_threads=0)
         if (encoded := encoding_of(config)) is not None:
             latents = str(self.folder.path / "latents" / encoded)
-            config = dataclasses.replace(config, data=latents, cache_latents=False)
+            # what is held out of the images is not among the latents
+            config = dataclasses.replace(config, data=latents, cache_latents=False, holdout=0.0)
         trainer = Trainer(config, folder, resume=True, given=model.given)
         trainer.run()
         if trainer.stopped_by:
@@ -155,23 +162,40 @@ class Worker:
     @cached_property
     def reference(self) -> ImageSet | Statistics:
         judging = self.sweep.evaluate
-        reference = open_reference(judging.reference, judging.num_reference)
+        reference = open_reference(judging.reference, judging.num_reference, holdout=judging.holdout)
         if isinstance(reference, Statistics) and judging.num_reference is not None:
             raise ValueError(f"evaluate.num_reference is of images, and {judging.reference} holds statistics alone")
         return reference
 
     @cached_property
     def reference_features(self) -> FeatureSet | Statistics:
+        """What :meth:`find` found; no worker looks anew."""
+        if isinstance(self.reference, Statistics):
+            return self.reference
+        return FeatureSet.read(self.folder.path / "reference")
+
+    def check(self, name: str) -> None:
+        """Whether the reference has what is asked of it, by what is known without looking at its pictures."""
+        check_metrics([*self.sweep.evaluate.metrics, *self._tuned_metric], self.extractor, self.reference)
         if isinstance(self.reference, Statistics):
             self.reference.check(self.extractor)
-            return self.reference
-        return extract(self.reference, self.extractor, cache=self.cache, progress=self.progress)
+        outlines = Outlines(self.folder)
+        for model in dict.fromkeys(cell.model.id for cell in self.folder.missing()):
+            if (outline := outlines.of(self.models[model])) is not None:
+                what_to_draw(outline.config, self.sweep, self.reference)
 
-    def look(self, name: str) -> None:
-        """Look at the reference, so that what is wrong with it is known before anything is trained or drawn."""
-        metrics = [*self.sweep.evaluate.metrics, *self._tuned_metric]
-        check_metrics(metrics, self.extractor, self.reference)
-        self.reference_features  # noqa: B018 - kept in the cache for the others
+    def look(self, share: str) -> None:
+        """Have features of a share of the reference, such as ``0 of 2``, in the cache."""
+        if not isinstance(self.reference, Statistics):
+            first, every = map(int, share.split(" of "))
+            for part in itertools.islice(self.reference.parts(), first, None, every):
+                extract(OnePart(self.reference.name, part), self.extractor, cache=self.cache, progress=False)
+
+    def find(self, name: str) -> None:
+        """Have the features of the whole reference in the folder, for all workers."""
+        if not isinstance(self.reference, Statistics):
+            found = extract(self.reference, self.extractor, cache=self.cache, progress=self.progress)
+            found.write(self.folder.path / "reference")
 
     @property
     def _tuned_metric(self) -> list[str]:
@@ -201,7 +225,7 @@ class Worker:
             pipeline.transformer.set_split(cell.diffusion_layers)
         if cell.scheduler != OWN:
             pipeline.scheduler = converted(pipeline.scheduler, cell.scheduler)
-        texts, classes = self._what_to_draw(pipeline)
+        texts, classes = what_to_draw(pipeline.transformer.config, self.sweep, self.reference)
         prompts = Prompts.of(pipeline.reader, texts, classes)
         settings = Settings.of(
             pipeline, SamplingOptions(), precision=self.precision, batch_size=sample.batch_size, prompts=prompts
@@ -209,27 +233,6 @@ class Worker:
         pipeline.transformer = apply(pipeline.transformer, self.precision)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, settings
-
-    def _what_to_draw(self, pipeline: MADFormerPipeline) -> tuple[Sequence[str], Sequence[int]]:
-        """Texts and classes: of the reference those of images evenly from all over it."""
-        config, told = pipeline.transformer.config, self.sweep.sample.prompts
-        if config.text is None and not config.num_classes:
-            if told:
-                raise ValueError("sample.prompts have no place: there is a model that was made without text")
-            return (), ()
-        if told and config.text is not None:
-            return told, ()
-        what = "captions" if config.text is not None else "labels"
-        reference, count = self.reference, self.sweep.evaluate.num_images
-        if isinstance(reference, StoredImages):
-            count = min(count, len(reference))
-            places = [index * len(reference) // count for index in range(count)]
-            texts, classes = list(map(reference.caption, places)), list(map(reference.label, places))
-            if config.text is not None and any(texts):
-                return texts, ()
-            if config.text is None and min(classes) >= 0:
-                return (), classes
-        raise ValueError(f"{self.sweep.evaluate.reference} has no {what} to draw for: give sample.prompts")
 
     def draw(self, cell: Cell, guidance: float, seed: int, num_images: int, shown: int = 0) -> WatchedImages:
         """Pictures of a cell, which are drawn as they are asked for."""
@@ -338,13 +341,19 @@ def _training_flops(model: Model, folder: Path) -> int | None:
 
 
 def encoding_of(config: TrainingConfig) -> str | None:
-    """What a run's data are encoded under; None where they are latents, or the run begins with another's weights.
+    """What a run's data are encoded under; None where they are latents already.
 
-    Of the latter the model says what size of pictures it takes, and it is not loaded yet.
+    Raises:
+        ValueError, OSError: the model that the run begins with is missing or damaged.
     """
     from madformer.data.latents import holds_latents
 
-    if not config.data or config.init_from or holds_latents(config.data):
+    if not config.data or holds_latents(config.data):
         return None
-    how = [config.data, config.vae, config.image_shape, config.flip]
+    how = [config.data, config.vae, with_size(config).image_shape, config.flip, config.holdout]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
+
+
+def with_size(config: TrainingConfig) -> TrainingConfig:
+    """With the model that a run begins with, which says what size of pictures it takes."""
+    return dataclasses.replace(config, model=initial_config(config.init_from)) if config.init_from else config

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from madformer.config import MADFormerConfig
 from madformer.files.hub import CONFIG_NAME
 from madformer.model import MADFormer
 from madformer.model.lora import add_lora
@@ -23,14 +24,32 @@ def with_initial_model(config: TrainingConfig, given: Collection[str] | None) ->
     Raises:
         FileNotFoundError: there is no such model. ValueError: it is damaged, or a field of it was chosen.
     """
+    check_initial(config, given)
+    return dataclasses.replace(config, model=load_initial(config.init_from).config.register())
+
+
+def check_initial(config: TrainingConfig, given: Collection[str] | None) -> None:
+    """Raises ``ValueError`` where a field of the model was chosen, which is that of ``init_from``."""
     if chosen := [name for name in given or () if name.startswith("model.")]:
         raise ValueError(f"{chosen[0]} cannot be chosen: the model is that of init_from={config.init_from!r}")
-    return dataclasses.replace(config, model=load_initial(config.init_from).config.register())
+
+
+def initial_config(name: str) -> MADFormerConfig:
+    """What :func:`load_initial` loads, without its weights where it is a folder; errors likewise."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return load_initial(name).config
+    return MADFormerConfig.from_file((folder if _is_alone(folder) else folder / "transformer") / CONFIG_NAME)
+
+
+def _is_alone(folder: Path) -> bool:
+    """Whether a model itself lies there, and no pipeline."""
+    return (folder / CONFIG_NAME).is_file()
 
 
 def load_initial(name: str) -> MADFormer:
     """The model of a folder or hub id, or of a pipeline there, in fp32; errors as ``from_pretrained``."""
-    alone = (Path(name) / CONFIG_NAME).is_file()
+    alone = _is_alone(Path(name))
     return MADFormer.from_pretrained(name, subfolder=None if alone else "transformer", dtype=torch.float32)
 
 
