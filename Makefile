@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | sanitize | arm-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks docs examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
+.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check sanitize arm-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
 
 install: $(STAMP)
 
@@ -90,6 +90,31 @@ oldest-check: install
 			-isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
 			-isystem $(OLDEST_HEADERS)/torch/include $$source || exit 1; \
 	done; echo 'oldest-check: csrc/*.cpp compile against torch $(OLDEST_TORCH)'
+
+# The kernels for CPUs without PyTorch, over cases with PyTorch's results in float64: under sanitizers, with this machine's
+# vectors and without; and compiled for Arm, in an emulator (Debian: libhwy-dev, g++-aarch64-linux-gnu, qemu-user).
+DRIVER := build/driver
+DRIVER_SOURCES := csrc/vector_kernels.cpp tests/csrc/kernel_driver.cpp
+DRIVER_FLAGS := -std=c++20 -O1 -g1 -pthread -Wall -Wextra -Wno-unknown-pragmas -Icsrc -DMADFORMER_CLONES=
+HIGHWAY := $(dir $(wildcard /usr/include/hwy/highway.h))
+DRIVER_VECTORS := $(if $(HIGHWAY),-isystem $(DRIVER)/include -DMADFORMER_HIGHWAY -DHWY_COMPILE_ONLY_STATIC)
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+$(DRIVER)/cases: tests/csrc/kernel_cases.py | install
+	@mkdir -p $(DRIVER)/include && $(if $(HIGHWAY),ln -sfn $(HIGHWAY) $(DRIVER)/include/hwy)
+	@$(BIN)/python -m tests.csrc.kernel_cases $@
+
+sanitize: $(DRIVER)/cases
+	@$(if $(HIGHWAY),,echo 'sanitize: Highway is not here (Debian: libhwy-dev): kernels with vectors are NOT looked at')
+	@for kind in 'address -march=native $(DRIVER_VECTORS)' 'address,undefined' 'thread'; do \
+		set -- $$kind; sanitizer=$$1; shift; echo "sanitize: $$sanitizer$${1:+, this machine'"'"'s vectors}"; \
+		$${CXX:-c++} $(DRIVER_FLAGS) "$$@" -fsanitize=$$sanitizer -fno-sanitize-recover=all -Wno-tsan $(DRIVER_SOURCES) \
+			-o $(DRIVER)/sanitized && $(DRIVER)/sanitized $< || exit 1; \
+	done
+
+arm-check: $(DRIVER)/cases
+	@command -v $(ARM_CXX) $(firstword $(ARM_RUN)) >/dev/null || { echo 'arm-check: no $(ARM_CXX) or no emulator here: NOT run'; exit; }; \
+	$(ARM_CXX) $(DRIVER_FLAGS) -march=armv8-a+crypto $(DRIVER_VECTORS) $(DRIVER_SOURCES) -o $(DRIVER)/arm && $(ARM_RUN) $(DRIVER)/arm $<
 
 # The oldest and the newest PyTorch that are supported, each in an environment of its own in build/matrix: no GPU.
 # MATRIX_VENVS=FOLDER takes its venv-oldest and venv-newest.

@@ -1,0 +1,152 @@
+"""Cases of the kernels for CPUs with the truth about them, in a file that ``kernel_driver.cpp`` reads.
+
+``python -m tests.csrc.kernel_cases FILE`` writes it. Results are PyTorch's in float64, gradients its autograd's. The
+file is a sequence of cases: the name of a kernel, then numbers and arrays in the order in which the driver takes them.
+All that counts something is an int64; an array is its dtype, its number of elements and these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madformer.kernels.adaln import adaln_ref
+from madformer.kernels.denoise_step import denoise_step_ref
+from madformer.kernels.group_norm_silu import group_norm_silu_ref
+from madformer.kernels.qk_norm_rope import qk_norm_rope_ref
+from madformer.kernels.rms_norm import rms_norm_ref
+from madformer.kernels.swiglu import swiglu_ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPS = 1e-5
+Case = tuple[str, Sequence[int], Sequence[Tensor | None]]
+
+
+def packed(text: str) -> bytes:
+    return struct.pack("<q", len(text)) + text.encode()
+
+
+def write(path: Path, cases: Iterator[Case]) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for name, numbers, arrays in cases:
+            file.write(packed(name) + struct.pack(f"<q{len(numbers)}q", len(numbers), *numbers))
+            file.write(struct.pack("<q", len(arrays)))
+            for array in arrays:
+                x = torch.empty(0) if array is None else array.detach().contiguous()
+                file.write(struct.pack("<qq", DTYPES.index(x.dtype), x.numel()))
+                file.write(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+            count += 1
+    return count
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def differentiated(function: Any, inputs: dict[str, Tensor | None], grads: Sequence[Tensor], **options: Any) -> Any:
+    """Results in float64, and the gradient of every input, None where there is no input."""
+    exact = {name: None if x is None else x.double().requires_grad_() for name, x in inputs.items()}
+    results = function(**exact, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.autograd.backward(results, [g.double() for g in grads])
+    return [x.detach() for x in results], [None if x is None else x.grad for x in exact.values()]
+
+
+def swiglu_cases() -> Iterator[Case]:
+    for dtype, (rows, columns) in itertools.product(DTYPES[:3], ((1, 1), (3, 7), (2, 67), (0, 4))):
+        both, grad = 3 * draw(rows, 2 * columns, dtype=dtype), draw(rows, columns, dtype=dtype)
+        gate, up = both.chunk(2, dim=1)
+        (out,), grads = differentiated(swiglu_ref, {"gate": gate, "up": up}, [grad])
+        yield "swiglu", (rows, columns), (both, grad, out, *grads)
+
+
+def norm_cases() -> Iterator[Case]:
+    shapes = ((1, 1, 3, 3), (2, 2, 3, 19), (1, 1, 5, 200), (2, 1, 0, 8))
+    for (x_dtype, stream_dtype), (samples, blocks, tokens, columns) in itertools.product(
+        itertools.product(DTYPES[:3], repeat=2), shapes
+    ):
+        shape = samples, blocks * tokens, columns
+        x, residual = 1 + draw(*shape, dtype=x_dtype), draw(*shape, dtype=stream_dtype)
+        shift, scale, gate = draw(samples, blocks, 3 * columns, dtype=x_dtype).chunk(3, dim=-1)
+        grads = draw(*shape, dtype=x_dtype), draw(*shape, dtype=stream_dtype)
+        sizes = samples, blocks, tokens, columns
+        weight, bias = draw(columns), draw(columns)
+        modulation = torch.cat((shift, scale, gate), -1)
+        given = {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias} | {
+            "residual": residual, "gate": gate,
+        }  # fmt: skip
+        results, gradients = differentiated(adaln_ref, given, grads, norm="layer", eps=EPS)
+        arrays = x, modulation, weight, bias, residual, *grads
+        yield "residual_norm", (*sizes, 1), (*arrays, *results, *gradients)
+        plain: dict[str, Tensor | None] = {"x": x, "weight": weight}
+        results, (dx, dweight) = differentiated(rms_norm_ref, plain, grads[:1], eps=EPS)
+        arrays = x, None, weight, None, None, grads[0], None
+        yield "residual_norm", (*sizes, 0), (*arrays, *results, None, dx, None, None, dweight, None, None, None)
+
+
+def group_norm_cases() -> Iterator[Case]:
+    # One pixel; narrow groups; more than a piece; more than one thread's share.
+    shapes = ((2, 6, 1, 1, 2), (2, 6, 3, 5, 3), (1, 19, 16, 17, 1), (1, 40, 61, 109, 8), (0, 4, 2, 2, 2))
+    for dtype, (maps, channels, height, width, groups), planes in itertools.product(DTYPES[:3], shapes, (0, 1)):
+        if dtype != torch.float32 and height > 32:
+            continue
+        shape = maps, channels, height, width
+        x, grad = 1 + draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
+        parameters = draw(channels), draw(channels), draw(maps, channels)
+        given = dict(zip(("x_NCHW", "weight", "bias", "temb_NC"), (x, *parameters), strict=True))
+        results, gradients = differentiated(group_norm_silu_ref, given, [grad], num_groups=groups, eps=EPS)
+
+        def laid_out(x: Tensor, planes: int = planes) -> Tensor:
+            return x if planes else x.permute(0, 2, 3, 1)
+
+        maps_of = laid_out(x), laid_out(grad), laid_out(results[0]), laid_out(gradients[0])
+        yield "group_norm_silu", (*shape, groups, planes), (*maps_of, *parameters, *gradients[1:])
+
+
+def rope_cases() -> Iterator[Case]:
+    batch, tokens, heads = 2, 5, 3
+    for dtype, (size, axes) in itertools.product(DTYPES[:3], ((64, 1), (64, 2), (12, 3))):
+        qkv, weights = draw(batch, tokens, 3 * heads * size, dtype=dtype), (1 + draw(2, size) / 4)
+        angles = draw(tokens, size // 2).repeat_interleave(2, dim=1)
+        angles = angles.unflatten(1, (axes, -1))[..., ::2].repeat(1, 1, 2).flatten(1)
+        tables = angles.cos(), angles.sin()
+        exact, exact_weights = qkv.double().requires_grad_(), weights.double().requires_grad_()
+        lists = [exact], [exact_weights[0]], [exact_weights[1]], *([table.double()] for table in tables)
+        results = qk_norm_rope_ref(*lists, num_heads=heads, axes=axes, eps=EPS)
+        grads = [draw(batch, tokens, heads, size, dtype=dtype) for _ in range(3)]
+        torch.autograd.backward(results, [g.transpose(1, 2).double() for g in grads])
+        outputs = [x.transpose(1, 2) for x in results]
+        numbers = batch, tokens, heads, size, axes
+        yield "qk_norm_rope", numbers, (qkv, weights, *tables, *grads, *outputs, exact.grad, exact_weights.grad)
+
+
+def denoise_cases() -> Iterator[Case]:
+    for dtype, size in itertools.product(DTYPES[:3], (1, 37)):
+        sample, previous = draw(3, size), draw(3, size)
+        output, unconditional = draw(2, 3, size, dtype=dtype)
+        coefficients, guidance = draw(3, 6), 1 + draw(3).abs()
+        after = sample.double(), previous.double()
+        denoise_step_ref(
+            after[0], output.double(), after[1], coefficients.double(), clip=1.0,
+            unconditional=unconditional.double(), guidance_scale=guidance.double(),
+        )  # fmt: skip
+        yield "denoise_step", (3, size), (sample, output, unconditional, previous, coefficients, guidance, *after)
+
+
+def every_case() -> Iterator[Case]:
+    torch.manual_seed(0)
+    for cases in (swiglu_cases, norm_cases, group_norm_cases, rope_cases, denoise_cases):
+        yield from cases()
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
+    print(f"{write(Path(sys.argv[1]), every_case())} cases in {sys.argv[1]}")
