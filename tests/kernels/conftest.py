@@ -21,3 +21,10 @@ def poisoned_memory() -> Iterator[None]:
 def seeded() -> None:
     """Error budgets are measured on random values: the same ones every time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(request: pytest.FixtureRequest) -> None:
+    """Dynamo counts recompilations of a function through all tests, and has a limit."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
