@@ -86,6 +86,14 @@ def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "_costs", lambda *_: unknown)
 
 
+@pytest.fixture
+def soon_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``DataLoader`` that waits for a batch looks every fifth of a second, not every five, who is alive."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Loader
+
+    monkeypatch.setattr(Loader._try_get_data, "__defaults__", (0.2,))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for part, reason in ABSENT.items():
         skipped = [report for report in terminalreporter.stats.get("skipped", []) if reason in str(report.longrepr)]

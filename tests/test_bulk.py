@@ -117,17 +117,17 @@ def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 @pytest.mark.parametrize(
     "kills",
     [
-        {"png": [(5, False), (4, True)], "shards": [(8, False), (7, True)]},
+        {"shards": [(8, False), (7, True)]},
         pytest.param(
             {
-                "png": [(1, False), (1, True)],
+                "png": [(1, False), (1, True), (5, False), (4, True)],
                 "latents": [(8, False), (5, True)],
                 "shards": [(2, False), (9, False), (3, True)],
             },
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["within", "at the ends and latents"],
+    ids=["shards", "files, latents, and the ends of shards"],
 )
 def test_kill_at_any_moment(
     model: Path, tmp_path: Path, unbroken: Callable[[str], dict[str, bytes]], kills: dict[str, list[tuple[int, bool]]]

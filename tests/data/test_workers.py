@@ -20,6 +20,7 @@ def killed(items: Sequence[int]) -> int:
     return items[0]
 
 
+@pytest.mark.usefixtures("soon_noticed")
 def test_a_killed_worker() -> None:
     batches = fetch_batches(killed, [[number] for number in range(8)], num_workers=1)
     ended = r"a process that reads the data \(pid \d+\) (is killed by signal|exited unexpectedly)"

@@ -71,6 +71,7 @@ def test_a_command_in_another_thread(stopped: Path) -> None:
     assert len(metrics(stopped)) == 6
 
 
+@pytest.mark.usefixtures("soon_noticed")
 def test_a_killed_worker(stopped: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What was trained is saved; then one line."""
     step, trained = Trainer._train_step, []
@@ -110,6 +111,7 @@ def _index(numbers: Any) -> int:
     return numbers[0]
 
 
+@pytest.mark.usefixtures("soon_noticed")
 def test_a_worker_that_dies_is_noticed_where_data_are_asked_for() -> None:
     """Not in the middle of whatever the program does when the system tells of it."""
     next(iter(DataLoader([0], num_workers=1)))  # type: ignore[arg-type]  # PyTorch's handler is there from now on.
