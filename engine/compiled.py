@@ -128,6 +128,7 @@ class CompiledPasses(Passes):
         super().__init__(*arguments, **options)
         self.program: Program | None = None
         self._key = ""
+        # as what it was seen, and the tensors that the program reads
         self._bound: tuple[object, list[Tensor]] | None = None
 
     def rest(self) -> None:
@@ -141,6 +142,8 @@ class CompiledPasses(Passes):
             built: as :func:`seen` says. threads: of PyTorch's, that a pass has. try_out: make a program that there is
                 not, in minutes.
         """
+        if self._bound is not None and self._bound[0] == (built, threads):
+            return
         why = built if isinstance(built, str) else _refusal(self, model)
         inputs = self._inputs(self.slots.latents_RLC, *self.slots.schedule(None)[:3])
         key = why or key_of(built, tree_leaves(inputs), self.branches, self.dtype, threads)
@@ -156,12 +159,12 @@ class CompiledPasses(Passes):
                 self.program, why = _loaded(path)
             if why is not None:
                 logger.warning("a denoising step is not compiled: %s", why)
-        if self.program is not None and (self._bound is None or self._bound[0] != built):
+        if self.program is not None:
             named = (model.named_parameters, model.named_buffers)
             tensors = {f"model.{name}": x for each in named for name, x in each(remove_duplicate=False)}
             self.program.bind(tensors)
-            # kept until others are bound: the program reads them where they lie
-            self._bound = built, list(tensors.values())
+            # they are kept until others are bound
+            self._bound = (built, threads), list(tensors.values())
 
     def first_block(self, rows_B: Tensor | None) -> None:
         # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
