@@ -95,9 +95,7 @@ def paired_estimates(
     errors, similar, distances, largest, size = list[float](), list[float](), list[float](), 0.0, (0, 0)
     for actual, exact in pairs:
         for index in range(len(exact.pictures)):
-            one, other = (
-                Pictures(side.latents[index][None], side.pictures[index][None]) for side in (actual, exact)
-            )  # fmt: skip
+            one, other = (Pictures(side.latents[index][None], side.pictures[index][None]) for side in (actual, exact))
             found = fidelity(one, other, extractor)
             assert found.feature_distance is not None
             errors.append(10 ** (-found.picture_psnr_db / 10))
@@ -107,7 +105,7 @@ def paired_estimates(
         size = (exact.pictures.shape[2], exact.pictures.shape[3])
     error = mean_estimate(errors)
     # the larger the error, the smaller the ratio
-    value, low, high = (-10 * math.log10(one) if one > 0 else math.inf for one in (error.value, error.high, error.low))
+    value, low, high = (math.inf if one <= 0 else -10 * math.log10(one) for one in (error.value, error.high, error.low))
     return {
         "psnr": Estimate(value, low, high, error.method),
         "worst_psnr": Estimate.bare(-10 * math.log10(max(errors)) if max(errors) else math.inf, "of one picture"),

@@ -271,9 +271,7 @@ class DrawnImages:
     def asked(self, span: range) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Captions and classes that these images are drawn for; empty for a model without."""
         entries = [self.settings.prompts.entry(index) for index in span]
-        captions, labels = (
-            tuple(one[name] for one in entries if name in one) for name in ("prompt", "labels")
-        )  # fmt: skip
+        captions, labels = (tuple(one[name] for one in entries if name in one) for name in ("prompt", "labels"))
         return captions, labels
 
     def batches(self, span: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
