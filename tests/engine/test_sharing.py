@@ -62,10 +62,14 @@ def part(prompt: Prompt, rows: slice) -> Prompt:
         (RICH, SamplingOptions(STEPS, guidance=3.0, guidance_interval=(100, 900))),
         (RICH, SamplingOptions(STEPS, refresh_every=2)),
         (PLAIN.replace(context="condition"), OPTIONS),
-        (PLAIN.replace(block_order="random"), OPTIONS),
-        (CASES["spiral"].replace(num_blocks=2, block_grid=(1, 2)), SamplingOptions(STEPS, guidance=2.0)),
+        pytest.param(PLAIN.replace(block_order="random"), OPTIONS, marks=pytest.mark.slow),
+        pytest.param(
+            CASES["spiral"].replace(num_blocks=2, block_grid=(1, 2)),
+            SamplingOptions(STEPS, guidance=2.0),
+            marks=pytest.mark.slow,
+        ),
         (CASES["text, block-local"].replace(num_blocks=2, block_grid=(1, 2)), OPTIONS),
-        (CASES["DiT"], SamplingOptions(STEPS, guidance=2.0)),
+        pytest.param(CASES["DiT"], SamplingOptions(STEPS, guidance=2.0), marks=pytest.mark.slow),
     ],
     ids=["guided", "refreshed", "condition only", "any order", "spiral", "block-local", "DiT"],
 )
@@ -91,7 +95,12 @@ def test_pictures(config: MADFormerConfig, options: SamplingOptions) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", [DPMSolverMultistepScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler]
+    "scheduler",
+    [
+        pytest.param(DPMSolverMultistepScheduler, marks=pytest.mark.slow),
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.slow),
+        EulerAncestralDiscreteScheduler,
+    ],
 )
 def test_schedulers(scheduler: Callable[[], Any]) -> None:
     """Those without a table step the whole batch, and draw what they add from each image's generator."""
@@ -148,7 +157,7 @@ def test_given_blocks() -> None:
     assert relative_error(one, two) < 1e-5
 
 
-@pytest.mark.parametrize("change", ["weights", "parameter", "layer"])
+@pytest.mark.parametrize("change", ["weights", pytest.param("parameter", marks=pytest.mark.slow), "layer"])
 def test_follows_the_model(change: str) -> None:
     """Between two runs of one plan, as a plan of the changed model would draw."""
     model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
@@ -170,7 +179,14 @@ class _Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", ["first_block", "denoise", "next_block"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param("first_block", marks=pytest.mark.slow),
+        "denoise",
+        pytest.param("next_block", marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_of_a_share(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is raised where the run was called; the others are done by then, and the plan draws again."""
     model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)

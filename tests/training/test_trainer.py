@@ -106,6 +106,29 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(config: TrainingConfig, 
 
 
 @pytest.mark.usefixtures("no_checkpoints")
+def test_bf16_on_a_processor(
+    config: TrainingConfig, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has the units: products in bf16, weights, gradients and averages in fp32, and nearly fp32's losses."""
+    monkeypatch.setattr("madformer.training.trainer.matmul_rate", lambda *_: 1e9)
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: precision == "bf16")  # noqa: B023
+        trainer = Trainer(dataclasses.replace(config, precision="auto"), tmp_path / precision)
+        assert trainer.config.precision == precision
+    seen: set[torch.dtype] = set()
+    layer: Any = trainer.model.layers[-1]
+    hook = layer.tower("noise").qkv.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+        parameter.register_hook(lambda gradient: seen.add(gradient.dtype))
+    trainer.run()
+    hook.remove()
+    assert seen == {torch.bfloat16, torch.float32}
+    kept = (*trainer.model.parameters(), *trainer.averages.weights[0.9].values())
+    moments = (value for state in trainer.optimizer.state.values() for value in state.values())
+    assert {tensor.dtype for tensor in (*kept, *moments)} == {torch.float32}
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(unbroken), rel=0.02)
+
+
 def test_accumulation_accumulates(config: TrainingConfig, tmp_path: Path) -> None:
     """The released loop throws all micro-batches but the last away."""
     curves = []
