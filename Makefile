@@ -84,7 +84,7 @@ oldest-check: install
 	&& $(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [name for name in z.namelist() if name.startswith("torch/include/")])' \
 		build/oldest/wheel/torch-*.whl $(OLDEST_HEADERS) && rm -r build/oldest/wheel; }
 	@for source in csrc/*.cpp; do \
-		$${CXX:-c++} -std=c++20 -fsyntax-only -Wall -Wextra -fopenmp-simd -DTORCH_TARGET_VERSION=0x020b000000000000 \
+		$${CXX:-c++} -std=c++20 -fsyntax-only -Wall -Wextra -fopenmp-simd -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000 \
 			$(OLDEST_CUDA) \
 			-isystem $$($(BIN)/python -c 'import pybind11; print(pybind11.get_include())') \
 			-isystem $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
