@@ -74,7 +74,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer.run()
     steps = [row["step"] for row in rows]
     values = {name: [row["scores"][name]["value"] for row in rows] for name in rows[0]["scores"]}
-    correlations = {name: float(scipy.stats.spearmanr(steps, of).statistic) for name, of in values.items()}
+    # of figures that are all the same there is none
+    correlations = {
+        name: float(scipy.stats.spearmanr(steps, of).statistic) if len(set(of)) > 1 else None
+        for name, of in values.items()
+    }
     return environment("metric_over_training", torch.device("cpu")) | {
         "num_images": args.num_images,
         "num_reference": args.num_reference,
