@@ -112,9 +112,8 @@ def assembled(kernel: Any, grid: Any, args: Any, settings: dict[str, Any]) -> tu
     return compiled, report
 
 
-def inspect(kernel: Any, grid: Any, args: Any, settings: dict[str, Any], capability: int) -> dict[str, Any]:
-    """What there is to say about a kernel, with Triton's hash of it."""
-    compiled, report = assembled(kernel, grid, args, settings)
+def inspect(compiled: Any, report: dict[str, Any], capability: int) -> dict[str, Any]:
+    """What there is to say about a kernel that was :func:`assembled`."""
     ptx, num_warps = compiled.asm["ptx"], compiled.metadata.num_warps
     counts = static_model.count(_disassembly(compiled.asm["cubin"]))
     programs = static_model.occupancy(report["registers"], compiled.metadata.shared, num_warps, capability)
@@ -122,7 +121,6 @@ def inspect(kernel: Any, grid: Any, args: Any, settings: dict[str, Any], capabil
     found = ("wgmma", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
     return {
         **report,
-        "hash": compiled.hash,
         "shared_bytes": compiled.metadata.shared,
         "instructions": ", ".join(name for name in found if name in ptx),
         "occupancy": programs,
@@ -153,15 +151,15 @@ def check_op(op: str, dtype: str, capability: int) -> list[tuple[str, Compiled]]
     for case in cases_in(op, dtype):
 
         def compile_kernel(kernel: Any, grid: tuple, *args: Any, case: Case = case, **settings: Any) -> None:
-            found = inspect(kernel, grid, args, settings, capability)
-            if (key := found.pop("hash")) not in results:
-                results[key] = Compiled(
+            compiled, report = assembled(kernel, grid, args, settings)
+            if compiled.hash not in results:
+                results[compiled.hash] = Compiled(
                     op=case.op,
                     label=case.label,
                     kernel=kernel.fn.__name__.strip("_"),
                     settings=" ".join(f"{name}={value}" for name, value in settings.items()),
                     capability=capability,
-                    **found,
+                    **inspect(compiled, report, capability),
                 )
 
         with compiling_for(TARGETS[capability], compile_kernel):
