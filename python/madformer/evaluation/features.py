@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from madformer.evaluation.extractors import Extractor
-from madformer.evaluation.images import ImageSet, Part, sources_fingerprint
+from madformer.evaluation.images import DrawnImages, ImageSet, Part, sources_fingerprint
 from madformer.evaluation.moments import Array
 from madformer.files.atomic import atomic_path, remove_leftovers, write_json
 from madformer.objects import read_object
@@ -108,22 +108,25 @@ def extract(
     *,
     cache: str | Path | None = None,
     progress: bool = False,
-    alone: bool = False,
+    alone: bool | None = None,
 ) -> FeatureSet:
     """Features of all images of a set.
 
-    On a CPU as many threads as PyTorch computes with look at a picture each, while the next ones are read or drawn.
+    On a CPU as many threads as PyTorch computes with look at a picture each, while the next ones are read.
     What comes out does not depend on it.
 
     Args:
         cache: the folder where features are kept; several processes may share it. None: they are made anew.
         progress: show a bar.
-        alone: read and draw nothing while pictures are looked at, so that the time which that takes is its own.
+        alone: read and draw nothing while pictures are looked at, so that the time which that takes is its own. None:
+            where a model on a CPU draws, whose threads would wait for each other beside those that look.
 
     Raises:
         ValueError: images of several sizes, or one that cannot be read; one line that names it.
         FloatingPointError: features that are not finite. OSError: the cache cannot be written.
     """
+    if alone is None:
+        alone = isinstance(images, DrawnImages) and images.pipeline.transformer.device.type == "cpu"
     with _folder(cache, extractor) as folder:
         remove_leftovers(folder, "*.safetensors")
         features_ND = _mapped(folder, (len(images), extractor.width))
