@@ -39,7 +39,8 @@ RULES = {
     "training": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline",
     "bulk": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline madformer",
     "evaluation": f"{FOUNDATION} config kernels model engine conditioning vae data pipeline bulk madformer",
-    "sweeps": f"{FOUNDATION} config model engine vae data pipeline bulk training evaluation measuring madformer",
+    "sweeps": f"{FOUNDATION} config model engine conditioning vae data pipeline bulk training evaluation measuring "
+    "madformer",
     "measuring": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
     "madformer": "kernels config model engine pipeline compat conditioning lazy",
 }
