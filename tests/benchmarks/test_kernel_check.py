@@ -13,6 +13,9 @@ from tests.helpers import environment
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels are NOT compiled here")
 
+# `make kernel-check`, which continuous integration runs, compiles them all: here are the faults that it has to find.
+pytestmark = pytest.mark.slow
+
 # Compiled, not interpreted, so in a process of its own; in one, since starting takes longer than compiling. A file:
 # Triton reads the source of its kernels.
 PROGRAM = """

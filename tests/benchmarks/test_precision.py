@@ -64,6 +64,7 @@ def test_figures_of_a_known_difference() -> None:
         benchmark.compare(drawn(off, light), exact)
 
 
+@pytest.mark.slow
 def test_record(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ def photos(config: TrainingConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("as_latents", [False, True], ids=["images", "latents"])
+@pytest.mark.parametrize("as_latents", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["images", "latents"])
 def test_one_command_for_a_folder_of_folders(
     config: TrainingConfig, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str], as_latents: bool,
