@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import logging
-import os
 import platform
 import tempfile
 import time
@@ -40,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from madformer.engine.passes import Passes
 from madformer.engine.structure import Placed, Signature, UnknownPartError, signature
 from madformer.kernels import dispatch
-from madformer.machine import device_name
+from madformer.machine import cache_folder, device_name
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections, set_backend
 
@@ -286,7 +285,7 @@ def _line(error: Exception) -> str:
 
 def folder() -> Path:
     """Where programs are kept. Nothing else is there, and all of it may be removed."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madformer" / "steps"
+    return cache_folder("steps")
 
 
 def key_of(built: Any, inputs: Sequence[Tensor], branches: int, dtype: torch.dtype, threads: int) -> str:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 # PyTorch takes seconds to import, and a command line may only want to know which process it is
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: ``madformer/NAME`` in the user's cache (``$XDG_CACHE_HOME``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madformer" / name
+
+
 def device_of(name: str, *, elsewhere: bool = False) -> str:
     """A GPU where there is one, for ``auto``; under torchrun each process of a machine has a GPU of its own.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import os
 import tempfile
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from madformer.evaluation.extractors import Extractor
 from madformer.evaluation.images import DrawnImages, ImageSet, Part, sources_fingerprint
 from madformer.evaluation.moments import Array
 from madformer.files.atomic import atomic_path, remove_leftovers, write_json
+from madformer.machine import cache_folder
 from madformer.objects import read_object
 
 __all__ = ["FeatureSet", "default_cache", "extract"]
@@ -99,7 +99,7 @@ class FeatureSet:
 
 def default_cache() -> Path:
     """Where features are kept unless told otherwise: ``madformer/features`` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madformer" / "features"
+    return cache_folder("features")
 
 
 def extract(
