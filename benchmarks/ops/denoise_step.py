@@ -40,7 +40,7 @@ def cases() -> list[Case]:
     return [
         Case(
             op="denoise_step",
-            label=f"{batch} x {' x '.join(map(str, SHAPE))}, guided",
+            label=f"{batch} x {' x '.join(map(str, SHAPE))}, guided, bf16",
             inputs=lambda device, batch=batch: make_inputs(device, batch),
             run=run,
             # sample and previous, float32, both ways; two outputs of the model in bf16

@@ -28,6 +28,7 @@ def writer(folder: Path, number: int) -> Work:
     """Writes the number of the process; by name it fails in a way of its own."""
 
     def work(kind: str, name: str) -> None:
+        first = not (folder / f"{kind}-{name}").exists()
         (folder / f"{kind}-{name}").write_text(str(os.getpid()))
         if name == "sleep":
             time.sleep(3600)
@@ -37,7 +38,7 @@ def writer(folder: Path, number: int) -> Work:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if name == "odd":
             raise OddError
-        if name == "die":
+        if name == "die" or (name == "die once" and first):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return work

@@ -20,10 +20,14 @@ from madformer.pipeline import MADFormerPipeline
 from tests.helpers.evaluation_cases import pictures, tiny_extractor, write_folder
 from tests.helpers.testing import perturb, small_config, small_vae
 
-if __name__ in ("__main__", "__mp_main__"):
-    # in workers, too, which import the program that they are of
+
+def register_tiny() -> None:
     EXTRACTORS["tiny"] = lambda weights, device: tiny_extractor()
 
+
+if __name__ in ("__main__", "__mp_main__"):
+    # in workers, too, which import the program that they are of
+    register_tiny()
 
 BLOCKS: dict[str, Any] = {"num_blocks": 2, "block_size": 32, "block_shape": (4, 8), "block_grid": (2, 1)}
 

@@ -43,6 +43,31 @@ def test_an_error_of_a_worker_is_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_actors_do_jobs_after_what_they_wait_for(tmp_path: Path) -> None:
+    """Those of Ray; one that is lost once is replaced, and what a job raises is its own."""
+    ray = pytest.importorskip("ray")
+    from madformer import cluster
+    from madformer.sweeps import ray_pool
+
+    def run(*jobs_to_do: Job) -> list[tuple[str, str]]:
+        with cluster.joined():
+            share = cluster.share_of(2, on_gpu=False)
+            return [job.key for job in ray_pool.run_jobs(list(jobs_to_do), partial(jobs.writer, tmp_path), share)]
+
+    with ray.init(log_to_driver=False, num_cpus=2):
+        done = run(*JOBS, Job("a", "die once"))
+        assert sorted(done) == [("a", "1"), ("a", "4"), ("a", "die once"), ("b", "2"), ("c", "3")]
+        assert done.index(("a", "1")) < done.index(("b", "2")) < done.index(("c", "3"))
+        for name, kind, message in (
+            ("refuse", ValueError, "^no such thing$"),
+            ("full", OSError, "No space left on device"),
+            ("die", ChildProcessError, "an actor was lost 4 times at a die: if memory ran out, take fewer"),
+        ):
+            with pytest.raises(kind, match=message):
+                run(Job("a", "sleep"), Job("a", name))
+
+
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_is_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-m", "tests.helpers.jobs", str(tmp_path)], env=environment())
     deadline = time.monotonic() + 60

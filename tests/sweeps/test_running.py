@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from madformer.sweeps.folder import UNEQUAL
 from madformer.sweeps.running import jobs_of
 from tests.helpers import environment
 from tests.helpers.evaluation_cases import pictures, tiny_extractor, write_folder
-from tests.helpers.sweep_cases import BLOCKS, make_world, sweep_values
+from tests.helpers.sweep_cases import BLOCKS, make_world, register_tiny, sweep_values
 from tests.helpers.testing import small_config, small_vae
 
 Rows = list[dict[str, Any]]
@@ -40,7 +41,7 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", autouse=True)
 def _extractor() -> Iterator[None]:
-    EXTRACTORS["tiny"] = lambda weights, device: tiny_extractor()
+    register_tiny()
     yield
     del EXTRACTORS["tiny"]
 
@@ -397,3 +398,21 @@ def test_two_workers_give_the_table_of_one(swept: Path, world: Path, tmp_path: P
         for folder in (tmp_path / "out", swept)
     )
     assert found == expected
+
+
+def test_without_ray_it_says_so(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'madformer[ray]'")):
+        run(Sweep.of(given(world)), tmp_path / "out", world, ray=True)
+    assert not list((tmp_path / "out" / "cells").glob("*"))
+
+
+@pytest.mark.slow
+def test_actors_of_ray_give_the_table_of_one(swept: Path, world: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    workers = {"env_vars": {"PYTHONPATH": environment()["PYTHONPATH"]}, "worker_process_setup_hook": register_tiny}
+    with ray.init(log_to_driver=False, num_cpus=2, runtime_env=workers):
+        found = run(Sweep.of(small(world)), tmp_path / "out", world, ray=True, workers=2)
+        with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
+            run_sweep(Sweep.of(given(world)), tmp_path / "other", device="cuda", cache=world / "cache", ray=True)
+    assert equal_part(found) == equal_part(pyarrow.parquet.read_table(swept / "table.parquet").to_pylist())

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from madformer import cluster
 from madformer.bulk.drawing import Drawing, Progress
 from madformer.bulk.folder import OutputFolder
-from madformer.kernels.dispatch import BackendUnavailableError
 
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
@@ -56,27 +56,15 @@ def draw_missing(
     Raises:
         ImportError: Ray is not installed. ValueError: the cluster has no GPU, or what an actor raised.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("Ray is not installed: pip install 'madformer[ray]'") from error
     if folder.had_all:
         return 0
-    started_here = not ray.is_initialized()
-    if started_here:
-        # joins the cluster that RAY_ADDRESS names, else starts one on this machine
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        resources = ray.cluster_resources()
-        workers = workers or (int(resources.get("GPU", 0)) if on_gpu else 1)
-        if workers == 0:
-            raise ValueError("the Ray cluster has no GPU: give --device cpu")
+    with cluster.joined():
+        import ray.data
+
+        share = cluster.share_of(workers, on_gpu=on_gpu)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # without it an actor's torch has one thread
-        num_cpus = None if on_gpu else max(1, int(resources["CPU"]) // workers)
         batches, drawn = folder.batches(), 0
         missing = folder.missing(batches)
         with Progress(folder, batches, progress) as shown:
@@ -87,26 +75,11 @@ def draw_missing(
                     _Actor,
                     fn_constructor_args=(load, folder),
                     batch_size=1,
-                    compute=ray.data.ActorPoolStrategy(size=min(workers, len(dealt))),
-                    num_gpus=1 if on_gpu else None,
-                    num_cpus=num_cpus,
+                    compute=ray.data.ActorPoolStrategy(size=min(share.workers, len(dealt))),
+                    num_gpus=share.num_gpus,
+                    num_cpus=share.num_cpus,
                 )
                 for row in done.iter_rows():
                     shown.update(row["images"], row["size"])
                     drawn += row["images"]
-    except ray.exceptions.RayError as error:
-        raise _first_cause(error) from None
-    finally:
-        if started_here:
-            ray.shutdown()
     return drawn
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What an actor raised, under Ray's own errors, if it is one that is told in a line; else Ray's error."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, (ValueError, OSError, FloatingPointError, BackendUnavailableError)):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error

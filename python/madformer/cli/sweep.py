@@ -25,13 +25,15 @@ class SweepRequest(Request):
     examples:
       madformer sweep examples/sweeps/emoji64.toml --out sweeps/emoji64
       madformer sweep examples/sweeps/emoji64.toml --out sweeps/emoji64 --workers 2
+      madformer sweep examples/sweeps/emoji64.toml --out sweeps/emoji64 --ray
       madformer sweep examples/sweeps/emoji64.toml --out sweeps/emoji64 --dry-run
       madformer report sweeps/emoji64
     """
 
     file: Annotated[Path, Positional, arg(metavar="FILE")]  # what to do, in TOML, YAML or JSON; docs/sweeps.md
     out: Path | None = None  # folder for models, rows and table; goes on where it stopped
-    workers: int = 1  # processes that do it; as many as there are GPUs, or processors
+    workers: int | None = None  # processes that do it, as many as there are GPUs or processors; unless given one
+    ray: bool = False  # deal the work to --workers actors of a Ray cluster; unless given, one for every GPU of it
     threads: int = 1  # of a worker on a processor: more workers are faster than more threads
     device: str = "auto"  # where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 ...
     cache: Path | None = None  # folder where features are kept; unless given, madformer/features in the user's cache
@@ -40,8 +42,8 @@ class SweepRequest(Request):
 
     def run(self) -> None:
         for name in ("workers", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name} {number} must be at least 1")
         values = config_file.read(self.file, "")
         if self.out is None and not self.dry_run:
             raise ValueError("give --out FOLDER, or --dry-run")
@@ -53,8 +55,8 @@ class SweepRequest(Request):
 
         assert self.out is not None
         table = run_sweep(
-            sweep, self.out, workers=self.workers, threads=self.threads, device=device_of(self.device),
-            cache=self.cache, progress=not self.json,
+            sweep, self.out, workers=self.workers, threads=self.threads, device=self.device,
+            cache=self.cache, ray=self.ray, progress=not self.json,
         )  # fmt: skip
         print(
             f"{table.num_rows} cells in {self.out / 'table.parquet'}; madformer report {self.out} makes a page of them"

@@ -62,7 +62,7 @@ def run_jobs(jobs: Sequence[Job], make: Make, workers: int = 1) -> Iterator[Job]
         done = set[tuple[str, str]]()
         waiting = list(jobs)
         while waiting:
-            job = _next(waiting, done)
+            job = next_of(waiting, done)
             assert job is not None
             work(*job.key)
             done.add(job.key)
@@ -74,7 +74,7 @@ def run_jobs(jobs: Sequence[Job], make: Make, workers: int = 1) -> Iterator[Job]
         yield from pool.run(list(jobs))
 
 
-def _next(waiting: list[Job], done: Collection[tuple[str, str]]) -> Job | None:
+def next_of(waiting: list[Job], done: Collection[tuple[str, str]]) -> Job | None:
     """Take the first that waits for nothing, if there is one."""
     for index, job in enumerate(waiting):
         if all(other in done for other in job.after):
@@ -99,7 +99,7 @@ class _Pool:
         done = set[tuple[str, str]]()
         while waiting or self.busy:
             for connection in [one for one in self.processes if one not in self.busy]:
-                if (job := _next(waiting, done)) is None:
+                if (job := next_of(waiting, done)) is None:
                     break
                 # one that has died is found out about below
                 with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from madformer import cluster
 from madformer.arguments import whole_number
 from madformer.evaluation import default_cache
 from madformer.machine import device_of, this_process
@@ -35,21 +37,25 @@ def run_sweep(
     sweep: Sweep,
     out: str | Path,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     threads: int = 1,
     device: str = "auto",
     cache: str | Path | None = None,
+    ray: bool = False,
     progress: bool = True,
 ) -> pyarrow.Table:
     """Train what is not trained, sample and judge what is not judged, and give the table of all cells.
 
     Args:
         out: the sweep's folder. Stopped at any moment, the same call goes on, and loses at most the cells at hand.
-        workers: processes; on GPUs they take them in turn. With one, this process does all of it. They import the
-            program that calls, so a script calls under ``if __name__ == "__main__":``.
+        workers: processes; on GPUs they take them in turn. With one, as unless given, this process does all of it.
+            They import the program that calls, so a script calls under ``if __name__ == "__main__":``.
         threads: of a worker on a CPU. Pictures depend on it by rounding, so it is not taken from the machine.
         device: as ``madformer sample --device``.
         cache: where features of the reference are kept; unless given, :func:`madformer.evaluation.default_cache`.
+        ray: have ``workers`` actors of a Ray cluster do it, each with a GPU of its own unless ``device`` is ``"cpu"``;
+            unless given, one for every GPU, or one. The cluster is the one that ``RAY_ADDRESS`` names, else one on this
+            machine. All machines see ``out``, ``cache`` and what the sweep names under the same paths.
         progress: show a bar over the cells.
 
     Raises:
@@ -58,26 +64,37 @@ def run_sweep(
         OSError: a file cannot be read or written, or another sweep is at work in the folder.
         ImportError: a package is missing.
     """
-    whole_number("workers", workers, 1)
+    if workers is not None:
+        whole_number("workers", workers, 1)
     whole_number("threads", threads, 1)
     if this_process()[1] > 1:
         raise ValueError("a sweep deals the work itself: run it without torchrun, and give it workers")
     pyarrow_or_why_not()
-    devices = _devices(device_of(device), workers)
+    device = device_of(device, elsewhere=ray)
+    # other machines have another working directory
+    out, cache = (Path(path).resolve() for path in (out, cache or default_cache()))
     folder = SweepFolder(out, sweep)
-    check_cells(folder, folder.missing(), devices[0])
-    setup = Setup(folder.path, sweep.to_dict(), devices, threads, Path(cache or default_cache()), progress)
-    with folder.opened():
+    check_cells(folder, folder.missing(), device, elsewhere=ray)
+    setup = Setup(out, sweep.to_dict(), _devices(device, workers, ray=ray), threads, cache, progress)
+    with folder.opened(), contextlib.ExitStack() as within:
         folder.rows()
         missing = folder.missing()
-        total, jobs = len(sweep.cells), jobs_of(folder, workers)
-        with (
-            computing_with(threads),
-            tqdm(total=total, initial=total - len(missing), desc="cells", unit="cell", disable=not progress) as bar,
-            _without_bars(workers > 1),
-        ):
+        if ray and missing:
+            within.enter_context(cluster.joined())
+            from madformer.sweeps import ray_pool
+
+            share = cluster.share_of(workers, on_gpu=device.startswith("cuda"))
+            workers, do = share.workers, functools.partial(ray_pool.run_jobs, share=share)
+        else:
+            workers = workers or 1
+            do = functools.partial(run_jobs, workers=workers)
+        jobs = jobs_of(folder, workers)
+        within.enter_context(computing_with(threads))
+        within.enter_context(_without_bars(workers > 1))
+        total, done = len(sweep.cells), len(sweep.cells) - len(missing)
+        with tqdm(total=total, initial=done, desc="cells", unit="cell", disable=not progress) as bar:
             written = time.monotonic()
-            for job in run_jobs(jobs, setup, workers) if jobs else ():
+            for job in do(jobs, setup) if jobs else ():
                 if job.kind == "cell":
                     bar.update()
                     if time.monotonic() - written > EVERY:
@@ -121,8 +138,10 @@ def _longest_first(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda cell: (models.index(cell.model.id), -cell.steps * (1 + (cell.guidance != 1))))
 
 
-def _devices(device: str, workers: int) -> tuple[str, ...]:
-    if device == "cuda" and workers > 1:
+def _devices(device: str, workers: int | None, *, ray: bool) -> tuple[str, ...]:
+    if ray:  # an actor has a GPU of its own
+        return (device.partition(":")[0],)
+    if device == "cuda" and (workers or 1) > 1:
         return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
     return (device,)
 
