@@ -30,6 +30,7 @@ RULES = {
     "conditioning": f"{FOUNDATION} config",
     "vae": f"{FOUNDATION} config",
     "model": f"{FOUNDATION} config kernels",
+    "cluster": "kernels",
     "engine": f"{FOUNDATION} config kernels model conditioning",
     "compat": f"{FOUNDATION} config kernels model engine conditioning",
     "data": f"{FOUNDATION} config conditioning vae",
@@ -37,10 +38,10 @@ RULES = {
     "streaming": "",
     "pipeline": f"{FOUNDATION} config kernels model engine conditioning vae data sheets streaming",
     "training": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline",
-    "bulk": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline madformer",
+    "bulk": f"{FOUNDATION} config kernels model engine conditioning vae data sheets pipeline cluster madformer",
     "evaluation": f"{FOUNDATION} config kernels model engine conditioning vae data pipeline bulk madformer",
     "sweeps": f"{FOUNDATION} config model engine conditioning vae data pipeline bulk training evaluation measuring "
-    "madformer",
+    "cluster madformer",
     "measuring": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
     "madformer": "kernels config model engine pipeline compat conditioning lazy",
 }
