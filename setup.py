@@ -124,7 +124,7 @@ if MODE == "off":
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"madformer": ["py.typed"]},
+    package_data={"madformer": ["py.typed"], "madformer.serving": ["page/*"]},
     ext_modules=[] if MODE == "off" else [Extension("madformer._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -3,6 +3,8 @@
 A batch that is drawn as one keeps its slots until its slowest image is done, and whoever comes late waits for it.
 Here each slot stands at a block and step of its own (:mod:`.slots`), so that a free one is filled at the next step.
 
+Blocks of a given image that are kept take no steps: an image passes one of them at each step of the others.
+
 Shape legend: M blocks, L latents of a block, C channels, R slots.
 """
 
@@ -12,26 +14,27 @@ import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from madformer.arguments import floats, whole_number
+from madformer.arguments import floats, function, whole_number
 from madformer.conditioning.prompt import Prompt, check_guidable
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launchable, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
-from madformer.engine.running import Exclusive, NonFiniteError, computing
+from madformer.engine.progress import FinishedBlock
+from madformer.engine.running import Exclusive, NonFiniteError, check_latents, computing, places_to_draw
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
-from madformer.model.blocks import block_order
 from madformer.model.madformer import MADFormer
 
 logger = logging.getLogger("madformer.engine")
@@ -41,20 +44,58 @@ class QueueFullError(RuntimeError):
     """As many requests wait as were to be admitted."""
 
 
+OnStep = Callable[[int, int], object]
+"""Told of a block's place, and how many of its denoising steps were launched."""
+OnBlock = Callable[[FinishedBlock], object]
+"""Given a block that was drawn."""
+
+
 @dataclass(order=True)
 class Job:
-    """A request and, while it has a slot, where it stands; ordered by who goes first."""
+    """A request and, while it has a slot, where it stands; ordered by who goes first.
+
+    Attributes:
+        canvas_MLC: the noise of the blocks that are drawn, and the others as they are given.
+        order: places of all blocks. drawn: of those that are drawn, in order. block: counts through ``order``.
+    """
 
     priority: int
     arrival: int
-    noise_MLC: Tensor = field(compare=False)
+    canvas_MLC: Tensor = field(compare=False)
+    order: list[int] = field(compare=False)
+    drawn: list[int] = field(compare=False)
     schedule: ScheduleRows = field(compare=False)
-    init_noise_sigma: float = field(compare=False)
     future: Future[Tensor] = field(compare=False)
     prompt: Prompt = field(compare=False)
+    on_step: OnStep | None = field(compare=False, default=None)
+    on_block: OnBlock | None = field(compare=False, default=None)
     row: int = field(compare=False, default=-1)
     block: int = field(compare=False, default=0)
     step: int = field(compare=False, default=0)
+
+    @property
+    def place(self) -> int:
+        return self.order[self.block]
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the block at hand is clean: drawn, or kept."""
+        return self.step == self.schedule.num_steps or self.place not in self.drawn
+
+    @property
+    def is_done(self) -> bool:
+        return self.place == self.drawn[-1] and self.is_between
+
+    def tell(self, latents_RLC: Tensor) -> None:
+        """Call back after a step; whatever that raises ends this image alone."""
+        try:
+            if self.on_step is not None:
+                self.on_step(self.place, self.step)
+            if self.on_block is not None and self.is_between:
+                self.on_block(FinishedBlock.of(self.place, latents_RLC[self.row]))
+        except Exception as error:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
 
 
 @dataclass
@@ -88,7 +129,7 @@ class InFlightBatcher:
     wait are drawn by the steps to come.
 
     Args:
-        sampler: of a scheduler that can be tabulated: DDIM or DPM-Solver++.
+        sampler: of a scheduler that can be tabulated: DDIM, DPM-Solver++, or those of flow matching.
         slots: R, images at once.
         max_steps: the most denoising steps of a block that a request may ask for.
         max_waiting: requests that may wait for a slot.
@@ -130,27 +171,46 @@ class InFlightBatcher:
         rows = slots + self.launcher.captures  # what a captured batch is filled up with works on a row of its own
         return self.kind.allocate(rows, self.max_steps, guided=self.guided)
 
-    def _table(self, num_steps: int) -> ScheduleTable:
+    def _table(self, num_steps: int, scheduler: Any = None) -> ScheduleTable:
+        scheduler = self.sampler.scheduler if scheduler is None else scheduler
         # On the host: a request may come from a thread that must not wait for the device, nor disturb a capture.
-        table = tabulate(self.sampler.scheduler, num_steps)
+        table = tabulate(scheduler, num_steps)
         if table is None:
-            name = type(self.sampler.scheduler).__name__
+            name = type(scheduler).__name__
             raise ValueError(f"in-flight batching needs a scheduler that can be tabulated, and this {name} cannot")
         return table
 
     # Requests
 
     def submit(
-        self, noise_MLC: Tensor, options: SamplingOptions, prompt: Prompt | None = None, *, priority: int = 0
+        self,
+        noise_MLC: Tensor,
+        options: SamplingOptions,
+        prompt: Prompt | None = None,
+        *,
+        priority: int = 0,
+        scheduler: Any = None,
+        given: Tensor | None = None,
+        blocks: Collection[int] | None = None,
+        order: Sequence[int] | None = None,
+        on_step: OnStep | None = None,
+        on_block: OnBlock | None = None,
     ) -> Future[Tensor]:
         """Ask for an image.
 
         Args:
-            noise_MLC: standard normal, ``(M, L, C)``; it is copied, as the prompt is.
+            noise_MLC: standard normal, ``(M, L, C)``; it is copied, as ``given`` and the prompt are.
             options: all but ``refresh_every``, which has no place among images at different steps.
             prompt: of one image, for a model with text or classes; where the batcher is guided, with a negative text
                 whatever the scale.
             priority: lower goes first; requests of one priority go in the order in which they came.
+            scheduler: to draw this image with, in place of the sampler's; one that clips as that does, if it clips.
+            given: clean latents ``(M, L, C)`` of an image to change. blocks: places of those that are drawn anew.
+                order: places in the order to pass them in. All as :meth:`madformer.engine.plan.Plan.run` has them.
+            on_step: called with a block's place, and how many of its steps there were, after each of them. on_block:
+                called with each :class:`~madformer.engine.progress.FinishedBlock` that was drawn, its latents
+                ``(L, C)``. Both in the thread that steps, which waits for them: they are to take a note and return.
+                What they raise ends this image, and no other.
 
         Returns:
             Clean latents ``(M, L, C)`` in fp32 on the model's device, to come. ``cancel()`` works until they are there,
@@ -158,8 +218,9 @@ class InFlightBatcher:
             gave numbers that are not finite; the other images are not harmed.
 
         Raises:
-            ValueError: noise or prompt of another kind or shape, a priority that is no whole number, or options that
-                the scheduler or this batcher does not have.
+            ValueError: noise or prompt of another kind or shape, a priority that is no whole number, options that the
+                scheduler or this batcher does not have, or blocks, given latents or an order that the model cannot
+                draw by.
             QueueFullError: ``max_waiting`` requests wait.
         """
         shape = tuple(self.slots.canvas_RMLC.shape[1:])
@@ -171,21 +232,33 @@ class InFlightBatcher:
             raise ValueError(f"refresh_every={options.refresh_every} has no place in in-flight batching")
         prompt = prompt or Prompt()
         prompt.check(self.config, (), guided=self.guided)
-        order = whole_number("priority", priority)
-        noise_MLC, prompt = noise_MLC.detach().clone(), prompt.clone()
-        schedule, sigma = self._schedule(options)
+        rank = whole_number("priority", priority)
+        for name, callback in (("on_step", on_step), ("on_block", on_block)):
+            function(name, callback)
+        places, drawn = places_to_draw(self.config, given, blocks, order)
+        kept = [place for place in places if place not in drawn]
+        schedule, sigma = self._schedule(options, scheduler)
+        canvas_MLC = noise_MLC.detach() * sigma
+        if given is not None:
+            floats("given", given, shape)
+            check_latents("given", given[None], torch.Size((1, *shape)), kept)
+            canvas_MLC[kept] = given.detach()[kept].to(canvas_MLC)
+        drawn, prompt = sorted(drawn, key=places.index), prompt.clone()
         with self._lock:
             self._waiting = [job for job in self._waiting if not job.future.cancelled()]
             heapq.heapify(self._waiting)
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests wait already")
-            job = Job(order, next(self._arrivals), noise_MLC, schedule, sigma, Future(), prompt)
+            arrival = next(self._arrivals)
+            job = Job(rank, arrival, canvas_MLC, places, drawn, schedule, Future(), prompt, on_step, on_block)
             heapq.heappush(self._waiting, job)
         return job.future
 
-    def _schedule(self, options: SamplingOptions) -> tuple[ScheduleRows, float]:
+    def _schedule(self, options: SamplingOptions, scheduler: Any) -> tuple[ScheduleRows, float]:
         """What a slot is given, and the standard deviation of its noise."""
-        table = self._table(options.steps)
+        table = self._table(options.steps, scheduler)
+        if table.clip != self.clip:
+            raise ValueError(f"scheduler: one that clips at {table.clip} has no place beside one at {self.clip}")
         if table.num_steps > self.max_steps:
             raise ValueError(f"num_inference_steps={table.num_steps} must be at most max_steps={self.max_steps}")
         rows = ScheduleRows.of(self.config, table.timesteps, table.coefficients, self.max_steps, options)
@@ -202,8 +275,11 @@ class InFlightBatcher:
 
     # The loop
 
-    def step(self) -> int:
+    def step(self, *, unchanged: bool = False) -> int:
         """One denoising step of every image that has a slot, after those that are done have left and others joined.
+
+        Args:
+            unchanged: nobody has touched the model since the last step: it is looked at where an image is admitted.
 
         Returns:
             How many images took it; 0 where there is nothing to do.
@@ -213,7 +289,7 @@ class InFlightBatcher:
             RuntimeError: the model's configuration, dtype or device changed, which this batcher was made for.
         """
         with self._alone, computing(self.device):
-            self._touched = True
+            self._touched = not unchanged
             return self._step()
 
     def run_until_idle(self) -> None:
@@ -237,7 +313,7 @@ class InFlightBatcher:
     def _advance(self, joined: list[Job]) -> int:
         if joined or (self._touched and self._running):
             self._follow()
-        between = [job for job in self._running if job.step == job.schedule.num_steps]
+        between = [job for job in self._running if job.is_between]
         if between:
             self._launch("next_block", between)
             for job in between:
@@ -247,17 +323,17 @@ class InFlightBatcher:
                 self._place(job)
             self._launch("first_block", joined)
             self._running += joined
-        if self._running:
-            self._launch("denoise", self._running)
-            for job in self._running:
+        if drawing := [job for job in self._running if not job.is_between]:
+            self._launch("denoise", drawing)
+            for job in drawing:
                 job.step += 1
+                job.tell(self.slots.latents_RLC)
         return len(self._running)
 
     def _leave(self) -> None:
-        """Images that are done, and requests that were cancelled, give up their slots."""
-        last = self.config.num_blocks - 1
-        self._running = [job for job in self._running if not job.future.cancelled()]
-        for job in [job for job in self._running if job.block == last and job.step == job.schedule.num_steps]:
+        """Images that are done, and requests that were cancelled or failed, give up their slots."""
+        self._running = [job for job in self._running if not job.future.done()]
+        for job in [job for job in self._running if job.is_done]:
             self.slots.finish_block(torch.tensor([job.row], device=self.slots.block_R.device))
             sound, steps = int(self.slots.sound_R[job.row]), job.schedule.num_steps
             image = self.slots.canvas_RMLC[job.row].clone()
@@ -265,8 +341,8 @@ class InFlightBatcher:
             if not job.future.set_running_or_notify_cancel():
                 continue
             self._touched = True  # by whoever waits for it
-            if sound < steps * self.config.num_blocks:
-                where = f"from block {block_order(self.config)[sound // steps]}, step {sound % steps} on"
+            if sound < steps * len(job.drawn):
+                where = f"from block {job.drawn[sound // steps]}, step {sound % steps} on"
                 job.future.set_exception(NonFiniteError(f"the image is not finite {where}"))
             else:
                 job.future.set_result(image)
@@ -292,12 +368,11 @@ class InFlightBatcher:
                     joined.append(job)
 
     def _place(self, job: Job) -> None:
-        """Put a request's noise and schedule into its slot."""
+        """Put a request's canvas, order and schedule into its slot."""
         self.slots.assign(job.schedule, self.passes.model, job.row)
         self.slots.condition_on(job.prompt, self.passes.model, job.row)
-        canvas = self.slots.canvas_RMLC[job.row]
-        canvas.copy_(job.noise_MLC, non_blocking=True)
-        canvas *= job.init_noise_sigma
+        self.slots.canvas_RMLC[job.row].copy_(job.canvas_MLC, non_blocking=True)
+        self.slots.order_RM[job.row] = torch.tensor(job.order)
 
     # Launches
 

@@ -169,7 +169,12 @@ def converted(scheduler: Any, name: str) -> Any:
             options |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
         elif "shift" in known:
             options["shift"] = shift
-    return cls.from_config(config, **options)
+    try:
+        return cls.from_config(config, **options)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{cls.__name__} cannot take over the options of {type(scheduler).__name__}: {error}"
+        ) from error
 
 
 def initial_deviation(scheduler: Any) -> float:

@@ -199,7 +199,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             raise ValueError("image and blocks go together: what to keep, and which of its blocks to draw anew")
         if blocks is not None:
             check_blocks(blocks, config)
-        given = None if image is None else self._blocks_of(image, count, config)
+        given = None if image is None else self.blocks_of(image, count, config)
         order = order_around(blocks or (), config)
         noise = noise_of(latents, generators, config)
         drawn = [place for place in order if blocks is None or place in blocks]
@@ -298,7 +298,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
 
             def on_block(block: int, latents_BLC: Tensor) -> None:
                 if image is not None and not done:
-                    kept = self._blocks_of(image, len(latents_BLC), config).to(latents_BLC)
+                    kept = self.blocks_of(image, len(latents_BLC), config).to(latents_BLC)
                     done.update((place, kept[:, place]) for place in range(config.num_blocks) if place not in drawn)
                 done[block] = latents_BLC
                 if len(done) < config.num_blocks:
@@ -341,7 +341,7 @@ class MADFormerPipeline(PersistentPipeline, CallbackPipeline, OffloadingPipeline
             grid.append(blocks if pixels is None else pixels // side)
         return grid[0], grid[1]
 
-    def _blocks_of(self, image: Image.Image | Tensor, count: int, config: MADFormerConfig) -> Tensor:
+    def blocks_of(self, image: Image.Image | Tensor, count: int, config: MADFormerConfig) -> Tensor:
         """Latents ``(B, M, L, C)`` of a picture, the mean of what the autoencoder takes them for, or as given."""
         if isinstance(image, Image.Image):
             if self.vae is None:

@@ -16,9 +16,11 @@ from madformer.conditioning.prompt import Prompt
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
+from madformer.engine.progress import FinishedBlock
 from madformer.engine.running import NonFiniteError
 from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
+from madformer.model.blocks import order_around
 from tests.helpers.engine_cases import CASES, FLAT, draw_noise, draw_prompt, make_model, one_of
 from tests.helpers.recording import RecordingLauncher
 from tests.helpers.testing import relative_error
@@ -318,3 +320,101 @@ def test_a_request_is_what_it_was_when_it_was_made() -> None:
         ids.zero_()
     batcher.run_until_idle()
     assert torch.equal(future.result(), expected.result())
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "launcher"),
+    [("both", [1, 2], "eager"), ("any order", [0, 3], "captured"), ("spiral", [4], "eager")],
+)
+def test_blocks_of_a_given_image_are_drawn_anew(name: str, blocks: list[int], launcher: str) -> None:
+    """As a plan draws them, with the others as they were given; beside an image that is drawn whole."""
+    config = CASES[name]
+    model, noise, prompts = make_model(config), draw_noise(config), draw_prompt(config)
+    given, order = draw_noise(config, seed=9)[0], order_around(blocks, config)
+    batcher = make_batcher(model, 2, LAUNCHERS[launcher](), max_steps=3)
+    whole = batcher.submit(noise[0], SamplingOptions(3), one_of(prompts, 0))
+    changed = batcher.submit(
+        noise[1], SamplingOptions(2), one_of(prompts, 1), given=given, blocks=blocks, order=order
+    )  # fmt: skip
+    again = batcher.submit(noise[0], SamplingOptions(3), one_of(prompts, 0))  # in the slot of one or the other
+    batcher.run_until_idle()
+    scheduler = DPMSolverMultistepScheduler()
+    sampler = Sampler(model, scheduler, pack_weights=False)
+    alone = [Prompt(*(None if ids is None else ids[i : i + 1] for ids in vars(prompts).values())) for i in range(2)]
+    expected = sampler.plan(1, SamplingOptions(2)).run(
+        noise[1:], alone[1], given=given[None], blocks=blocks, order=order
+    )[0]
+    assert relative_error(changed.result(timeout=0), expected) < TOLERANCE
+    kept = [place for place in range(config.num_blocks) if place not in blocks]
+    assert torch.equal(changed.result()[kept], given[kept])
+    first = sampler.plan(1, SamplingOptions(3)).run(noise[:1], alone[0])[0]
+    for future in (whole, again):
+        assert relative_error(future.result(timeout=0), first) < TOLERANCE
+
+
+def test_who_is_called_while_an_image_is_drawn() -> None:
+    """After every step, and with every block as a plan reports it; what a callback raises ends its own image alone."""
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=3)
+    batcher = make_batcher(model, 3)
+    steps: list[tuple[int, int]] = []
+    blocks: dict[int, Tensor] = {}
+
+    def on_block(finished: FinishedBlock) -> None:
+        blocks[finished.place] = finished.latents_BLC
+
+    def fail(place: int, step: int) -> None:
+        if place == 1:
+            raise Failure
+
+    told = batcher.submit(noise[0], SamplingOptions(2), on_step=lambda *at: steps.append(at), on_block=on_block)
+    failed = batcher.submit(noise[1], SamplingOptions(3), on_step=fail)
+    other = batcher.submit(noise[2], SamplingOptions(3))
+    batcher.run_until_idle()
+    assert steps == [(place, step) for place in range(FLAT.num_blocks) for step in (1, 2)]
+    reported: dict[int, Tensor] = {}
+    plan = Sampler(model, batcher.sampler.scheduler, pack_weights=False).plan(1, SamplingOptions(2))
+    plan.run(noise[:1], on_block=lambda place, latents_BLC: reported.update({place: latents_BLC[0]}))
+    assert blocks.keys() == reported.keys() == set(range(FLAT.num_blocks))
+    for place, latents_LC in blocks.items():
+        assert relative_error(latents_LC, reported[place]) < TOLERANCE
+        assert torch.equal(latents_LC, told.result()[place])
+    with pytest.raises(Failure):
+        failed.result(timeout=0)
+    assert relative_error(other.result(timeout=0), drawn_alone(model, noise[2], 3)) < TOLERANCE
+
+
+def test_a_request_may_have_a_scheduler_of_its_own() -> None:
+    model, noise = make_model(FLAT), draw_noise(FLAT)
+    batcher = make_batcher(model, 2)
+    ddim = DDIMScheduler(prediction_type=FLAT.prediction_type, clip_sample=False)
+    futures = [
+        batcher.submit(noise[0], SamplingOptions(3), scheduler=ddim),
+        batcher.submit(noise[1], SamplingOptions(3)),
+    ]
+    batcher.run_until_idle()
+    expected = Sampler(model, ddim, pack_weights=False).plan(1, SamplingOptions(3)).run(noise[:1])[0]
+    assert relative_error(futures[0].result(timeout=0), expected) < TOLERANCE
+    assert relative_error(futures[1].result(timeout=0), drawn_alone(model, noise[1], 3)) < TOLERANCE
+    with pytest.raises(ValueError, match=r"one that clips at 1\.0 has no place beside one at None"):
+        batcher.submit(noise[0], SamplingOptions(3), scheduler=DDIMScheduler(clip_sample=True))
+    with pytest.raises(ValueError, match="this UniPC"):
+        batcher.submit(noise[0], SamplingOptions(3), scheduler=UniPCMultistepScheduler())
+
+
+def test_what_cannot_be_changed() -> None:
+    model, noise = make_model(FLAT), draw_noise(FLAT)
+    batcher = make_batcher(model, 1, max_steps=2)
+    with pytest.raises(ValueError, match=r"blocks=\[1\]: what the others hold must be given"):
+        batcher.submit(noise[0], SamplingOptions(1), blocks=[1])
+    with pytest.raises(ValueError, match=r"blocks=.4. must be some of 0 to 3"):
+        batcher.submit(noise[0], SamplingOptions(1), given=noise[1], blocks=[4])
+    with pytest.raises(ValueError, match=r"given must have the shape \(4, 16, 4\)"):
+        batcher.submit(noise[0], SamplingOptions(1), given=noise, blocks=[1])
+    with pytest.raises(ValueError, match=r"order=.* is none for this model"):
+        batcher.submit(noise[0], SamplingOptions(1), order=[3, 2, 1, 0])
+    with pytest.raises(ValueError, match="on_step must be callable"):
+        batcher.submit(noise[0], SamplingOptions(1), on_step=1)  # type: ignore[arg-type]
+    noise[1, 2, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="given is not finite: image 0, block 2"):
+        batcher.submit(noise[0], SamplingOptions(1), given=noise[1], blocks=[1])
+    assert batcher.num_waiting == 0

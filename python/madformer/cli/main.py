@@ -24,6 +24,7 @@ from madformer.cli.process import exit_status, output_is_closed, settle_streams,
 from madformer.cli.report import Report
 from madformer.cli.request import OPTIONS, Request, refuse, refusing
 from madformer.cli.sample import Sample
+from madformer.cli.serve import Serve
 from madformer.cli.sweep import SweepRequest
 from madformer.cli.train import Train
 from madformer.files.atomic import file_locks
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[type[Request], str]] = {
     "evaluate": (Evaluate, "say how good images are, a folder's or a model's"),
     "sweep": (SweepRequest, "train, sample and judge a grid of models and settings"),
     "report": (Report, "make one page of a sweep: figures, samples and its table"),
+    "serve": (Serve, "serve a model over HTTP: a page, and OpenAI's images API"),
     "train": (Train, "train a model"),
     "data emoji": (Emoji, "render Noto Color Emoji"),
     "data latents": (Latents, "encode images once, so that training needs no VAE"),

@@ -1,0 +1,90 @@
+"""``madformer serve``: a model as a service, on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction, arg
+
+from madformer.cli.loading import load, prepare
+from madformer.cli.request import Precision, Request, resolved
+from madformer.cli.sample_options import DrawingOptions, check_drawing
+from madformer.engine.options import SamplingOptions
+from madformer.engine.schedulers import SHORT_NAMES
+from madformer.serving.settings import ServerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ServerSettings, SamplingOptions, Request):
+    """Serve a model over HTTP: a page, OpenAI's images API, and one of its own (docs/serving.md). Requests share the
+    model's steps, and their pictures appear block by block. SIGTERM and Ctrl-C end it after what it is drawing.
+
+    examples:
+      madformer serve --model assets/emoji64 --guidance 3
+      madformer serve --model MODEL --slots 32 --port 8000
+      madformer serve --model MODEL --host 0.0.0.0 --api-key-file keys.txt
+      curl -H 'Content-Type: application/json' -d '{"prompt": "red apple"}' -H 'Accept: image/png' \\
+        http://127.0.0.1:8000/api/v1/images > apple.png
+    """
+
+    model: str = field()  # folder (or hub id) that save_pretrained or convert wrote
+    host: str = "127.0.0.1"  # address to listen at; one that others reach needs an API key
+    port: int = 8000  # port to listen at; 0 for any that is free
+    # file with API keys, one a line; else the environment's MADFORMER_API_KEYS, with commas between them
+    api_key_file: Path | None = None
+    name: str | None = None  # of the model in answers; unless given, its folder's
+    # origin of another page that may use the server from a browser, as https://example.org; may be repeated
+    cors_origins: Annotated[UseAppendAction[tuple[str, ...]], arg(name="cors-origin", metavar="URL")] = ()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the log, one JSON object a line
+
+    height: int | None = None  # pixels of the images; unless given, as trained: others are extrapolated
+    width: int | None = None  # pixels of the images, likewise
+    scheduler: Annotated[
+        str | None, arg(help=f"noise scheduler in place of the model's own: {', '.join(SHORT_NAMES)}")
+    ] = None
+    lora: str | None = None  # adapters to merge into the model, a folder or hub id
+    lora_strength: float | None = None  # share of what the adapters change, from 0 (nothing) to 1 (all, unless given)
+    vae: str | None = None  # autoencoder in place of the model's own, a folder or hub id
+    vae_tile: int | None = None  # decode larger pictures in tiles of so many pixels, for less memory; 1024, or 0: never
+    tokenizer: str | None = None  # in place of the model's own: bytes, a folder or a hub id
+    precision: Precision = "auto"  # exact is fp32, default bf16, fp8 for GPUs that have it; auto takes what is faster
+    device: str = "auto"  # where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1 ...
+    backend: Literal["auto", "triton", "reference"] = "auto"  # implementation of the kernels; auto takes the best here
+
+    def __post_init__(self) -> None:
+        """Nothing is refused before all options are known: :meth:`run` does, by their names."""
+
+    def run(self) -> None:
+        request = resolved(self.drawing)
+        check_drawing(request)
+        settings = ServerSettings(**self._part(ServerSettings))
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port {self.port} must be from 0 to 65535")
+        try:
+            from madformer.serving import access, app, running, telemetry
+        except ModuleNotFoundError as error:
+            raise ImportError(f"serving needs {error.name}: pip install 'madformer[serve]'") from error
+        keys = access.Keys.load(self.api_key_file)
+        access.check_bind(self.host, keys)
+        telemetry.log_as_json(self.log_level)
+        pipeline, _ = load(request)
+        prepare(pipeline, request)
+        name = self.name or Path(self.model).resolve().name
+        local = self.host in access.LOOPBACK or self.host.startswith("127.")
+        running.run(
+            app.create_app(pipeline, settings, defaults=self.drawing.sampling, keys=keys, name=name, local=local),
+            self.host,
+            self.port,
+        )
+
+    @property
+    def drawing(self) -> DrawingOptions:
+        """How the model is loaded and what it draws unless told otherwise."""
+        return DrawingOptions(**self._part(DrawingOptions))
+
+    def _part(self, kind: type) -> dict[str, Any]:
+        own = {one.name for one in fields(self)}
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(kind) if one.name in own}
