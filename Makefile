@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | checks | lint | format | kernel-check | cuda-check | oldest-check | sanitize | arm-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | test | test-slow | browser-check | checks | lint | format | kernel-check | cuda-check | oldest-check | sanitize | arm-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks docs examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow checks lint format kernel-check cuda-check oldest-check sanitize arm-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
+.PHONY: install demo test test-slow browser-check checks lint format kernel-check cuda-check oldest-check sanitize arm-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
 
 install: $(STAMP)
 
@@ -36,6 +36,14 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# The page of `madformer serve` in Debian's Chromium (or CHROMIUM=PATH), and axe-core's rules, which npm fetches where it is.
+BROWSER := build/browser
+browser-check: install
+	$(PIP_INSTALL) playwright
+	@test -f $(BROWSER)/node_modules/axe-core/axe.min.js || { mkdir -p $(BROWSER) && { command -v npm >/dev/null \
+		&& npm install --silent --no-save --prefix $(BROWSER) axe-core@4 || echo 'browser-check: no npm here: axe-core does NOT look at it'; }; }
+	$(BIN)/pytest -m browser -rs tests/serving/test_page.py
 
 # pytest-benchmark's table of what sampling is made of.
 bench: install

@@ -63,7 +63,7 @@ async function follow(start, request, drawn, stop, onId = () => {}) {
     if (data.id) onId(data.id);
     if (type === "queued") {
       const wait = data.estimated_seconds ? `, about ${Math.ceil(data.estimated_seconds)} s` : "";
-      say(data.position > 0 ? `Place ${data.position} in the queue${wait}` : "Waiting for a slot");
+      say(data.position > 0 ? `${data.position} in the queue before it${wait}` : "Waiting for a slot");
     } else if (type === "started") {
       if (!started) say("Drawing");
       started = true;
