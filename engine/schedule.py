@@ -36,6 +36,8 @@ _ORIGINALS = {
         DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler,
     )
 }  # fmt: skip
+TABULATED = frozenset(cls.__name__ for cls in _ORIGINALS)
+"""The classes of diffusers that can be tabulated, most of their options with them."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import threading
 import time
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from fastapi import FastAPI
+from PIL import Image
 
 from madformer import ByteTokenizer, MADFormerConfig, MADFormerPipeline
 from madformer.config import TextConfig
@@ -125,11 +128,26 @@ def serving(pipeline: MADFormerPipeline, settings: ServerSettings | None = None,
         assert not thread.is_alive()
 
 
+ROUNDING = 1
+"""Of 255: products of other batch sizes round otherwise."""
+
+
 def pixels(data: bytes) -> torch.Tensor:
     """``(H, W, 3)`` of a file."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).int()
+
+
+def file_of(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def drawn(pipeline: MADFormerPipeline, **options: Any) -> list[torch.Tensor]:
+    """What the pipeline draws, unless told otherwise with what a server has for defaults."""
+    images = pipeline(**{**DEFAULTS.keywords(), **options}).images
+    return [pixels(file_of(image)) for image in images]
+
+
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and int((first - second).abs().max()) <= ROUNDING

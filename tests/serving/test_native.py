@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from madformer import MADFormerPipeline
 from madformer.serving.native import accepted_type
-from tests.helpers.serving_cases import (
-    DEFAULTS,
-    Running,
-    events_of,
-    make_pipeline,
-    next_event,
-    pixels,
-    serving,
-    wait_for,
-)
-
-ROUNDING = 1
-"""Of 255: products of other batch sizes round otherwise."""
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> MADFormerPipeline:
-    return make_pipeline()
-
-
-@pytest.fixture(scope="module")
-def server(pipeline: MADFormerPipeline) -> Iterator[Running]:
-    with serving(pipeline) as running:
-        yield running
-
-
-def drawn(pipeline: MADFormerPipeline, **options: Any) -> list[torch.Tensor]:
-    options = {**DEFAULTS.keywords(), **options}
-    images = pipeline(**options).images
-    return [pixels(file_of(image)) for image in images]
-
-
-def file_of(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.shape == second.shape and int((first - second).abs().max()) <= ROUNDING
+from tests.helpers.serving_cases import DEFAULTS, Running, drawn, events_of, file_of, next_event, pixels, same, wait_for
 
 
 def test_images_are_those_of_the_pipeline(server: Running, pipeline: MADFormerPipeline) -> None:

@@ -23,8 +23,8 @@ from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
 from madformer.engine.options import SamplingOptions
-from madformer.engine.schedule import tabulate
-from madformer.engine.schedulers import SHORT_NAMES, check_scheduler, converted
+from madformer.engine.schedule import TABULATED, tabulate
+from madformer.engine.schedulers import FLOW_SCHEDULERS, SHORT_NAMES, check_scheduler, converted
 from madformer.model.blocks import block_order, check_blocks, order_around
 from madformer.pipeline_callbacks import effective
 from madformer.pipeline_inputs import noise_of
@@ -128,7 +128,7 @@ class Reader:
         self.pipeline, self.settings, self.defaults = pipeline, settings, defaults
         self.config: MADFormerConfig = pipeline.transformer.config
         self.clip = _clip(pipeline.scheduler)
-        self.schedulers = [name for name in SHORT_NAMES if self._fits(name)]
+        self.schedulers = [name for name, cls in SHORT_NAMES.items() if self._fits(name, cls)]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -219,10 +219,12 @@ class Reader:
             most = self.settings.max_steps
             _refuse("steps", f"this scheduler takes {table.num_steps} steps for steps={steps}, and may take {most}")
 
-    def _fits(self, name: str) -> bool:
+    def _fits(self, name: str, cls: str) -> bool:
+        if cls not in TABULATED or (cls in FLOW_SCHEDULERS and self.config.prediction_type != "flow"):
+            return False
         try:
             self._check_steps(self._scheduler(name), 2)
-        except (ServingError, ValueError, AttributeError):
+        except (ServingError, ValueError):
             return False
         return True
 
