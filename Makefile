@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | browser-check | checks | lint | format | kernel-check | cuda-check | oldest-check | sanitize | arm-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
+# make install | demo | demo-serve | test | test-slow | browser-check | checks | lint | format | kernel-check | cuda-check | oldest-check | sanitize | arm-check | matrix | gpu-bundle | gpu-check | bench | docs | dist | dist-check.   PYTHON=python3.12 make install  chooses another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ FOLDERS := python kernels engine benchmarks docs examples tests setup.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 DEMO := sample --model assets/emoji64 --prompts assets/emoji64/prompts.txt --guidance 3 --num-images 64 --grid samples/grid.png
 
-.PHONY: install demo test test-slow browser-check checks lint format kernel-check cuda-check oldest-check sanitize arm-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
+.PHONY: install demo demo-serve test test-slow browser-check checks lint format kernel-check cuda-check oldest-check sanitize arm-check matrix gpu-bundle gpu-check bench docs dist dist-check package-tree
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ $(STAMP): constraints.txt pyproject.toml setup.py CMakeLists.txt $(CXX_SOURCES)
 
 demo: install
 	$(BIN)/madformer $(DEMO)
+
+# The page's address is printed when it draws; Ctrl-C ends it. DEMO_SERVE='--port 8080' changes how.
+demo-serve: install
+	$(BIN)/madformer serve --model assets/emoji64 --guidance 3 --log-level warning $(DEMO_SERVE)
 
 # One thread a process: two of them on two cores take little more than half the time of one with two threads. Bytecode is
 # kept, whatever the environment says: some fifty processes are started, which need not compile the package each.
