@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY_IMPL(madformer, CPU, library) {
   library.impl("residual_norm_backward_cpp", TORCH_BOX(&madformer::residual_norm_backward_cpu));
   library.impl("group_norm_silu_cpp", TORCH_BOX(&madformer::group_norm_silu_cpu));
   library.impl("group_norm_silu_backward_cpp", TORCH_BOX(&madformer::group_norm_silu_backward_cpu));
+  library.impl("cached_attention_cpp", TORCH_BOX(&madformer::cached_attention_cpu));
+  library.impl("self_attention_cpp", TORCH_BOX(&madformer::self_attention_cpu));
 }
 
 #ifdef MADFORMER_WITH_CUDA

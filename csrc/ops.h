@@ -74,4 +74,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
     const Tensor& grad, const Tensor& x, OptionalTensor temb, const Tensor& weight, const Tensor& bias,
     const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu);
 
+// (B, L, H, D), as kernels/cached_attention has it.
+Tensor cached_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                            const Tensor& lengths, OptionalTensor k, OptionalTensor v, OptionalTensor rows,
+                            double scale);
+
+// As kernels/self_attention.py.
+Tensor self_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads);
+
 }  // namespace madformer

@@ -10,6 +10,7 @@
 #include <hwy/highway.h>
 #endif
 
+#include "attention_vectors.h"
 #include "group_norm_silu_vectors.h"
 #include "residual_norm_vectors.h"
 #include "swiglu_vectors.h"
@@ -47,7 +48,10 @@ VectorKernels kernels(const char* target) {
           .channel_moments = channel_moments,
           .normalise = normalise,
           .normalise_sums = normalise_sums,
-          .normalise_backward = normalise_backward};
+          .normalise_backward = normalise_backward,
+          .attention_keys = kTileKeys,
+          .attention_queries = attention_queries,
+          .attention = attention};
 }
 
 }  // namespace HWY_NAMESPACE

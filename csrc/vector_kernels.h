@@ -17,6 +17,7 @@ struct ResidualNormBackward;
 struct GroupNorm;
 struct GroupNormBackward;
 struct GroupNormChannels;
+struct Attention;
 struct TokenSums;
 
 struct VectorKernels {
@@ -39,6 +40,10 @@ struct VectorKernels {
                          const GroupNormChannels& channels, float* sums, float* along);
   void (*normalise_backward)(const GroupNormBackward& op, int64_t map, int64_t begin, int64_t end,
                              const GroupNormChannels& channels, float* sums);
+
+  int64_t attention_keys;                             // of a tile
+  int64_t (*attention_queries)(int64_t num_queries);  // of a tile, of so many
+  void (*attention)(const Attention& op, int64_t begin, int64_t end, float* scratch);
 };
 
 // Those of the newest instructions that this processor has.

@@ -57,6 +57,10 @@ constexpr int64_t kLanes = HWY_LANES(float);
 HWY_INLINE Vec all(float value) { return hn::Set(kTag, value); }
 HWY_INLINE Vec fma(Vec a, Vec b, Vec c) { return hn::MulAdd(a, b, c); }
 HWY_INLINE float sum(Vec x) { return hn::GetLane(hn::SumOfLanes(kTag, x)); }
+// Of numbers: which of two is given where one is NaN hangs on the processor.
+HWY_INLINE Vec max(Vec a, Vec b) { return hn::Max(a, b); }
+// `y`, or `x` where that is NaN.
+HWY_INLINE Vec keep_nan(Vec x, Vec y) { return hn::IfThenElse(hn::IsNaN(x), x, y); }
 
 // Within one rounding of float but at its ends: zero up to -87.7, infinite from 88.4 on, and undefined for
 // NaN. It takes half the instructions of Highway's, which SiLU is made of: 2^n e^r, r at most half of ln 2,
@@ -132,6 +136,8 @@ constexpr int64_t kLanes = 1;
 HWY_INLINE Vec all(float value) { return value; }
 HWY_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 HWY_INLINE float sum(Vec x) { return x; }
+HWY_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+HWY_INLINE Vec keep_nan(Vec x, Vec y) { return x != x ? x : y; }
 HWY_INLINE Vec exp(Vec x) { return std::exp(x); }
 template <typename T>
 HWY_INLINE Vec load(const T* p) {

@@ -16,7 +16,7 @@ from torch import Tensor
 from madformer.config import MADFormerConfig
 from madformer.engine.rows import take
 from madformer.kernels import cached_attention, dispatch
-from madformer.kernels.cached_attention import OP
+from madformer.kernels.cached_attention import OP, SHORT
 from madformer.model.layer import Projections
 
 
@@ -44,7 +44,9 @@ class ConditioningCache:
         self.lengths_R = torch.zeros(rows, dtype=torch.int32, device=device)
         self.backend = backend
         # On a CPU the lengths can be read for nothing, and PyTorch's attention over slices needs no mask.
-        self.on_host = device.type == "cpu" and dispatch.resolve(OP, backend, device, dtype) == "reference"
+        prefers_slices = backend == dispatch.AUTO and config.block_size > SHORT
+        resolved = dispatch.resolve(OP, backend, device, dtype)
+        self.on_host = device.type == "cpu" and (resolved == "reference" or prefers_slices)
 
     @property
     def nbytes(self) -> int:

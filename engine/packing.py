@@ -3,8 +3,9 @@
 PyTorch's eager convolutions and linear layers hand oneDNN and MKL plain weights, which are reordered in every call. At
 the sizes of a denoising step (2 images, 8 x 8 to 16 x 16 positions) that costs as much as the arithmetic. On two cores,
 128 to 512 channels, against channels-last eager: convolutions 1.2 to 1.5 times as fast in fp32 and 1.2 to 2.5 in bf16,
-linear layers 1.05 to 1.4. Below that, in fp32 with AVX2, MKL on plain weights is faster: 192 channels and 16 to 64 rows
-take it 0.75 to 0.9 of the time, since a call of oneDNN costs 20 microseconds more.
+linear layers 1.05 to 1.4. In fp32 with AVX2 a linear layer is faster in MKL on plain weights where these are few, since
+a call of oneDNN costs 20 to 50 microseconds more: 96 to 384 channels take MKL 0.35 to 0.9 of the time at 32 rows and
+0.65 to 1.0 at 512, 512 x 512 weights 0.9 at 128 rows, but 768 x 2,304 weights 1.3 at 64 rows.
 
 A weight can be written to in ways of which PyTorch keeps no account (``.data``, NumPy), so packed weights are kept by
 what they were made of: a digest of the weight's bytes is looked at again in every tree of :func:`packed`.
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from madformer.engine.structure import process_is_plain, rebuilt
 from madformer.model import MADFormer
 
+LEAST_WEIGHTS = 1 << 20
+"""Of a linear layer that is packed in fp32 for a processor without AVX-512."""
+
 
 def can_pack(tensor: Tensor | MADFormer) -> bool:
     """Whether this machine runs packed weights of this dtype on this device: x86 processors, through oneDNN."""
@@ -42,6 +46,11 @@ def _can_pack(device_type: str, dtype: torch.dtype) -> bool:
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @dataclass
@@ -98,7 +107,8 @@ def packed(model: MADFormer, weights: PackedWeights | None = None) -> MADFormer:
 
     def stand_in(name: str, module: nn.Module) -> nn.Module | None:
         kind = _STAND_INS.get(type(module))
-        if kind is None or not kind.fits(module):
+        # the time's projections are tabulated, once a run
+        if kind is None or not kind.fits(module) or name.endswith(".time_emb_proj"):
             return None
         if not all(can_pack(tensor) for tensor in module._parameters.values() if tensor is not None):
             return None
@@ -141,6 +151,19 @@ class PackedConv2d(nn.Module):
         return same and self.geometry == self.geometry_of(conv)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
+        weight = self._packed_for(x_NCHW)
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x_NCHW, weight, self.bias, *self.geometry, "none", [], ""
+        )
+
+    def plus(self, x_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
+        """``other_NCHW + self(x_NCHW)``: a residual block's last addition, which is none of its own then."""
+        weight, add = self._packed_for(x_NCHW), ("add", None, None, (), None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x_NCHW, other_NCHW, weight, self.bias, *self.geometry, *add
+        )
+
+    def _packed_for(self, x_NCHW: Tensor) -> Tensor:
         # not where the batch does: in-flight batching changes it at every step, and the layout is the same
         ready, shape = self.ready, x_NCHW.shape[1:]
         if ready is None or ready[0] != shape:
@@ -149,7 +172,7 @@ class PackedConv2d(nn.Module):
                 packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(x_NCHW.shape))
             # in one assignment: several threads may be here
             ready = self.ready = shape, packed
-        return torch.ops.mkldnn._convolution_pointwise(x_NCHW, ready[1], self.bias, *self.geometry, "none", [], "")
+        return ready[1]
 
     def _pack(self, shape: torch.Size) -> Tensor:
         weight = self.weight.contiguous(memory_format=torch.channels_last)
@@ -167,7 +190,9 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def fits(linear: nn.Linear) -> bool:
-        return True
+        """Whether one is faster."""
+        weight = linear.weight
+        return weight.dtype != torch.float32 or weight.numel() >= LEAST_WEIGHTS or _has_avx512()
 
     def looks_again(self, linear: nn.Linear) -> bool:
         """As that of :class:`PackedConv2d`."""
@@ -180,7 +205,7 @@ class PackedLinear(nn.Module):
             rows = x.numel() // x.shape[-1]
             with self.weights.lock:
                 packed = self.packed = self.weights.get(self.name, self.weight, rows, lambda: self._pack(rows))
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed, self.bias, "none", [], "")
 
     def _pack(self, rows: int) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)

@@ -35,6 +35,7 @@ from madformer.kernels import BlockLayout, block_causal_attention
 from madformer.kernels.denoise_step import denoise_step_op
 from madformer.model.layer import Attention, Projections, Streams, TransformerLayer
 from madformer.model.madformer import MADFormer
+from madformer.model.plain import cast
 
 
 class Passes:
@@ -110,7 +111,7 @@ class Passes:
         finished_BLC = slots.finish_block(rows_B)
         if config.has_condition or clean_layers:
             temb_BE = slots.clean_embedding(rows_B)
-            tokens_BSC, _ = self.model.embed(finished_BLC[:, None].to(self.dtype), temb_BE)
+            tokens_BSC, _ = self.model.embed(cast(finished_BLC[:, None], self.dtype), temb_BE)
             shifted_NSC = self._for_branches(tokens_BSC)
         if clean_layers:
             self.run_layers("clean", shifted_NSC, rows_N, range(clean_layers), needs_output=False)
@@ -179,7 +180,7 @@ class Passes:
             refresh: as :meth:`denoise`.
         """
         config, model, rows_N = self.config, self.model, self._cache_rows(rows_B)
-        tokens_BSC, skips = model.embed(latents_BLC[:, None].to(self.dtype), down_BE)
+        tokens_BSC, skips = model.embed(cast(latents_BLC[:, None], self.dtype), down_BE)
         tokens_NSC = self._for_branches(tokens_BSC)
         if config.has_condition:
             tokens_NSC = take(self.cache.condition_RLC, rows_N) + tokens_NSC
@@ -225,12 +226,14 @@ class Passes:
         tables = {stream: self.rotation(stream, rows_N)}
         view = self.cache.view(rows_N, tokens_NSC.shape[1])
         streams: Streams = {stream: tokens_NSC}
+        # the same for all tokens
+        modulation_N1C = None if modulation_NC is None else modulation_NC[:, None]
         for index in layers:
             outputs = [stream] if needs_output or index < layers[-1] else []
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
             attention = self.attention(view, index, stream)
-            streams = layer(streams, self.model.rope, tables, attention, outputs, modulation_NC)
+            streams = layer(streams, self.model.rope, tables, attention, outputs, modulation_N1C)
         return streams.get(stream, tokens_NSC)
 
     def attention(self, view: CacheView, index: int, stream: str) -> Attention:

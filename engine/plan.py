@@ -169,7 +169,7 @@ class Plan(Following):
                         if place in drawn:
                             self._drawn.append(place)
                             stopped = self._denoise(place, generator, callback, progress)
-                            if check and self.cache.on_host:
+                            if check and device.type == "cpu" and not self.launcher.captures:
                                 self.check()
                         elif given is not None:
                             kept_BMLC = self.slots.canvas_RMLC if laid_out else given

@@ -94,7 +94,7 @@ class Slots:
         self.latents_RLC, self.previous_RLC = zeros(*block), zeros(*block)
         self.block_R, self.sound_R = (zeros(dtype=torch.int64) for _ in range(2))
         # all a step looks up, in one table: what the network is told of the time, guidance, coefficients of the update
-        self.widths = (*config.time_widths, 1, NUM_COEFFICIENTS)
+        self.widths = (*config.told_widths, 1, NUM_COEFFICIENTS)
         self.schedule_RTW = zeros(num_rows_of(max_steps), sum(self.widths))
         self.schedule_RTW[..., -NUM_COEFFICIENTS:] = torch.tensor(STAND_STILL, device=device)
         self.branches = 2 if guided else 1

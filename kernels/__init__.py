@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from madformer.kernels.group_norm_silu import group_norm_silu
     from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
     from madformer.kernels.rms_norm import rms_norm
+    from madformer.kernels.self_attention import self_attention
     from madformer.kernels.swiglu import swiglu
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_cached",
     "rms_norm",
+    "self_attention",
     "swiglu",
 ]
 

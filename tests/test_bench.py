@@ -61,11 +61,11 @@ def test_bare_passes_are_the_engines(name: str) -> None:
             return
         checked.append(block)
         bare.latents_B1LC = plan.slots.canvas_RMLC[:, block - 1 : block] if block else bare.latents_B1LC
-        bare.temb_BE = plan.slots.clean_embedding(None)
+        bare.down_BT = plan.slots.clean_embedding(None)
         if (condition := bare.ar(block)) is not None:
             assert relative_error(condition, plan.cache.condition_RLC) < 1e-5
         bare.latents_B1LC = plan.slots.latents_RLC[:, None]
-        (expected,) = plan.passes.predict(None, plan.slots.latents_RLC, bare.temb_BE, bare.temb_BE, torch.empty(2, 0))
+        (expected,) = plan.passes.predict(None, plan.slots.latents_RLC, bare.down_BT, bare.up_BT, torch.empty(2, 0))
         assert relative_error(bare.denoise(block)[:, 0], expected) < 1e-5
 
     plan.run(draw_noise(config), draw_prompt(config), callback=compare)
@@ -76,7 +76,7 @@ def test_bare_passes_are_the_engines(name: str) -> None:
 def test_work_is_the_closed_form(name: str) -> None:
     """Products with weights and attention of the Transformer by hand, the U-Net as counted on the running model."""
     config = CASES[name]
-    model, work = make_model(config), Work.of(make_model(config))
+    model, work = make_model(config).set_backend("reference"), Work.of(make_model(config))
     tokens, hidden, blocks = config.block_size, config.hidden_size, range(config.num_blocks)
     projections = 2 * tokens * (4 * hidden**2 + 3 * hidden * config.intermediate_size)
 
@@ -87,12 +87,12 @@ def test_work_is_the_closed_form(name: str) -> None:
     step = sum(config.diffusion_layers * (projections + attention(block, cross)) for block in blocks)
     assert work.step_flops - work.unet_flops == step
 
-    temb = torch.zeros(1, config.unet.time_embed_dim)
+    down, up, _ = (torch.zeros(1, width) for width in config.told_widths)
     latents = torch.zeros(1, 1, config.latents_per_block, config.latent_channels)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        tokens_BSC, skips = model.embed(latents, temb)
+        tokens_BSC, skips = model.embed(latents, down)
         embedding = counter.get_total_flops()
-        model.decode(tokens_BSC, temb, skips)
+        model.decode(tokens_BSC, up, skips)
     assert work.unet_flops == config.num_blocks * counter.get_total_flops()
 
     ar = 0

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from madformer.kernels import dispatch
-from madformer.kernels.cached_attention.op import MAX_HEAD_DIM, MAX_SPLITS, cached_attention_triton
+from madformer.kernels.cached_attention.op import (
+    MAX_HEAD_DIM,
+    MAX_SPLITS,
+    cached_attention_cpp,
+    cached_attention_triton,
+)
 from madformer.kernels.cached_attention.reference import cached_attention_ref
 from madformer.kernels.checks import check_device, check_floating, check_no_gradient, check_same, check_shape
 from madformer.kernels.plans import once_a_kind, plain_kind
@@ -24,11 +29,15 @@ from madformer.kernels.plans import once_a_kind, plain_kind
 __all__ = ["cached_attention", "cached_attention_ref"]
 
 OP = "cached_attention"
+SHORT = 64
+"""Queries of a sample up to which C++ is chosen where lengths are known on the host, which can call PyTorch's attention
+on a slice of the cache. With AVX2 both compute as fast, there and beyond; that of other processors is not known."""
 INDEX_DTYPES = (torch.int32, torch.int64)
 NAMES = ("q", "k_cache", "v_cache", "lengths", "k", "v", "rows")
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="cached_attention_cpp")
 
 
 def cached_attention(
@@ -50,7 +59,7 @@ def cached_attention(
     ``lengths_B`` and ``rows_B`` but the result, so a captured CUDA graph serves all lengths and rows.
 
     Args:
-        q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128; the reference takes any. Any strides, as for
+        q_BHLD: (B, H, L, D) float32, bfloat16 or float16, D at most 128 for Triton. Any strides, as for
             all of these, but the last dimension contiguous.
         k_cache_RHSD, v_cache_RHSD: (R, H, S, D) in the dtype of ``q_BHLD``, R being B without ``rows_B``. What lies
             behind a sample's length is never used, and may be uninitialised.
@@ -60,8 +69,8 @@ def cached_attention(
             may share one. A sample whose row is not in 0..R-1 has no cached keys. None: sample b reads row b.
         scale: of the scores, positive; None for ``1 / sqrt(D)``.
         num_splits: into how many shares the keys of a sample are cut, 1 to 32; None for a number that fits the GPU.
-            The reference does without.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+            C++ and the reference do without.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         (B, H, L, D), from the kernel as a view of (B, L, H, D), which an output projection takes without a copy. A
@@ -79,6 +88,8 @@ def cached_attention(
     scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         return cached_attention_ref(*tensors[:6], rows_B=rows_B, scale=scale)
+    if chosen == "cpp":
+        return cached_attention_cpp(*tensors, scale, kind=kind).transpose(1, 2)
     return cached_attention_triton(*tensors, scale, num_splits, kind=kind).transpose(1, 2)
 
 
@@ -92,7 +103,7 @@ def _choose(tensors: tuple[Any, ...], scale: float | None, num_splits: int | Non
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be in 1..{MAX_SPLITS}")
     chosen = dispatch.resolve(OP, backend, q_BHLD.device, q_BHLD.dtype)
-    too_wide = q_BHLD.shape[-1] > MAX_HEAD_DIM
+    too_wide = chosen == "triton" and q_BHLD.shape[-1] > MAX_HEAD_DIM
     if chosen == "reference" or (backend == dispatch.AUTO and too_wide):
         return "reference"
     check_floating("q", q_BHLD)

@@ -15,7 +15,7 @@ from torch import Tensor
 from madformer.kernels.cached_attention.kernels import combine_kernel, split_kernel
 from madformer.kernels.launch import Target, next_power_of_2, target
 from madformer.kernels.plans import Launch, fresh, planned
-from madformer.kernels.registration import register
+from madformer.kernels.registration import register, register_compiled
 
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 32
@@ -174,5 +174,11 @@ cached_attention_triton = register(
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, Tensor? rows, float scale,"
     " int? num_splits) -> Tensor",
     _forward,
+    _empty_output,
+)
+cached_attention_cpp = register_compiled(
+    "cached_attention_cpp",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? k, Tensor? v, Tensor? rows, float scale)"
+    " -> Tensor",
     _empty_output,
 )

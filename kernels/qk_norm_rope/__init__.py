@@ -189,7 +189,7 @@ def _has_queries(qkv_BLC: Tensor, num_heads: int, head_dim: int) -> bool:
 
 def _in_float32(parameters: Optionals) -> list[Tensor | None]:
     """Weights and tables as C++ takes them."""
-    return [None if x is None else x.float() for x in parameters]
+    return [x if x is None or x.dtype == torch.float32 else x.float() for x in parameters]
 
 
 def _op_arguments(

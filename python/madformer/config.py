@@ -175,9 +175,18 @@ class MADFormerConfig(Mapping[str, Any]):
 
     @property
     def time_widths(self) -> tuple[int, int, int]:
-        """Numbers that tell the time to the U-Net's halves and to AdaLN."""
+        """Numbers that the time is embedded in for the U-Net's halves and for AdaLN."""
         in_unet = self.unet.time_embed_dim if self.unet is not None and "unet" in self.time_conditioning else 0
         return in_unet, in_unet, self.hidden_size if self.modulated else 0
+
+    @property
+    def told_widths(self) -> tuple[int, int, int]:
+        """The same with what each half's residual blocks project of it, which sampling tabulates for every step."""
+        down, up, modulation = self.time_widths
+        if self.unet is None or not down:
+            return down, up, modulation
+        in_down, in_up = self.unet.time_channels
+        return down + in_down, up + in_up, modulation
 
     @property
     def can_be_guided(self) -> bool:

@@ -53,6 +53,12 @@ class UNetConfig:
         """Latents along one side of a token."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def time_channels(self) -> tuple[int, int]:
+        """Channels of all residual blocks of each half: to each of them a projection of the time is added."""
+        levels = list(zip(self.block_out_channels, self.layers_per_block, strict=True))
+        return sum(width * layers for width, layers in levels), sum(width * (layers + 1) for width, layers in levels)
+
 
 @dataclass(frozen=True)
 class TextConfig:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from madformer.kernels.adaln import adaln_ref
+from madformer.kernels.cached_attention import cached_attention_ref
 from madformer.kernels.denoise_step import denoise_step_ref
 from madformer.kernels.group_norm_silu import group_norm_silu_ref
 from madformer.kernels.qk_norm_rope import qk_norm_rope_ref
@@ -128,6 +129,23 @@ def rope_cases() -> Iterator[Case]:
         yield "qk_norm_rope", numbers, (qkv, weights, *tables, *grads, *outputs, exact.grad, exact_weights.grad)
 
 
+def attention_cases() -> Iterator[Case]:
+    # One key; a part of a vector of queries, all of one, and two tiles; keys of two places, and beyond a tile.
+    shapes = ((1, 3, 0, 1, (0, 0)), (3, 12, 5, 0, (2, 5)), (16, 64, 300, 0, (0, 300)), (37, 7, 150, 9, (140, 1)))
+    for dtype, (queries, size, capacity, own, lengths) in itertools.product(DTYPES[:3], shapes):
+        q, *cache = draw(2, 2, queries, size, dtype=dtype), *draw(2, 2, 2, capacity, size, dtype=dtype)
+        k, v = draw(2, 2, 2, own, size, dtype=dtype)
+        exact = [x.double() for x in (q, *cache)]
+        attended = cached_attention_ref(
+            *exact, torch.tensor(lengths), *([k.double(), v.double()] if own else []), scale=size**-0.5
+        )
+        for row, length in zip(range(2), lengths, strict=True):
+            for x in cache:
+                x[row, :, length:] = torch.nan
+        numbers = 2, 2, queries, size, capacity, own, *lengths
+        yield "attention", numbers, (q, *cache, k, v, attended.transpose(1, 2))
+
+
 def denoise_cases() -> Iterator[Case]:
     for dtype, size in itertools.product(DTYPES[:3], (1, 37)):
         sample, previous = draw(3, size), draw(3, size)
@@ -143,7 +161,7 @@ def denoise_cases() -> Iterator[Case]:
 
 def every_case() -> Iterator[Case]:
     torch.manual_seed(0)
-    for cases in (swiglu_cases, norm_cases, group_norm_cases, rope_cases, denoise_cases):
+    for cases in (swiglu_cases, norm_cases, group_norm_cases, rope_cases, attention_cases, denoise_cases):
         yield from cases()
 
 

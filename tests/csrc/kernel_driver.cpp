@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
 #include "denoise_step.h"
 #include "group_norm_silu.h"
 #include "half_types.h"
@@ -334,6 +335,42 @@ Results qk_norm_rope_of(const Case& c, int64_t num_threads) {
   return out;
 }
 
+Results run_attention(const Case& c, int64_t num_threads) {
+  const auto& n = c.numbers;  // batch, heads, queries, head dim, capacity, own keys, lengths
+  const auto& a = c.arrays;   // q, cached k and v, own k and v, the result
+  const int64_t batch = n[0], heads = n[1], queries = n[2], head_dim = n[3], capacity = n[4], own = n[5];
+  const auto of = [&](const Array& array, int64_t length) -> AttentionHeads {
+    return {array.data(), heads * length * head_dim, length * head_dim, head_dim};
+  };
+  Results out;
+  out.push_back({Result(batch * queries * heads * head_dim, a[0].kind()), &a[5], a[0].kind()});
+  const Attention op{.q = of(a[0], queries),
+                     .k_cache = of(a[1], capacity),
+                     .v_cache = of(a[2], capacity),
+                     .k = of(a[3], own),
+                     .v = of(a[4], own),
+                     .out = out[0].result.data(),
+                     .dtype = a[0].kind(),
+                     .num_heads = heads,
+                     .num_queries = queries,
+                     .head_dim = head_dim,
+                     .num_rows = batch,
+                     .capacity = capacity,
+                     .num_own = own,
+                     .lengths = {.data = n.data() + 6, .is_int64 = true},
+                     .rows = {},
+                     .scale = 1.0f / std::sqrt(static_cast<float>(head_dim))};
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t tile = kernels.attention_queries(queries);
+  const int64_t items = batch * heads * ((queries + tile - 1) / tile);
+  threads_of(num_threads)(items, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(attention_scratch(op, tile, kernels.attention_keys),
+                               std::numeric_limits<float>::quiet_NaN());
+    kernels.attention(op, begin, end, scratch.data());
+  });
+  return out;
+}
+
 template <typename T>
 Results denoise_step_of(const Case& c, int64_t num_threads) {
   const int64_t rows = c.numbers[0], columns = c.numbers[1];
@@ -366,6 +403,7 @@ Results run(const Case& c, int64_t num_threads) {
   if (c.name == "residual_norm") return run_residual_norm(c, num_threads);
   if (c.name == "group_norm_silu") return run_group_norm_silu(c, num_threads);
   if (c.name == "qk_norm_rope") return MADFORMER_BY_TYPE(qk_norm_rope_of, c.arrays[0]);
+  if (c.name == "attention") return run_attention(c, num_threads);
   if (c.name == "denoise_step") return MADFORMER_BY_TYPE(denoise_step_of, c.arrays[1]);
   std::fprintf(stderr, "no kernel is called %s\n", c.name.c_str());
   std::exit(2);

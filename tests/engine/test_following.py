@@ -11,10 +11,12 @@ import accelerate
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from madformer.config import tiny
+from madformer.engine import packing
 from madformer.engine.batching import InFlightBatcher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights, packed
@@ -29,6 +31,13 @@ from tests.helpers.recording import RecordingLauncher
 from tests.helpers.testing import relative_error
 
 STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def _packs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "LEAST_WEIGHTS", 0)
+
+
 Change = Callable[[MADFormer], object]
 
 
@@ -113,6 +122,19 @@ def _in_place_of_a_parameter(model: MADFormer) -> None:
     linear.__dict__["weight"] = weight.detach().as_subclass(Tripled)
 
 
+def _pixel_attention(model: MADFormer) -> Any:
+    return cast(Any, model.upsampler).up_blocks[0].attentions[0]
+
+
+def _residual_block(model: MADFormer) -> Any:
+    return cast(Any, model.upsampler).up_blocks[0].resnets[1]
+
+
+class Louder(AttnProcessor2_0):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 3 * super().__call__(*args, **kwargs)
+
+
 def _activation(model: MADFormer) -> None:
     cast(Any, model.upsampler).up_blocks[0].resnets[0].nonlinearity = nn.Tanh()
 
@@ -126,6 +148,19 @@ CHANGES: dict[str, Change] = {
     "bias": lambda model: tower(model).proj.bias.data.add_(0.5),
     "norm": lambda model: tower(model).input_norm.weight.data.mul_(3),
     "time embedding": lambda model: cast(Any, model.downsampler).time_embedding.linear_2.weight.data.mul_(3000),
+    "time projection": lambda model: _residual_block(model).time_emb_proj.weight.data.mul_(300),
+    "hook on a time projection": lambda model: _residual_block(model).time_emb_proj.register_forward_hook(
+        lambda module, args, output: 300 * output
+    ),
+    "hook on a residual block": lambda model: _residual_block(model).register_forward_pre_hook(
+        lambda module, args: (args[0], 300 * args[1])
+    ),
+    "activation of a time projection": lambda model: setattr(_residual_block(model), "nonlinearity", nn.ReLU()),
+    "pixel attention": lambda model: _pixel_attention(model).to_v.weight.data.mul_(30),
+    "hook in pixel attention": lambda model: _pixel_attention(model).group_norm.register_forward_hook(
+        lambda module, args, output: 30 * output
+    ),
+    "attention processor": lambda model: _pixel_attention(model).set_processor(Louder()),
     "class embedding": lambda model: model.conditioner.classes.weight.data.mul_(30),
     "buffer": lambda model: model.rope.cos.mul_(-1),
     "parameter": _new_parameter,
@@ -180,7 +215,15 @@ def test_between_two_runs(name: str, way: str) -> None:
 
 
 # seen by the same code as others are, whenever it looks
-ONCE = ("head norm", "in place of a parameter", "activation")
+ONCE = (
+    "head norm",
+    "in place of a parameter",
+    "activation",
+    "activation of a time projection",
+    "pixel attention",
+    "hook in pixel attention",
+    "attention processor",
+)
 
 
 LATER = [name for name in CHANGES if name not in ("cast and back", "bias", "norm", *ONCE)]

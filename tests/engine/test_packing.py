@@ -19,6 +19,11 @@ from tests.helpers.testing import assert_within_budget, perturb, relative_error
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def _packs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "LEAST_WEIGHTS", 0)
+
+
 def make_model(dtype: torch.dtype = torch.float32) -> MADFormer:
     torch.manual_seed(0)
     model = perturb(MADFormer(tiny())).to(dtype)
@@ -42,6 +47,11 @@ def test_convolution(stride: int, size: int, bias: bool, dtype: torch.dtype) -> 
         double = [None if t is None else t.double() for t in (conv.weight, conv.bias)]
         oracle = F.conv2d(x.double(), *double, stride=stride, padding=size // 2)
         assert_within_budget(layer(x), oracle, conv(x))
+        # the other addend is left as it is
+        other = torch.randn(oracle.shape).to(dtype).contiguous(memory_format=layout)
+        before = other.clone()
+        assert_within_budget(layer.plus(x, other), other.double() + oracle, other + conv(x))
+        assert torch.equal(other, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -45,8 +45,9 @@ class BareModel:
             batch, 1, config.latents_per_block, config.latent_channels, device=model.device, dtype=model.dtype
         )
         # of the U-Net's halves, and of AdaLN
-        widths = config.time_widths
-        self.temb_BE, _, vector_BC = (torch.randn(batch, width, device=model.device) for width in widths)
+        self.down_BT, self.up_BT, vector_BC = (
+            torch.randn(batch, width, device=model.device) for width in config.told_widths
+        )
         self.modulation_BC = vector_BC if config.modulated else None
         starts_M = config.text_length + config.block_size * torch.arange(config.num_blocks, device=model.device)
         self.positions_MB = starts_M[:, None].expand(-1, batch)
@@ -60,7 +61,7 @@ class BareModel:
         if not config.has_condition and not clean_layers:
             return None
         if block:
-            shifted = self.model.embed(self.latents_B1LC, self.temb_BE)[0]
+            shifted = self.model.embed(self.latents_B1LC, self.down_BT)[0]
         else:
             shifted = self.model.boi.expand(self.batch, -1, -1)
         if clean_layers:
@@ -69,16 +70,16 @@ class BareModel:
 
     def denoise(self, block: int) -> Tensor:
         """The prediction ``(B, 1, L, C)`` of one step of ``block``."""
-        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
+        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.down_BT)
         if self.config.has_condition:
             tokens_BSC = self.cache.condition_RLC + tokens_BSC
         tokens_BSC = self._layers("noise", tokens_BSC, block, range(self.config.ar_layers, self.config.num_layers))
-        return self.model.decode(tokens_BSC, self.temb_BE, skips, self.modulation_BC)
+        return self.model.decode(tokens_BSC, self.up_BT, skips, self.modulation_BC)
 
     def unet(self) -> Tensor:
         """The part of a step that is not the Transformer's; the same for every block."""
-        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.temb_BE)
-        return self.model.decode(tokens_BSC, self.temb_BE, skips, self.modulation_BC)
+        tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.down_BT)
+        return self.model.decode(tokens_BSC, self.up_BT, skips, self.modulation_BC)
 
     def _layers(
         self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
@@ -87,11 +88,12 @@ class BareModel:
         cos, sin = (table[block * size :][:size] for table in rope.tables())
         tables = {stream: (cos, sin)}
         streams: Streams = {stream: tokens_BSC}
+        modulation_B1C = None if self.modulation_BC is None else self.modulation_BC[:, None]
         for index in layers:
             outputs = [stream] if needs_output or index < layers[-1] else []
             layer = self.model.layers[index]
             assert isinstance(layer, TransformerLayer)
-            streams = layer(streams, rope, tables, self._attention(index, block), outputs, self.modulation_BC)
+            streams = layer(streams, rope, tables, self._attention(index, block), outputs, modulation_B1C)
         return streams.get(stream, tokens_BSC)
 
     def _attention(self, index: int, block: int) -> Attention:
@@ -157,10 +159,10 @@ class Work:
         """Operations are counted on the ``meta`` device by PyTorch's own formulas, bytes of the weights as they are."""
         layers = [layer for layer in model.layers if isinstance(layer, TransformerLayer)]
         towers = [layer.tower("noise") for layer in layers[model.config.ar_layers :]]
-        # time embeddings are tabulated: a step does not read their weights
-        unet = (*model.downsampler.named_children(), *model.upsampler.named_children())
-        modules = [*towers, *(child for name, child in unet if name != "time_embedding")]
-        tensors = chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+        modules = [*towers, model.downsampler, model.upsampler]
+        named = chain.from_iterable((*module.named_parameters(), *module.named_buffers()) for module in modules)
+        # what the time becomes is tabulated: a step does not read those weights
+        tensors = [tensor for name, tensor in named if not name.startswith("time_emb") and ".time_emb_" not in name]
         return cls(
             num_blocks=model.config.num_blocks,
             **_flops(model.config),

@@ -29,19 +29,21 @@ def from_blocks(blocks_BMLC: Tensor, config: MADFormerConfig) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def to_maps(blocks_BMLC: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+def to_maps(blocks: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
     """Every block as a small image of its own, ``(N, C, rows, columns)``, channels last in memory.
 
     Args:
-        shape: rows and columns; None for a square.
+        blocks: ``(B, M, L, C)``, or all latents or tokens of a sample one block after the other, ``(B, M * L, C)``.
+        shape: rows and columns; None for a square, of ``(B, M, L, C)`` alone.
     """
-    shape = shape or (math.isqrt(blocks_BMLC.shape[2]),) * 2
-    return blocks_BMLC.flatten(0, 1).unflatten(1, shape).permute(0, 3, 1, 2)
+    shape = shape or (math.isqrt(blocks.shape[2]),) * 2
+    return blocks.reshape(-1, *shape, blocks.shape[-1]).permute(0, 3, 1, 2)
 
 
 def from_maps(maps_NCHW: Tensor, num_blocks: int) -> Tensor:
     """Inverse of :func:`to_maps`: ``(B, M, L, C)``."""
-    return maps_NCHW.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, num_blocks))
+    channels, rows, columns = maps_NCHW.shape[1:]
+    return maps_NCHW.permute(0, 2, 3, 1).reshape(-1, num_blocks, rows * columns, channels)
 
 
 def in_order(blocks_BMLC: Tensor, config: MADFormerConfig, order_BM: Tensor | None = None) -> Tensor:

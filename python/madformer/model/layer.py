@@ -8,7 +8,7 @@ Shape legend: B batch, L tokens, C channels, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from madformer.kernels import (
     rms_norm,
     swiglu,
 )  # fmt: skip
-from madformer.model.plain import is_plain, projected
+from madformer.model.plain import cast, is_plain, projected
 from madformer.model.rope import RotaryEmbedding
 
 Streams = dict[str, Tensor]
@@ -236,9 +236,12 @@ class Tower(nn.Module):
             return self.with_mlp(x, normed)
         gate, shift, scale = modulation.attention_gate, modulation.mlp_shift, modulation.mlp_scale
         normed, x = modulated_sum(self.post_attention_norm, branch, x_BLC, gate, shift, scale)
+        gate, branch = modulation.mlp_gate, self.mlp(normed)
+        if gate.dim() == 3 and gate.shape[1] == 1:
+            return torch.addcmul(x, branch, gate)
         # a gate for each run of tokens
-        gate = modulation.mlp_gate.view(len(x), -1, 1, x.shape[2])
-        x, branch = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, self.mlp(normed)))
+        gate = gate.view(len(x), -1, 1, x.shape[2])
+        x, branch = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, branch))
         return torch.addcmul(x, branch, gate).flatten(1, 2)
 
     def with_mlp(self, x_BLC: Tensor, normed_BLC: Tensor) -> Tensor:
@@ -290,7 +293,7 @@ class TransformerLayer(nn.Module):
         modulations: dict[str, Modulation] = {}
         if self.modulated and "noise" in streams:
             assert modulation is not None
-            modulations["noise"] = towers["noise"].modulate(modulation.to(streams["noise"].dtype))
+            modulations["noise"] = towers["noise"].modulate(cast(modulation, streams["noise"].dtype))
         packed = [
             towers[name].query_key_value(x, modulations.get(name)) if name in outputs else towers[name].key_value(x)
             for name, x in streams.items()
@@ -309,7 +312,10 @@ class TransformerLayer(nn.Module):
         queried = [name for name in streams if name in outputs]
         if attended is None:
             return {}
-        parts = attended.split([streams[name].shape[1] for name in queried], dim=2)
+        if len(queried) == 1:
+            parts: Sequence[Tensor] = (attended,)
+        else:
+            parts = attended.split([streams[name].shape[1] for name in queried], dim=2)
         return {
             name: towers[name].output(streams[name], part, modulations.get(name))
             for name, part in zip(queried, parts, strict=True)

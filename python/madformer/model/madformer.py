@@ -182,15 +182,20 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
                 nn.init.zeros_(skip)
 
     def embed(self, latents_BMLC: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
-        """Blocks of latents to tokens ``(B, S, hidden_size)`` and the U-Net's skip connections."""
+        """Blocks of latents to tokens ``(B, S, hidden_size)`` and the U-Net's skip connections.
+
+        Args:
+            temb_NE: of each block, what the downsampler's ``time_embedding`` or its ``told`` makes of the timestep.
+        """
         maps, skips = self.downsampler(to_maps(latents_BMLC, self.config.block_latents), temb_NE)
-        return from_maps(maps, latents_BMLC.shape[1]).flatten(1, 2), skips
+        num_tokens = latents_BMLC.shape[1] * self.config.block_size
+        return maps.permute(0, 2, 3, 1).reshape(-1, num_tokens, maps.shape[1]), skips
 
     def decode(self, tokens_BSC: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         """Tokens back to blocks of latents ``(B, M, L, C)``."""
-        blocks = tokens_BSC.unflatten(1, (-1, self.config.block_size))
-        maps = to_maps(blocks, self.config.block_tokens)
-        return from_maps(self.upsampler(maps, temb_NE, skips, modulation_NC), blocks.shape[1])
+        maps = to_maps(tokens_BSC, self.config.block_tokens)
+        num_blocks = tokens_BSC.shape[1] // self.config.block_size
+        return from_maps(self.upsampler(maps, temb_NE, skips, modulation_NC), num_blocks)
 
     def modulation(self, timestep_BM: Tensor, labels_B: Tensor | None) -> Tensor | None:
         """What AdaLN layers project for every block, ``(B, M, C)``; None for a model without.
@@ -209,8 +214,8 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         return F.silu(vector_BMC)
 
     def time_embeddings(self, timestep_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What tells the time to the U-Net's halves and to AdaLN, in fp32 with ``config.time_widths`` numbers each."""
-        down, up = self.downsampler.time_embedding(timestep_N), self.upsampler.time_embedding(timestep_N)
+        """What tells the time to the U-Net's halves and to AdaLN, in fp32 with ``config.told_widths`` numbers each."""
+        down, up = self.downsampler.told(timestep_N), self.upsampler.told(timestep_N)
         modulation = self.conditioner.time(timestep_N) if self.config.modulated else down.new_empty(len(down), 0)
         return down, up, modulation
 

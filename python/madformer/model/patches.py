@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from madformer.config import MADFormerConfig
 from madformer.model.layer import RMSNorm, modulated
 from madformer.model.plain import projected
-from madformer.model.unet import NoTimeEmbedding, Skips
+from madformer.model.unet import Half, NoTimeEmbedding, Skips
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(Half):
     """``(N, latent_channels, H, W)`` to token maps ``(N, hidden_size, H / P, W / P)``, and no skip connections."""
 
     def __init__(self, config: MADFormerConfig) -> None:
@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Module):
         return tokens_NHWC.permute(0, 3, 1, 2), ()
 
 
-class PatchDecoder(nn.Module):
+class PatchDecoder(Half):
     """Token maps back to ``(N, latent_channels, H, W)``, under AdaLN as in DiT's final layer (arXiv:2212.09748)."""
 
     def __init__(self, config: MADFormerConfig) -> None:

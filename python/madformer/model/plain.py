@@ -19,6 +19,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in module.__dict__ and not any(len(hook) for hook in hooks)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which is not called for nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def projected(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)`` in the dtype of its weights, and the result in that of ``x``.
 
@@ -29,7 +34,13 @@ def projected(linear: nn.Module, x: Tensor) -> Tensor:
     casts = "forward" in linear.__dict__ or type(weight) not in (nn.Parameter, Tensor)
     if casts or weight.itemsize == 1 or not weight.is_floating_point():
         return linear(x)
-    return linear(x.to(weight.dtype)).to(x.dtype)
+    return cast(linear(cast(x, weight.dtype)), x.dtype)
+
+
+def plus(layer: nn.Module, x: Tensor, other: Tensor) -> Tensor:
+    """``other + layer(x)``, by one kernel where the layer has a method ``plus`` for it."""
+    at_once = getattr(type(layer), "plus", None)
+    return other + layer(x) if at_once is None else at_once(layer, x, other)
 
 
 def precise(x: Tensor) -> Tensor:

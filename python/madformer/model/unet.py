@@ -1,20 +1,25 @@
 """The U-Net halves around the Transformer: latents to tokens and back, built of diffusers' blocks.
 
 Submodule names are those of the released checkpoints. Shape legend: N images or blocks, C channels, H rows,
-W columns, E time embedding.
+W columns, L = H * W pixels, E time embedding, P what all residual blocks of a half project of it, T = E or E + P.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels import group_norm_silu
-from madformer.model.plain import PreciseLinear, is_plain, precise
+from madformer.kernels import group_norm_silu, self_attention
+from madformer.model.plain import PreciseLinear, cast, is_plain, plus, precise
 
 Skips = tuple[Tensor, ...]
 
@@ -40,31 +45,52 @@ class NoTimeEmbedding(nn.Module):
         return torch.empty(len(timestep_N), 0, device=timestep_N.device)
 
 
+_SECTIONS = AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
+Told = tuple[Tensor, tuple[Tensor, ...]]
+"""The time embedding, ``(N, E)``, and what each residual block of a half adds for it, ``(N, C)``."""
+
+
 class ResnetBlock(ResnetBlock2D):
-    """diffusers' block as the U-Net uses it (nothing resampled), its norms fused with SiLU and the time's addition."""
+    """diffusers' block as the U-Net uses it (nothing resampled), its norms fused with SiLU and the time's addition.
+
+    Attributes:
+        number: among the residual blocks of its half.
+    """
 
     backend = "auto"
+    number: int
 
     @classmethod
-    def adopt(cls, blocks: nn.ModuleList) -> None:
-        """Make these resnets of a diffusers block ones of this class, weights and names untouched."""
-        for block in blocks:
+    def adopt(cls, blocks: nn.ModuleList, first: int) -> int:
+        """Make these resnets of a diffusers block ones of this class, weights and names untouched.
+
+        Args:
+            first: number of the first one. Returns that of the next.
+        """
+        for number, block in enumerate(blocks, first):
             assert type(block) is ResnetBlock2D
             assert block.time_embedding_norm == "default"
             assert block.upsample is None
             assert block.downsample is None
             assert block.output_scale_factor == 1
             block.__class__ = cls
+            block.number = number
+        return first + len(blocks)
 
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | Told) -> Tensor:
+        temb, told = temb if isinstance(temb, tuple) else (temb, None)
         if not is_plain(self.nonlinearity, nn.SiLU) or not is_plain(self.dropout, nn.Dropout) or self.dropout.p:
             return super().forward(input_tensor, temb)
         hidden = self.conv1(self._norm_silu(self.norm1, input_tensor))
-        added = None if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
-        hidden = self.conv2(self._norm_silu(self.norm2, hidden, added))
+        added: Tensor | None = None
+        if told is not None:
+            added = told[self.number]
+        elif self.time_emb_proj is not None:
+            added = self.time_emb_proj(F.silu(temb))
+        hidden = self._norm_silu(self.norm2, hidden, added)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return input_tensor + hidden
+        return plus(self.conv2, hidden, input_tensor)
 
     def _norm_silu(self, norm: nn.GroupNorm, x_NCHW: Tensor, temb_NC: Tensor | None = None) -> Tensor:
         if not is_plain(norm, nn.GroupNorm):
@@ -74,22 +100,124 @@ class ResnetBlock(ResnetBlock2D):
         )
 
 
-class UNetDownsampler(nn.Module):
+class PixelAttention(Attention):
+    """diffusers' attention as the U-Net uses it: the pixels of a map to each other, and the map added.
+
+    The same numbers by half as many operators: maps stay channels-last, and are the tokens as they lie.
+    """
+
+    backend = "auto"
+
+    @classmethod
+    def adopt(cls, layers: nn.ModuleList) -> None:
+        """Make these attentions of a diffusers block ones of this class, weights and names untouched."""
+        for layer in layers:
+            assert type(layer) is Attention
+            assert layer.residual_connection
+            assert layer.rescale_output_factor == 1
+            assert all(part is None for part in (layer.spatial_norm, layer.norm_q, layer.norm_k))
+            layer.__class__ = cls
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        norm, (out, dropout) = self.group_norm, self.to_out
+        if (
+            args
+            or kwargs
+            or type(self.processor) is not AttnProcessor2_0
+            or not is_plain(norm, nn.GroupNorm)
+            or not is_plain(dropout, nn.Dropout)
+            or dropout.p
+        ):
+            return super().forward(hidden_states, *args, **kwargs)
+        normed = group_norm_silu(
+            hidden_states, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=False, backend=self.backend
+        )
+        x_NLC = normed.permute(0, 2, 3, 1).flatten(1, 2)
+        q_NLC, k_NLC, v_NLC = self.to_q(x_NLC), self.to_k(x_NLC), self.to_v(x_NLC)
+        attended_NLC = self_attention(q_NLC, k_NLC, v_NLC, self.heads, backend=self.backend)
+        branch_NHWC = out(attended_NLC).unflatten(1, hidden_states.shape[2:])
+        return hidden_states + branch_NHWC.permute(0, 3, 1, 2)
+
+
+class Half(nn.Module):
+    """What turns latents into tokens, or back.
+
+    Attributes:
+        time_width: E, 0 for none. block_widths: channels of the residual blocks, which sum up to P.
+    """
+
+    time_embedding: nn.Module
+    time_width = 0
+    block_widths: tuple[int, ...] = ()
+
+    def _tell_time(self, width: int) -> None:
+        """Have the residual blocks told an embedding of so many numbers, 0 for none."""
+        self.time_embedding = TimestepEmbedding(width) if width else NoTimeEmbedding()
+        self.time_width = width
+        self.block_widths = tuple(block.out_channels for block in self._blocks()) if width else ()
+
+    def told(self, timestep_N: Tensor) -> Tensor:
+        """What :meth:`forward` may be told of the time: ``(N, E + P)`` in fp32, in float64 for a model in it.
+
+        Behind the embedding stands what each residual block projects of it, by the weights as they are now. It is NaN
+        where somebody may want to see when they do; :meth:`forward` then leaves it to them.
+        """
+        temb_NE = self.time_embedding(timestep_N)
+        if not self.time_width:
+            return temb_NE
+        if not self._projects_ahead():
+            unknown = temb_NE.new_full((len(temb_NE), sum(self.block_widths)), torch.nan)
+            return torch.cat((temb_NE, unknown), dim=1)
+        layers = [block.time_emb_proj for block in self._blocks()]
+        activated_NE = F.silu(temb_NE.to(layers[0].weight.dtype))
+        return torch.cat((temb_NE, *(layer(activated_NE).to(temb_NE.dtype) for layer in layers)), dim=1)
+
+    def for_blocks(self, told_NT: Tensor, dtype: torch.dtype) -> Tensor | Told:
+        """The embedding as the residual blocks take it, with what :meth:`told` found for them."""
+        told_NT = cast(told_NT, dtype)
+        if told_NT.shape[1] == self.time_width:
+            return told_NT
+        if not self._projects_ahead():
+            return told_NT[:, : self.time_width]
+        temb_NE, *added = told_NT.split((self.time_width, *self.block_widths), dim=1)
+        return temb_NE, tuple(added)
+
+    def sections(self) -> Iterable[Any]:
+        """diffusers' blocks, by level."""
+        return ()
+
+    def _blocks(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(section.resnets for section in self.sections())
+
+    def _projects_ahead(self) -> bool:
+        """Whether nobody sees when the residual blocks project the time."""
+        return (
+            is_plain(self, type(self))
+            and all(type(section) in _SECTIONS and is_plain(section, type(section)) for section in self.sections())
+            and all(is_plain(part, kind) for block in self._blocks() for part, kind in _projecting(block))
+        )
+
+
+def _projecting(block: Any) -> tuple[tuple[nn.Module, type[nn.Module]], ...]:
+    return (block, ResnetBlock), (block.time_emb_proj, nn.Linear)
+
+
+class UNetDownsampler(Half):
     """``(N, latent_channels, H, W)`` to token maps ``(N, hidden_size, H / s, W / s)`` and skip connections."""
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
-        unet, time_width = config.unet, config.time_widths[0] or None
+        unet = config.unet
         assert unet is not None
         channels = unet.block_out_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks, number = nn.ModuleList(), 0
         for level, out_channels in enumerate(channels):
             last = level == len(channels) - 1
             common = {
                 "in_channels": channels[max(level - 1, 0)],
                 "out_channels": out_channels,
-                "temb_channels": time_width,
+                "temb_channels": config.time_widths[0] or None,
                 "num_layers": unet.layers_per_block[level],
                 "resnet_groups": unet.norm_groups,
                 "downsample_padding": 1,
@@ -100,13 +228,17 @@ class UNetDownsampler(nn.Module):
                 block = AttnDownBlock2D(**common, attention_head_dim=head_dim, downsample_type=downsample)
             else:
                 block = DownBlock2D(**common, add_downsample=not last)
-            ResnetBlock.adopt(block.resnets)
+            number = ResnetBlock.adopt(block.resnets, number)
+            PixelAttention.adopt(getattr(block, "attentions", nn.ModuleList()))
             self.down_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(time_width) if time_width else NoTimeEmbedding()
+        self._tell_time(config.time_widths[0])
 
-    def forward(self, x_NCHW: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
-        temb = temb_NE.to(x_NCHW.dtype)
+    def sections(self) -> Iterable[Any]:
+        return self.down_blocks
+
+    def forward(self, x_NCHW: Tensor, told_NT: Tensor) -> tuple[Tensor, Skips]:
+        temb = self.for_blocks(told_NT, x_NCHW.dtype)
         x = self.conv_in(x_NCHW)
         skips: Skips = (x,)
         for block in self.down_blocks:
@@ -115,23 +247,23 @@ class UNetDownsampler(nn.Module):
         return self.conv_out(x), skips
 
 
-class UNetUpsampler(nn.Module):
+class UNetUpsampler(Half):
     """Token maps and skip connections back to ``(N, latent_channels, H, W)``."""
 
     def __init__(self, config: MADFormerConfig) -> None:
         super().__init__()
-        unet, time_width = config.unet, config.time_widths[0] or None
+        unet = config.unet
         assert unet is not None
         channels = unet.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.hidden_size, channels[0], kernel_size=3, padding=1)
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks, number = nn.ModuleList(), 0
         for level, out_channels in enumerate(channels):
             last = level == len(channels) - 1
             common = {
                 "in_channels": channels[min(level + 1, len(channels) - 1)],
                 "prev_output_channel": channels[max(level - 1, 0)],
                 "out_channels": out_channels,
-                "temb_channels": time_width,
+                "temb_channels": config.time_widths[0] or None,
                 "num_layers": unet.layers_per_block[::-1][level] + 1,
                 "resnet_groups": unet.norm_groups,
             }
@@ -141,13 +273,17 @@ class UNetUpsampler(nn.Module):
                 block = AttnUpBlock2D(**common, attention_head_dim=head_dim, upsample_type=upsample)
             else:
                 block = UpBlock2D(**common, add_upsample=not last)
-            ResnetBlock.adopt(block.resnets)
+            number = ResnetBlock.adopt(block.resnets, number)
+            PixelAttention.adopt(getattr(block, "attentions", nn.ModuleList()))
             self.up_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(time_width) if time_width else NoTimeEmbedding()
+        self._tell_time(config.time_widths[0])
 
-    def forward(self, x_NCHW: Tensor, temb_NE: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
-        temb = temb_NE.to(x_NCHW.dtype)
+    def sections(self) -> Iterable[Any]:
+        return self.up_blocks
+
+    def forward(self, x_NCHW: Tensor, told_NT: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
+        temb = self.for_blocks(told_NT, x_NCHW.dtype)
         x = self.conv_in(x_NCHW)
         for block in self.up_blocks:
             assert isinstance(block, (UpBlock2D, AttnUpBlock2D))
