@@ -10,11 +10,12 @@ Shape legend: M blocks, L latents of a block, C channels, R slots.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +28,13 @@ from madformer.conditioning.prompt import Prompt, check_guidable
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.graphs import Launchable, launcher_for
+from madformer.engine.jobs import Job, OnBlock, OnStep
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
-from madformer.engine.progress import FinishedBlock
 from madformer.engine.running import Exclusive, NonFiniteError, check_latents, computing, places_to_draw
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
+from madformer.engine.sharing import Workers, may_share, useful_shares
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.madformer import MADFormer
@@ -42,60 +44,6 @@ logger = logging.getLogger("madformer.engine")
 
 class QueueFullError(RuntimeError):
     """As many requests wait as were to be admitted."""
-
-
-OnStep = Callable[[int, int], object]
-"""Told of a block's place, and how many of its denoising steps were launched."""
-OnBlock = Callable[[FinishedBlock], object]
-"""Given a block that was drawn."""
-
-
-@dataclass(order=True)
-class Job:
-    """A request and, while it has a slot, where it stands; ordered by who goes first.
-
-    Attributes:
-        canvas_MLC: the noise of the blocks that are drawn, and the others as they are given.
-        order: places of all blocks. drawn: of those that are drawn, in order. block: counts through ``order``.
-    """
-
-    priority: int
-    arrival: int
-    canvas_MLC: Tensor = field(compare=False)
-    order: list[int] = field(compare=False)
-    drawn: list[int] = field(compare=False)
-    schedule: ScheduleRows = field(compare=False)
-    future: Future[Tensor] = field(compare=False)
-    prompt: Prompt = field(compare=False)
-    on_step: OnStep | None = field(compare=False, default=None)
-    on_block: OnBlock | None = field(compare=False, default=None)
-    row: int = field(compare=False, default=-1)
-    block: int = field(compare=False, default=0)
-    step: int = field(compare=False, default=0)
-
-    @property
-    def place(self) -> int:
-        return self.order[self.block]
-
-    @property
-    def is_between(self) -> bool:
-        """Whether the block at hand is clean: drawn, or kept."""
-        return self.step == self.schedule.num_steps or self.place not in self.drawn
-
-    @property
-    def is_done(self) -> bool:
-        return self.place == self.drawn[-1] and self.is_between
-
-    def tell(self, latents_RLC: Tensor) -> None:
-        """Call back after a step; whatever that raises ends this image alone."""
-        try:
-            if self.on_step is not None:
-                self.on_step(self.place, self.step)
-            if self.on_block is not None and self.is_between:
-                self.on_block(FinishedBlock.of(self.place, latents_RLC[self.row]))
-        except Exception as error:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                self.future.set_exception(error)
 
 
 @dataclass
@@ -162,6 +110,8 @@ class InFlightBatcher:
         self._launches: dict[tuple[str, int], Captured] = {}
         self._prepared_for: Signature | None = None
         self._touched, self._alone = True, Exclusive("this batcher is at a step already")
+        self._trusting, self._shareable = False, False
+        self._workers: Workers | None = None
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._lock, self._arrivals = threading.Lock(), itertools.count()
@@ -279,7 +229,7 @@ class InFlightBatcher:
         """One denoising step of every image that has a slot, after those that are done have left and others joined.
 
         Args:
-            unchanged: nobody has touched the model since the last step: it is looked at where an image is admitted.
+            unchanged: nobody has touched the model since the last step or :meth:`warmup`, so it is not looked at.
 
         Returns:
             How many images took it; 0 where there is nothing to do.
@@ -289,15 +239,32 @@ class InFlightBatcher:
             RuntimeError: the model's configuration, dtype or device changed, which this batcher was made for.
         """
         with self._alone, computing(self.device):
-            self._touched = not unchanged
+            self._touched, self._trusting = True, unchanged
             return self._step()
 
     def run_until_idle(self) -> None:
         """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
         with self._alone, computing(self.device):
-            self._touched = True
+            self._touched, self._trusting = True, False
             while self._step():
                 pass
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it, on a processor, the images of a step are shared out among PyTorch's threads (:mod:`.sharing`).
+
+        Where a model cannot be drawn so, steps are as without. The threads begin and end with it.
+        """
+        useful = useful_shares(self.sampler, self.kind, self.num_slots, guided=self.guided)
+        count = min(torch.get_num_threads(), self.num_slots, useful)
+        if count < 2 or self._workers is not None or not may_share(self.sampler, self.kind):
+            yield
+            return
+        with Workers(count) as self._workers:
+            try:
+                yield
+            finally:
+                self._workers = None
 
     def _step(self) -> int:
         joined: list[Job] = []
@@ -311,7 +278,7 @@ class InFlightBatcher:
             raise
 
     def _advance(self, joined: list[Job]) -> int:
-        if joined or (self._touched and self._running):
+        if not self._trusting and (joined or (self._touched and self._running)):
             self._follow()
         between = [job for job in self._running if job.is_between]
         if between:
@@ -417,6 +384,7 @@ class InFlightBatcher:
 
     def _look_through(self, model: MADFormer) -> None:
         self.passes.follow(model)
+        self._shareable = self._workers is not None and may_share(self.sampler, self.kind)
         for job in self._running:
             self.slots.tabulate(job.schedule, model, job.row)
             self.slots.condition_on(job.prompt, model, job.row)
@@ -436,8 +404,22 @@ class InFlightBatcher:
     def _launch(self, name: str, jobs: list[Job]) -> None:
         rows = [job.row for job in jobs]
         if not self._launches:
-            getattr(self.passes, name)(torch.tensor(rows, device=self.slots.block_R.device))
+            self._share_out(getattr(self.passes, name), rows)
             return
         size = next(size for size in self._sizes() if size >= len(rows))
         rows += [self.num_slots] * (size - len(rows))
         self._launches[name, size].run(rows)
+
+    def _share_out(self, work: Callable[[Tensor], None], rows: list[int]) -> None:
+        """A pass over these rows, in threads where there are any."""
+        shares = min(self._workers.count, len(rows)) if self._workers is not None and self._shareable else 1
+
+        def compute(share: int) -> None:
+            first, end = (len(rows) * edge // shares for edge in (share, share + 1))
+            with computing(self.device):
+                work(torch.tensor(rows[first:end], device=self.slots.block_R.device))
+
+        if shares == 1 or self._workers is None:
+            compute(0)
+        else:
+            self._workers.each(compute, range(shares))

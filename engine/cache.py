@@ -128,13 +128,24 @@ class CacheView:
 
 
 def _attend_on_host(q_BHLD: Tensor, keys_RHSD: Tensor, values_RHSD: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """Attention over slices: one call for neighbouring rows of one length, else one for each sample."""
-    first, end = spans[0]
-    if spans == [(first + index, end) for index in range(len(spans))]:
-        rows = slice(first, first + len(spans))
-        return F.scaled_dot_product_attention(q_BHLD, keys_RHSD[rows, :, :end], values_RHSD[rows, :, :end])
+    """Attention over slices: one call for each run of evenly spaced rows of one length."""
+    runs = _runs(spans)
     attended = [
-        F.scaled_dot_product_attention(q, keys_RHSD[row : row + 1, :, :end], values_RHSD[row : row + 1, :, :end])
-        for q, (row, end) in zip(q_BHLD.split(1), spans, strict=True)
+        F.scaled_dot_product_attention(q, keys_RHSD[rows, :, :end], values_RHSD[rows, :, :end])
+        for q, (rows, end, _) in zip(q_BHLD.split([count for *_, count in runs]), runs, strict=True)
     ]
-    return torch.cat(attended)
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _runs(spans: list[tuple[int, int]]) -> list[tuple[slice, int, int]]:
+    """Rows, their end and how many there are, of samples one after the other that a slice reaches."""
+    runs: list[tuple[slice, int, int]] = []
+    for row, end in spans:
+        if runs:
+            rows, its_end, count = runs[-1]
+            spacing = rows.step if count > 1 else row - rows.start
+            if end == its_end and spacing > 0 and row == rows.start + spacing * count:
+                runs[-1] = slice(rows.start, row + 1, spacing), end, count + 1
+                continue
+        runs.append((slice(row, row + 1, 1), end, 1))
+    return runs

@@ -243,6 +243,11 @@ def shares_for(sampler: Sampler, key: PlanKey, kind: ModelKind, *, compiled: boo
     shares = most_shares(sampler, key, kind)
     if sampler.shares is not None or shares <= 2 or compiled:
         return shares
+    return min(shares, useful_shares(sampler, kind, key.batch, guided=key.guided))
+
+
+def useful_shares(sampler: Sampler, kind: ModelKind, batch: int, *, guided: bool) -> int:
+    """In how many shares of so many images threads do not wait for each other to call operators; 2 at least."""
     noise_towers = (
         parameter
         for layer in sampler.source.layers[kind.config.ar_layers :]
@@ -251,23 +256,27 @@ def shares_for(sampler: Sampler, key: PlanKey, kind: ModelKind, *, compiled: boo
     unet = (*sampler.source.downsampler.parameters(), *sampler.source.upsampler.parameters())
     weights = sum(parameter.numel() for parameter in itertools.chain(noise_towers, unet))
     # each weight and token once: convolutions at full resolution are more
-    computing = 2 * weights * kind.config.block_size * key.batch * (1 + key.guided) / RATE
-    return min(shares, max(2, round(math.sqrt(computing / CALLING))))
+    computing = 2 * weights * kind.config.block_size * batch * (1 + guided) / RATE
+    return max(2, round(math.sqrt(computing / CALLING)))
 
 
 def most_shares(sampler: Sampler, key: PlanKey, kind: ModelKind) -> int:
     """In how many shares a batch can be drawn."""
     wanted = torch.get_num_threads() if sampler.shares is None else sampler.shares
     shares = min(wanted, key.batch)
+    return shares if shares > 1 and may_share(sampler, kind) else 1
+
+
+def may_share(sampler: Sampler, kind: ModelKind) -> bool:
+    """Whether passes of a sampler may run in several threads."""
     apart = (
         kind.device.type != "cpu"
         or sampler.compile_unet
         or sampler.passes is not Passes
         or (sampler.launcher is not None and sampler.launcher.captures)
-        or shares < 2
         or "triton" in (kind.backend, kind.attention_backend, sampler.backend)
     )
-    return 1 if apart or not shareable(sampler.source) else shares
+    return not apart and shareable(sampler.source)
 
 
 def shareable(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
@@ -418,3 +419,47 @@ def test_what_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="given is not finite: image 0, block 2"):
         batcher.submit(noise[0], SamplingOptions(1), given=noise[1], blocks=[1])
     assert batcher.num_waiting == 0
+
+
+def test_images_are_shared_out_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as PyTorch has; each image is the one drawn alone. A model with a hook is drawn by one thread."""
+    model, noise = make_model(FLAT), draw_noise(FLAT, batch=3)
+    batcher = make_batcher(model, 3)
+    threads: set[int] = set()
+    denoise = batcher.passes.denoise
+
+    def noted(rows_B: Tensor | None) -> None:
+        threads.add(threading.get_ident())
+        denoise(rows_B)
+
+    monkeypatch.setattr(batcher.passes, "denoise", noted)
+    torch.set_num_threads(2)
+    try:
+        for hooked in (False, True):
+            if hooked:
+                model.layers[0].register_forward_hook(lambda *_: None)
+            with batcher.at_work():
+                futures = [batcher.submit(one, SamplingOptions(2 + index)) for index, one in enumerate(noise)]
+                batcher.run_until_idle()
+            for index, future in enumerate(futures):
+                assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], 2 + index)) < TOLERANCE
+            assert len(threads) == (1 if hooked else 3)  # the last image is alone, in the caller's
+            assert threading.get_ident() in threads
+            threads.clear()
+    finally:
+        torch.set_num_threads(1)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("madformer-share")]
+
+
+def test_who_trusts_that_nothing_changed_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noise = make_model(FLAT), draw_noise(FLAT)
+    batcher = make_batcher(model, 1).warmup()
+    expected = [drawn_alone(model, one, 2) for one in noise]
+    looks: list[int] = []
+    monkeypatch.setattr(batcher, "_follow", lambda: looks.append(1))
+    futures = [batcher.submit(one, SamplingOptions(2)) for one in noise]
+    while batcher.step(unchanged=True):
+        pass
+    assert not looks
+    for future, own in zip(futures, expected, strict=True):
+        assert relative_error(future.result(timeout=0), own) < TOLERANCE

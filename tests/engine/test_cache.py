@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madformer.config import TextConfig, tiny
-from madformer.engine.cache import ConditioningCache
+from madformer.engine.cache import ConditioningCache, _runs
 from madformer.model.layer import Projections
 from tests.helpers.testing import DEVICE, needs_triton
 
@@ -117,3 +117,12 @@ def test_bytes_are_counted() -> None:
     tokens = CONFIG.num_blocks * BLOCK + 1
     expected = 2 * 4 * (2 * CONFIG.num_layers * HEADS * tokens * HEAD_DIM + BLOCK * CONFIG.hidden_size + 1)
     assert cache.nbytes == expected
+
+
+def test_rows_that_a_slice_reaches_are_one_call() -> None:
+    spans = [(0, 5), (1, 5), (2, 5), (8, 5), (9, 5), (10, 5), (3, 5), (1, 5), (2, 7), (6, 7)]
+    runs = _runs(spans)
+    assert [count for *_, count in runs] == [3, 3, 1, 1, 2]
+    reached = [(row, end) for rows, end, _ in runs for row in range(rows.start, rows.stop, rows.step)]
+    assert reached == spans
+    assert _runs([(3, 4), (11, 4)]) == [(slice(3, 12, 8), 4, 2)]

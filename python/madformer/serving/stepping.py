@@ -6,6 +6,7 @@ different batchers; these take a step in turn. Callbacks that the batchers make 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -152,12 +153,15 @@ class Stepper:
 
     def _live(self) -> None:
         try:
-            self._warm_up()
-            self.ready.set()
-            while self._wait():
+            with contextlib.ExitStack() as stack:
                 for batcher in self.batchers.values():
-                    if batcher.num_running or batcher.num_waiting:
-                        self._step(batcher)
+                    stack.enter_context(batcher.at_work())
+                self._warm_up()
+                self.ready.set()
+                while self._wait():
+                    for batcher in self.batchers.values():
+                        if batcher.num_running or batcher.num_waiting:
+                            self._step(batcher)
         except BaseException as error:
             self.ready.clear()
             logger.critical("the thread that draws ended", exc_info=error)
