@@ -436,8 +436,8 @@ class Spelling:
 TOLD = CONFIG.replace(text=TextConfig(128, 9), num_classes=2, time_conditioning="unet+adaln")
 
 
-def told(folder: Path, steps: int, **options: Any) -> list[Batch]:
-    data, vae = open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
+def told(folder: Path, steps: int, data: Data | None = None, **options: Any) -> list[Batch]:
+    data, vae = data or open_dataset(folder / "images", SIZE), load_vae(folder / "vae")
     draws = Draws(0, conditioning=Conditioning(Spelling(), **options))
     stream = BatchStream(data, vae, TOLD, Share(GLOBAL_BATCH, GLOBAL_BATCH), draws)
     return [next(stream) for _ in range(steps)]
@@ -455,9 +455,10 @@ def test_texts_and_labels_are_the_samples_own(folder: Path, caption: Any) -> Non
                 assert int(read.removeprefix("number ")) % 2 == label  # written so
 
 
-def test_captions_and_labels_are_left_out_as_often_as_asked(folder: Path) -> None:
+def test_captions_and_labels_are_left_out_as_often_as_asked(folder: Path, sources: dict[str, Data]) -> None:
     """Apart from each other; and nothing else of the batch is drawn otherwise."""
-    batches, plain = told(folder, 30, caption_dropout=0.5, label_dropout=0.25), told(folder, 30)
+    data = sources["latents"]
+    batches, plain = told(folder, 30, data, caption_dropout=0.5, label_dropout=0.25), told(folder, 30, data)
     empty = torch.tensor([caption == "" for batch in batches for caption in batch.captions])
     unlabelled = torch.cat([batch.labels_B for batch in batches]) < 0
     assert 0.42 < empty.float().mean() < 0.58
