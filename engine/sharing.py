@@ -228,8 +228,8 @@ class SharedPasses(Passes):
         return self._workers.each(compute, shares[:alone]) + self._workers.each(compute, shares[alone:])
 
 
-CALLING = 3e-3
-"""Seconds of a step in which a thread holds Python's lock, to call some 300 operators; measured on an EPYC."""
+CALLING = 2.2e-3
+"""Seconds of a step in which a thread holds Python's lock, to call some 160 operators; measured on an EPYC."""
 RATE = 5e10
 """Operations a second of a core, about: AVX2 in fp32 at the sizes of a step."""
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from madformer import MADFormer, MADFormerConfig
 from madformer.config import emoji64, tiny
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
+from madformer.model.unet import PixelAttention
 from tests.helpers.engine_cases import FLAT, draw_noise, draw_prompt
-from tests.helpers.testing import perturb, relative_error
+from tests.helpers.testing import assert_within_budget, perturb, relative_error
 
 CONFIGS = {
     "U-Net": FLAT,
@@ -244,3 +246,39 @@ def test_sequential_offload_of_accelerate() -> None:
             offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"), offload_buffers=True)
             assert all(parameter.device.type == "meta" for parameter in offloaded.parameters())
             assert_close(offloaded(**given), expected)
+
+
+@torch.no_grad()
+def test_what_is_projected_of_the_time_ahead_is_what_residual_blocks_project() -> None:
+    """Unless somebody may want to see it: then they do it themselves, whatever they are told."""
+    model, _ = make(CONFIGS["text, classes, AdaLN"])
+    half: Any = model.downsampler
+    E = model.config.time_widths[0]
+    maps, told = torch.randn(3, 4, 8, 8), half.told(torch.tensor([0, 500, 999]))
+    assert told.shape == (3, model.config.told_widths[0])
+    own, _ = half(maps, told[:, :E])
+    for scale in (1.0, 2.0):
+        told[:, E:] *= scale
+        assert (relative_error(half(maps, told)[0], own) < 1e-6) == (scale == 1)
+    section = half.down_blocks[1]
+    for part in (half, section, section.resnets[0], section.resnets[0].time_emb_proj):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert torch.equal(half(maps, told)[0], own)
+        again = half.told(torch.tensor([0, 500, 999]))
+        assert torch.equal(again[:, :E], told[:, :E])
+        assert again[:, E:].isnan().all()
+        handle.remove()
+    assert half.told(torch.tensor([7])).isfinite().all()
+
+
+@torch.no_grad()
+def test_attention_of_pixels_is_diffusers() -> None:
+    model, _ = make(CONFIGS["U-Net"])
+    layer = next(module for module in model.modules() if isinstance(module, PixelAttention))
+    x = torch.randn(3, layer.query_dim, 4, 6)
+    oracle = Attention.forward(copy.deepcopy(layer).double(), x.double())
+    for layout in (torch.channels_last, torch.contiguous_format):
+        laid_out = x.contiguous(memory_format=layout)
+        assert_within_budget(layer(laid_out), oracle, Attention.forward(layer, laid_out))
+    layer.group_norm.register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(layer(x), Attention.forward(layer, x))

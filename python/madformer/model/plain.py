@@ -15,8 +15,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     It is not where the module has hooks (which may fetch its weights first), an adapter around it, parametrizations or
     a forward of its own. Then it has to be called.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in module.__dict__ and not any(len(hook) for hook in hooks)
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not len(module._forward_hooks)
+        and not len(module._forward_pre_hooks)
+        and not len(module._backward_hooks)
+        and not len(module._backward_pre_hooks)
+    )
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

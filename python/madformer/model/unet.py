@@ -6,7 +6,6 @@ W columns, L = H * W pixels, E time embedding, P what all residual blocks of a h
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -187,7 +186,8 @@ class Half(nn.Module):
         return ()
 
     def _blocks(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(section.resnets for section in self.sections())
+        for section in self.sections():
+            yield from section._modules["resnets"]
 
     def _projects_ahead(self) -> bool:
         """Whether nobody sees when the residual blocks project the time."""
@@ -199,7 +199,7 @@ class Half(nn.Module):
 
 
 def _projecting(block: Any) -> tuple[tuple[nn.Module, type[nn.Module]], ...]:
-    return (block, ResnetBlock), (block.time_emb_proj, nn.Linear)
+    return (block, ResnetBlock), (block._modules["time_emb_proj"], nn.Linear)
 
 
 class UNetDownsampler(Half):
