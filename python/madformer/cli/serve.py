@@ -1,11 +1,12 @@
-"""``madformer serve``: a model as a service, on this machine."""
+"""``madformer serve``: a model as a service, on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
@@ -15,6 +16,9 @@ from madformer.cli.sample_options import DrawingOptions, check_drawing
 from madformer.engine.options import SamplingOptions
 from madformer.engine.schedulers import SHORT_NAMES
 from madformer.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Serve(ServerSettings, SamplingOptions, Request):
       madformer serve --model assets/emoji64 --guidance 3
       madformer serve --model MODEL --slots 32 --port 8000
       madformer serve --model MODEL --host 0.0.0.0 --api-key-file keys.txt
+      madformer serve --model MODEL --ray --max-replicas 8
       curl -H 'Content-Type: application/json' -d '{"prompt": "red apple"}' -H 'Accept: image/png' \\
         http://127.0.0.1:8000/api/v1/images > apple.png
     """
@@ -38,6 +43,9 @@ class Serve(ServerSettings, SamplingOptions, Request):
     name: str | None = None  # of the model in answers; unless given, its folder's
     # origin of another page that may use the server from a browser, as https://example.org; may be repeated
     cors_origins: Annotated[UseAppendAction[tuple[str, ...]], arg(name="cors-origin", metavar="URL")] = ()
+    ray: bool = False  # engines on a Ray cluster, that of RAY_ADDRESS or one of this machine: so many as it has GPUs
+    replicas: int | None = None  # engines, in place of one a GPU; with --ray
+    max_replicas: int | None = None  # engines that there may become as requests wait, with --ray
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the log, one JSON object a line
 
     height: int | None = None  # pixels of the images; unless given, as trained: others are extrapolated
@@ -58,27 +66,56 @@ class Serve(ServerSettings, SamplingOptions, Request):
         """Nothing is refused before all options are known: :meth:`run` does, by their names."""
 
     def run(self) -> None:
-        request = resolved(self.drawing)
+        request = resolved(self.drawing, elsewhere=self.ray)
         check_drawing(request)
-        settings = ServerSettings(**self._part(ServerSettings))
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"--port {self.port} must be from 0 to 65535")
+        if not self.ray and (self.replicas or self.max_replicas):
+            raise ValueError("--replicas and --max-replicas are for --ray")
         try:
-            from madformer.serving import access, app, running, telemetry
+            from madformer.serving import access, telemetry
         except ModuleNotFoundError as error:
             raise ImportError(f"serving needs {error.name}: pip install 'madformer[serve]'") from error
-        keys = access.Keys.load(self.api_key_file)
-        access.check_bind(self.host, keys)
+        make_app = self._app(request)
+        access.check_bind(self.host, make_app.keywords["keys"])
         telemetry.log_as_json(self.log_level)
-        pipeline, _ = load(request)
-        prepare(pipeline, request)
-        name = self.name or Path(self.model).resolve().name
-        local = self.host in access.LOOPBACK or self.host.startswith("127.")
-        running.run(
-            app.create_app(pipeline, settings, defaults=self.drawing.sampling, keys=keys, name=name, local=local),
-            self.host,
-            self.port,
+        if not self.ray:
+            from madformer.serving import running
+
+            running.run(make_app(), self.host, self.port)
+            return
+        from madformer.serving import ray_app
+
+        ray_app.run(
+            make_app,
+            self.settings,
+            host=self.host,
+            port=self.port,
+            replicas=self.replicas,
+            max_replicas=self.max_replicas,
+            on_gpu=request.device.startswith("cuda"),
         )
+
+    def _app(self, request: DrawingOptions) -> functools.partial[FastAPI]:
+        """Makes the application, here or where it is sent to; keys are read here."""
+        from madformer.serving.access import LOOPBACK, Keys
+
+        assert self.model is not None
+        return functools.partial(
+            _make_app,
+            # an engine has a GPU of its own
+            dataclasses.replace(request, device="cuda") if self.ray and request.device.startswith("cuda") else request,
+            self.settings,
+            defaults=self.drawing.sampling,
+            keys=Keys.load(self.api_key_file),
+            name=self.name or Path(self.model).resolve().name,
+            local=self.host in LOOPBACK or self.host.startswith("127."),
+        )
+
+    @property
+    def settings(self) -> ServerSettings:
+        """What the server allows."""
+        return ServerSettings(**self._part(ServerSettings))
 
     @property
     def drawing(self) -> DrawingOptions:
@@ -88,3 +125,33 @@ class Serve(ServerSettings, SamplingOptions, Request):
     def _part(self, kind: type) -> dict[str, Any]:
         own = {one.name for one in fields(self)}
         return {one.name: getattr(self, one.name) for one in dataclasses.fields(kind) if one.name in own}
+
+
+def _make_app(request: DrawingOptions, settings: ServerSettings, **options: Any) -> FastAPI:
+    from madformer.serving.app import create_app
+
+    pipeline, _ = load(request)
+    prepare(pipeline, request)
+    return create_app(pipeline, settings, **options)
+
+
+def deployment(arguments: dict[str, Any]) -> Any:
+    """What ``serve deploy`` deploys: ``import_path: madformer.cli.serve:deployment``.
+
+    Args:
+        arguments: options of ``madformer serve``, with ``_`` for ``-``; ``device`` is that of an engine.
+
+    Raises:
+        TypeError: there is no such option. As :meth:`Serve.run` else.
+    """
+    from madformer.serving.ray_app import ClusterSettings, application
+
+    if "api_key_file" in arguments:
+        arguments = arguments | {"api_key_file": Path(arguments["api_key_file"])}
+    serve = Serve(**arguments, ray=True)
+    request = resolved(serve.drawing, elsewhere=True)
+    check_drawing(request)
+    least = serve.replicas or 1
+    on_gpu = request.device.startswith("cuda")
+    cluster = ClusterSettings(least, serve.max_replicas or least, num_gpus=int(on_gpu))
+    return application(serve._app(request), serve.settings, cluster)
