@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops.case import Case, leaves_of, tensors_of
 from benchmarks.record import finish
 from madformer.kernels import dispatch
 from madformer.kernels.adaln import adaln, adaln_ref
+from madformer.kernels.cached_attention import cached_attention
 from madformer.kernels.denoise_step import denoise_step, denoise_step_ref
 from madformer.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from madformer.kernels.rms_norm import rms_norm, rms_norm_ref
+from madformer.kernels.self_attention import self_attention, self_attention_ref
 from madformer.kernels.swiglu import swiglu, swiglu_ref
 from madformer.machine import environment
 
@@ -41,6 +44,9 @@ BATCHES = {"batch 1": 2, "batch 16": 32}
 """Samples of a step with guidance."""
 TOKENS, HIDDEN, HEADS, MLP = 16, 192, 3, 384
 OURS_AND_EAGER = {"cpp": "cpp", "eager": "reference"}
+CACHED, SEEN = 112, 96
+"""Keys of a row of the cache, and how many of them are there."""
+PIXEL_HEADS, PIXEL_HEAD_DIM = 8, 12
 MAPS = ((48, 8), (96, 8), (96, 4), (192, 4))
 """Channels and sides of the demonstration model's maps."""
 
@@ -114,6 +120,27 @@ def _model_cases(label: str, samples: int, dtype: torch.dtype) -> Iterator[Case]
         "qk_norm_rope", f"{label}: {samples} x {TOKENS} x {HEADS} heads",
         lambda _: (_random(samples, TOKENS, 3 * HIDDEN, dtype=dtype), weights(), weights()),
         heads(qk_norm_rope), 6 * size, 9 * size, peers={"eager": heads(qk_norm_rope_ref)},
+    )  # fmt: skip
+
+    width, pixels = PIXEL_HEADS * PIXEL_HEAD_DIM, 16
+    yield Case(
+        "self_attention", f"{label}: {samples} x {pixels} pixels x {PIXEL_HEADS} heads of {PIXEL_HEAD_DIM}",
+        lambda _: torch.randn(samples, pixels, 3 * width).to(dtype).chunk(3, dim=-1),
+        lambda *qkv, **how: self_attention(*qkv, PIXEL_HEADS, **how),
+        4 * samples * pixels * width * dtype.itemsize,
+        peers={"eager": lambda *qkv: self_attention_ref(*qkv, PIXEL_HEADS)},
+    )  # fmt: skip
+
+    def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, backend: str = "reference") -> Tensor:
+        if backend == "reference":  # who knows the lengths on the host takes a slice
+            return F.scaled_dot_product_attention(q, k_cache[:, :, :SEEN], v_cache[:, :, :SEEN])
+        return cached_attention(q, k_cache, v_cache, torch.full((samples,), SEEN), backend=backend)
+
+    head_dim = HIDDEN // HEADS
+    yield Case(
+        "cached_attention", f"{label}: {samples} x {TOKENS} to {SEEN} keys x {HEADS} heads of {head_dim}",
+        lambda _: [torch.randn(samples, HEADS, length, head_dim).to(dtype) for length in (TOKENS, CACHED, CACHED)],
+        attend, 2 * samples * (TOKENS + SEEN) * HIDDEN * dtype.itemsize, peers={"eager": attend},
     )  # fmt: skip
 
     def step(*tensors: Tensor, **how: str) -> None:
