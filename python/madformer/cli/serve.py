@@ -98,7 +98,7 @@ class Serve(ServerSettings, SamplingOptions, Request):
 
     def _app(self, request: DrawingOptions) -> functools.partial[FastAPI]:
         """Makes the application, here or where it is sent to; keys are read here."""
-        from madformer.serving.access import LOOPBACK, Keys
+        from madformer.serving.access import Keys, is_loopback
 
         assert self.model is not None
         return functools.partial(
@@ -109,7 +109,7 @@ class Serve(ServerSettings, SamplingOptions, Request):
             defaults=self.drawing.sampling,
             keys=Keys.load(self.api_key_file),
             name=self.name or Path(self.model).resolve().name,
-            local=self.host in LOOPBACK or self.host.startswith("127."),
+            local=is_loopback(self.host),
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "MADFORMER_API_KEYS"
 SHORTEST = 16
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,17 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, for itself alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def check_bind(host: str, keys: Keys | None) -> None:
     """Raises ``ValueError`` for an address that others reach, without a key that they need."""
-    if host not in LOOPBACK and not host.startswith("127.") and keys is None:
+    if not is_loopback(host) and keys is None:
         raise ValueError(
             f"--host {host} can be reached by others: give --api-key-file FILE, or keys in {ENVIRONMENT}, "
             "or stay with 127.0.0.1"

@@ -276,6 +276,8 @@ def decode_upload(data: bytes, max_pixels: int, name: str = "image", *, keep_alp
                 return image.convert("RGBA") if keep_alpha and _has_alpha(image) else to_rgb(image)
     except ServingError:
         raise
+    except Image.DecompressionBombError:
+        _refuse(name, f"{name} has far more than the {max_pixels} pixels that it may have", "image_too_large")
     except Exception as error:
         # decoders raise errors of any type
         raise ServingError.refused(f"{name} is no PNG, JPEG or WebP that can be read", name, "invalid_image") from error

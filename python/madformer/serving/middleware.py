@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from madformer.serving.access import LOOPBACK
+from madformer.serving.access import is_loopback
 from madformer.serving.errors import ServingError
 from madformer.serving.metrics import Metrics
 from madformer.serving.telemetry import request_id
@@ -82,8 +82,8 @@ class Around:
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         if not self.local:
             return
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if host not in (*LOOPBACK, "testserver") and not host.startswith("127."):
+        host = _name_of(headers.get("host", ""))
+        if not is_loopback(host):
             raise ServingError(403, f"this server answers to localhost, not to {host[:64]!r}", "wrong_host")
         origin = headers.get("origin")
         foreign = origin is not None and origin not in self.origins
@@ -97,6 +97,14 @@ class Around:
         client = scope.get("client") or ("", 0)
         values = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
         logger.info("answered", extra={**values, "client": client[0]})
+
+
+def _name_of(host: str) -> str:
+    """Of a header Host, without the port; empty where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def route_of(scope: Scope) -> str:
