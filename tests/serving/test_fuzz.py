@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -89,7 +90,7 @@ def test_ten_thousand_random_requests(pipeline: MADFormerPipeline) -> None:
 
 
 @pytest.mark.slow
-def test_schemathesis_over_the_schema(pipeline: MADFormerPipeline) -> None:
+def test_schemathesis_over_the_schema(pipeline: MADFormerPipeline, tmp_path: Path) -> None:
     """Requests of the schema and beside it, which are answered as the schema says."""
     settings = ServerSettings(slots=4, max_waiting=60, max_images=2, max_steps=4, reconnect=0.05, keep=1)
     with serving(pipeline, settings) as server:
@@ -98,6 +99,6 @@ def test_schemathesis_over_the_schema(pipeline: MADFormerPipeline) -> None:
                 sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "40",
                 "--checks", "not_a_server_error,status_code_conformance,content_type_conformance", "--seed", "1",
             ],
-            capture_output=True, text=True, timeout=900, check=False,
+            capture_output=True, text=True, timeout=900, check=False, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
