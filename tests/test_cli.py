@@ -358,12 +358,13 @@ def test_bad_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_dry_run_says_what_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    smaller = ["--model.num-layers", "2", "--model.hidden-size", "128", "--model.num-heads", "2"]
+    smaller = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "time_conditioning": "adaln", "unet": None}
+    file = tmp_path / "smaller.json"
+    file.write_text(json.dumps({"model": smaller}))
     out = str(tmp_path / "run")
-    assert main(["train", "tiny", "--out", out, *smaller, "--dry-run", "--batch-size", "64"]) == 0
+    assert main(["train", "tiny", "--config", str(file), "--out", out, "--dry-run", "--batch-size", "64"]) == 0
     printed = capsys.readouterr().out
-    model = MADFormer(tiny().replace(num_layers=2, hidden_size=128, num_heads=2))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in MADFormer(tiny().replace(**smaller)).parameters())
     assert f"parameters           {parameters / 1e6:.1f} M" in printed
     assert "a step of 64 images" in printed
     assert not (tmp_path / "run").exists()

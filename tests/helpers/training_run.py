@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from madformer.training.config import TrainingConfig
+from madformer.training.costs import costs_of
 from madformer.training.parallel import leave
 from madformer.training.trainer import Trainer
 from tests.helpers import environment
@@ -101,6 +102,8 @@ def fork(processes: int) -> list[int]:
 
 def main(folder: str, file: str, stop: int, processes: int) -> None:
     config = TrainingConfig.from_dict(json.loads(Path(file).read_text()))
+    if torch.version.cuda is None:
+        costs_of(config)  # once for all of them
     # Before the first backward pass: a build with CUDA starts threads in it, which no fork has.
     children = fork(processes) if processes > 1 else []
     run = Trainer(config, folder, resume=True)

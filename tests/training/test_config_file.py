@@ -32,7 +32,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("no_checkpoints")
+@pytest.mark.usefixtures("no_checkpoints", "untraced")
 def test_the_printed_configuration_is_the_same_run(
     config: TrainingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
