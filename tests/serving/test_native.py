@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from madformer import MADFormerPipeline
+from madformer.serving.drawing import Asked, Reader
+from madformer.serving.errors import ServingError
 from madformer.serving.native import accepted_type
-from tests.helpers.serving_cases import DEFAULTS, Running, drawn, events_of, file_of, next_event, pixels, same, wait_for
+from tests.helpers.engine_cases import FLAT
+from tests.helpers.serving_cases import (
+    DEFAULTS,
+    SETTINGS,
+    TEXT,
+    Running,
+    drawn,
+    events_of,
+    file_of,
+    make_pipeline,
+    next_event,
+    pixels,
+    same,
+    serving,
+    wait_for,
+)  # fmt: skip
 
 
 def test_images_are_those_of_the_pipeline(server: Running, pipeline: MADFormerPipeline) -> None:
@@ -176,6 +196,63 @@ def test_a_client_that_went_away_cancels_its_request(server: Running) -> None:
         wait_for(lambda: generation.status == "cancelled")
         assert server.service.desk.stepper.num_waiting == 0
     server.settle()
+
+
+def test_who_waits_for_an_answer_and_leaves(server: Running) -> None:
+    with server.held(), ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(server.post, {"prompt": "a"}, timeout=1)
+        wait_for(lambda: server.service.desk.active)
+        (picture,) = server.service.desk.active
+        wait_for(lambda: picture.generation.status == "cancelled")
+        assert isinstance(asking.exception(), httpx.ReadTimeout)
+    server.settle()
+
+
+def test_results_are_kept_while_there_is_room(pipeline: MADFormerPipeline) -> None:
+    """The last one whatever its size, and those before it by their bytes and seconds."""
+    settings = dataclasses.replace(SETTINGS, keep_bytes=1)
+    with serving(pipeline, settings) as server:
+        first, second = (server.post({"prompt": "a", "steps": 1}).json()["id"] for _ in range(2))
+        desk = server.service.desk
+        assert list(desk.generations) == [second]
+        assert desk.kept_bytes == desk.generations[second].nbytes > 0
+        assert server.http.get(f"/api/v1/images/{first}").status_code == 404
+        assert server.http.get(f"/api/v1/images/{second}").json()["images"]
+
+
+def test_an_elastic_model() -> None:
+    """Each request at its own split, beside the others."""
+    config = TEXT.replace(elastic_diffusion_layers=(1, 2))
+    elastic = make_pipeline(config)
+    expected = {}
+    for split in (1, 2):
+        elastic.transformer.set_split(split)
+        (expected[split],) = drawn(elastic, prompt="a", seed=1)
+    elastic.transformer.set_split(config.diffusion_layers)
+    with serving(elastic) as server, ThreadPoolExecutor(2) as pool:
+        assert server.http.get("/api/v1/model").json()["elastic"] == [1, 2]
+        bodies = [{"prompt": "a", "seed": 1, "diffusion_layers": split} for split in (1, 2)]
+        for split, answer in zip((1, 2), pool.map(lambda body: server.post(body, "image/png"), bodies), strict=True):
+            assert same(pixels(answer.content), expected[split])
+    assert not same(expected[1], expected[2])
+
+
+def test_classes_and_nothing_at_all() -> None:
+    """What is read of a request for models of other kinds."""
+    classes = make_pipeline(FLAT.replace(num_classes=3, time_conditioning="unet+adaln"), class_names=["a", "b", "c"])
+    reader = Reader(classes, SETTINGS, DEFAULTS)
+    drawing = reader.read(Asked(label="b", num_images=2))
+    assert drawing.prompts.label is not None
+    assert drawing.prompts.label.tolist() == [1, 1]
+    assert drawing.kind.guided
+    with pytest.raises(ServingError, match="no class 'd'"):
+        reader.read(Asked(label="d"))
+    plain = Reader(make_pipeline(FLAT), SETTINGS, DEFAULTS)
+    assert not plain.read(Asked()).kind.guided
+    with pytest.raises(ServingError, match="guidance needs a model with text or classes"):
+        plain.read(Asked(guidance_scale=3.0))
+    with pytest.raises(ServingError, match="a prompt has no place"):
+        plain.read(Asked(prompt="a"))
 
 
 def test_what_is_said_of_model_and_server(server: Running) -> None:

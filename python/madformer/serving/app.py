@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -107,7 +107,7 @@ def _add_own_routes(app: FastAPI) -> None:
         is_ready = service_of(request).desk.is_ready
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/metrics", tags=["operation"])
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics(request: Request, client: Client) -> Response:
         """For Prometheus."""
         return Response(service_of(request).metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")

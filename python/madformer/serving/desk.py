@@ -14,7 +14,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -59,7 +59,10 @@ class Desk:
         self.config, self.size = config, size
         self.loop = asyncio.get_running_loop()
         self.ranks = FairRanks()
-        self.generations: OrderedDict[str, Generation] = OrderedDict()
+        self.generations: dict[str, Generation] = {}
+        # the oldest first, with their bytes
+        self.ended: dict[Generation, int] = {}
+        self.kept_bytes = 0
         self.active: set[Picture] = set()
         self.by_client: Counter[str] = Counter()
         self.draining = False
@@ -294,22 +297,24 @@ class Desk:
             self.metrics.ended.labels(error.code).inc()
             generation.publish("error", last=True, error=error.error)
         generation.over.set()
-        self.loop.call_later(self.settings.keep, self.generations.pop, generation.id, None)
-        self._keep_within_bytes()
+        self._keep(generation)
 
     def _give_up(self, generation: Generation) -> None:
         for picture in generation.pictures:
             if picture.future is not None and picture.future.cancel():
                 self._release(picture)
 
-    def _keep_within_bytes(self) -> None:
-        ended = [generation for generation in self.generations.values() if generation.ended is not None]
-        total = sum(generation.nbytes for generation in ended)
-        for generation in ended[:-1]:
-            if total <= self.settings.keep_bytes:
-                return
-            total -= generation.nbytes
-            self.generations.pop(generation.id, None)
+    def _keep(self, generation: Generation) -> None:
+        """For a while, and as long as those that ended since leave room."""
+        self.ended[generation] = generation.nbytes
+        self.kept_bytes += generation.nbytes
+        self.loop.call_later(self.settings.keep, self._forget, generation)
+        while self.kept_bytes > self.settings.keep_bytes and len(self.ended) > 1:
+            self._forget(next(iter(self.ended)))
+
+    def _forget(self, generation: Generation) -> None:
+        self.kept_bytes -= self.ended.pop(generation, 0)
+        self.generations.pop(generation.id, None)
 
     def fail(self, error: BaseException) -> None:
         """Nothing is drawn any more."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from madformer.serving.access import Client, service_of
-from madformer.serving.drawing import Asked, decode_upload
+from madformer.serving.drawing import FORMATS, Asked, decode_upload
 from madformer.serving.errors import ServingError
 from madformer.serving.events import Event
 from madformer.serving.generations import Generation, Picture
@@ -268,7 +268,11 @@ def _model(service: Service) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "madformer"}
 
 
-@router.get("/files/images/{token}")
+@router.get(
+    "/files/images/{token}",
+    response_class=Response,
+    responses={200: {"content": {media_type: {} for media_type in FORMATS.values()}}},
+)
 async def file(token: str, request: Request) -> Response:
     """A picture by its address, which whoever has it may use until it expires."""
     found = service_of(request).file(token)

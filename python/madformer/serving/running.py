@@ -14,6 +14,9 @@ from madformer.serving.service import Service
 
 logger = logging.getLogger("madformer.serving")
 
+MAX_CONNECTIONS = 1024
+"""Those beyond are answered 503 by uvicorn."""
+
 
 class Server(uvicorn.Server):
     """Drains at the first signal, within the grace of its settings, and ends at the second."""
@@ -24,7 +27,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app, host, port, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
                 # of connections that are left when all that was asked for is answered
-                timeout_graceful_shutdown=2,
+                timeout_graceful_shutdown=2, limit_concurrency=MAX_CONNECTIONS,
             )
         )  # fmt: skip
         self.service = service
