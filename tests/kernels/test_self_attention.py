@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from madformer.kernels.self_attention import self_attention, self_attention_ref
+from madformer.kernels.self_attention import SHORT, self_attention, self_attention_ref
 from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, each_dtype, needs_cpp
 
 cpp = functools.partial(self_attention, backend="cpp")
@@ -48,13 +48,15 @@ def test_opcheck_and_compiles_whole() -> None:
     assert torch.equal(compiled(**inputs), cpp(**inputs, num_heads=2))
 
 
-def test_a_gradient_is_the_reference_s() -> None:
-    """Which "auto" takes for it; C++, asked for by name, refuses."""
+def test_gradients_and_many_tokens_are_the_reference_s() -> None:
+    """Which "auto" takes for them; C++, asked for by name, refuses the first."""
     inputs = {name: x.clone().requires_grad_() for name, x in make_inputs(2, 5, 6).items()}
     out = self_attention(**inputs, num_heads=2)
     assert torch.equal(out, self_attention_ref(**inputs, num_heads=2))
     out.sum().backward()
     assert all(x.grad is not None for x in inputs.values())
+    many = make_inputs(1, SHORT + 1, 6)
+    assert torch.equal(self_attention(**many, num_heads=2), self_attention_ref(**many, num_heads=2))
 
 
 @needs_cpp
