@@ -79,7 +79,7 @@ def server(pipeline: Any) -> Iterator[str]:
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium (Debian: chromium; or CHROMIUM=PATH): the page is NOT tested here")
-    playwright.expect.set_options(timeout=20_000)  # a machine may be busy
+    playwright.expect.set_options(timeout=60_000)  # a machine may be busy
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -92,7 +92,7 @@ class Visit:
     def __init__(self, browser: Any, url: str, *, routes: dict[str, Any] | None = None, **settings: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **settings})
         self.page, self.url, self.complaints = self.context.new_page(), url, list[str]()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
         self.page.on("request", lambda request: self.look_at(request.url))
@@ -222,7 +222,7 @@ def test_history_survives_a_reload(visit: Visit) -> None:
 
 def test_a_reload_in_the_middle_goes_on(visit: Visit) -> None:
     page = visit.page
-    page.fill("#steps", "40")
+    page.fill("#steps", "20")
     visit.draw("thumbs up", seed=9)
     visit.made(1)
     page.reload()
@@ -233,7 +233,7 @@ def test_a_reload_in_the_middle_goes_on(visit: Visit) -> None:
 
 def test_stopping_frees_the_server(visit: Visit, server: str) -> None:
     page = visit.page
-    page.fill("#steps", "100")
+    page.fill("#steps", "50")
     page.fill("#prompt", "couple with heart")
     page.locator("#prompt").press("Control+Enter")
     visit.made(1)
@@ -250,7 +250,7 @@ def test_stopping_frees_the_server(visit: Visit, server: str) -> None:
 def test_errors_are_told_in_plain_words(browser: Any, server: str) -> None:
     other, visit = Visit(browser, server), Visit(browser, server)
     page = visit.page
-    other.page.fill("#steps", "100")
+    other.page.fill("#steps", "50")
     other.draw("red apple", count=MOST)
     other.made(1)
     visit.draw("red apple", seed=8)
@@ -369,7 +369,7 @@ def test_nothing_serious_stands_in_the_way_of_anybody(browser: Any, server: str,
     playwright.expect(page.locator(".cell")).to_have_count(4)
     page.locator("#more summary").click()
     check("at first")
-    page.fill("#steps", "40")
+    page.fill("#steps", "20")
     visit.draw("woman cook: medium skin tone")
     visit.made(2)
     page.wait_for_timeout(600)

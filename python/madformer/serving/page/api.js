@@ -1,8 +1,11 @@
 // The server's native API: requests, errors in plain words, and a job's events over however many connections it takes.
 
+import { recall, remember } from "./memory.js";
+
 const KEY = "madformer-key";
 const WAITS = [0.5, 1, 2, 4, 8]; // seconds before the tries to reach a server again
 let askForKey = async () => null;
+let apiKey = recall(KEY, { tab: true });
 
 /** What the server refused, or that it does not answer. `status` is 0 where no answer came. */
 export class ApiError extends Error {
@@ -12,7 +15,7 @@ export class ApiError extends Error {
   }
 }
 
-export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+export const hasKey = () => apiKey !== null;
 /** `ask(again)` is called where the server wants a key, and gives one or null. */
 export const onKeyWanted = (ask) => { askForKey = ask; };
 
@@ -22,7 +25,7 @@ export async function call(path, { method = "GET", body, accept = "application/j
     const headers = { Accept: accept };
     if (body !== undefined) headers["Content-Type"] = "application/json";
     if (last !== undefined) headers["Last-Event-ID"] = last;
-    if (hasKey()) headers.Authorization = `Bearer ${sessionStorage.getItem(KEY)}`;
+    if (apiKey !== null) headers.Authorization = `Bearer ${apiKey}`;
     let response;
     try {
       response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body), cache: "no-store" });
@@ -35,7 +38,8 @@ export async function call(path, { method = "GET", body, accept = "application/j
     if (response.status !== 401 || quiet) throw error;
     const key = await askForKey(again);
     if (!key) throw error;
-    sessionStorage.setItem(KEY, key);
+    apiKey = key;
+    remember(KEY, key, { tab: true });
   }
 }
 

@@ -1,5 +1,7 @@
 // The form: what the model takes is shown, and what stands in it becomes a request.
 
+import { recall, remember } from "./memory.js";
+
 const KEPT = "madformer-form";
 const COUNTS = [1, 2, 4, 8];
 const SEEDS = 2 ** 32; // of those that are drawn here; a seed that is typed may be as large as a browser counts exactly
@@ -57,14 +59,14 @@ export class Form {
     element("split").addEventListener("input", () => this.#split());
     element("dice").onclick = () => { element("seed").value = this.anotherSeed(); element("fresh").checked = false; };
     element("seed").addEventListener("input", ({ target }) => {
-      const exact = Number.isSafeInteger(Number(target.value));
-      target.setCustomValidity(exact ? "" : `This page counts to ${Number.MAX_SAFE_INTEGER}; the API takes larger seeds.`);
+      const exact = Number.isSafeInteger(Number(target.value) + model.mostImages); // the last picture's, too
+      target.setCustomValidity(exact ? "" : `This page counts to ${Number.MAX_SAFE_INTEGER - model.mostImages}; the API takes larger seeds.`);
       element("fresh").checked = false;
     });
     element("prompt").maxLength = element("negative").maxLength = model.mostPrompt;
     this.root.addEventListener("invalid", () => { element("settings").open = element("more").open = true; }, true);
     element("settings").open = matchMedia("(min-width: 56.01rem)").matches;
-    this.fill(JSON.parse(localStorage.getItem(KEPT) ?? "null") ?? {});
+    this.fill(recall(KEPT) ?? {});
     element("fresh").checked = true;
   }
 
@@ -87,7 +89,7 @@ export class Form {
     if (value("scheduler")) request.scheduler = value("scheduler");
     if (model.elastic?.length > 1) request.diffusion_layers = model.elastic[Number(value("split"))];
     if (value("format") !== "png") request.output_format = value("format");
-    if (now) localStorage.setItem(KEPT, JSON.stringify(request));
+    if (now) remember(KEPT, request);
     return request;
   }
 

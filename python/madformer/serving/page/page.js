@@ -3,6 +3,7 @@ import { ApiError, base64Of, bytesOf, call, drawing, failureOf, hasKey, onKeyWan
 import * as code from "./code.js";
 import * as history from "./history.js";
 import { describe, Form } from "./form.js";
+import { recall, remember } from "./memory.js";
 import { Picture } from "./picture.js";
 import * as strip from "./strip.js";
 
@@ -40,8 +41,8 @@ function stage(list) {
   element("edit-hint").hidden = true;
 }
 
-const placed = (request) => Array.from({ length: request.num_images ?? 1 }, (_, index) => {
-  const picture = new Picture(model, form.nameOf(request), index + 1, model.editing ? redraw : null);
+const placed = (request, of = model) => Array.from({ length: request.num_images ?? 1 }, (_, index) => {
+  const picture = new Picture(of, form.nameOf(request), index + 1, of.editing ? redraw : null);
   picture.request = request;
   return picture;
 });
@@ -104,7 +105,7 @@ async function draw(request, resumed = null) {
   strip.expect(true);
   const finished = () => drawn.flatMap((picture) => (picture.latest ? [picture.latest] : []));
   try {
-    await follow(resumed ?? request, request, drawn, stop, (id) => sessionStorage.setItem(JOB, JSON.stringify({ id, request })));
+    await follow(resumed ?? request, request, drawn, stop, (id) => remember(JOB, { id, request }, { tab: true }));
   } catch (error) {
     const why = stop.signal.aborted ? "Stopped" : "Not drawn";
     await Promise.all(drawn.filter((picture) => picture.busy).map((picture) => picture.fail(why)));
@@ -112,7 +113,7 @@ async function draw(request, resumed = null) {
     if (!stop.signal.aborted && !resumed) complain(error, () => draw(request));
   } finally {
     current = null;
-    sessionStorage.removeItem(JOB);
+    remember(JOB, null, { tab: true });
     element("draw").textContent = "Draw";
     strip.expect(false);
     progress();
@@ -159,14 +160,16 @@ async function reopen(entry) {
   quiet();
   const { blocks, ...request } = entry.request;
   form.fill(request);
-  const shown = placed({ ...request, num_images: entry.pictures.length });
+  // another model's picture has other blocks, which this one cannot draw
+  const of = entry.model === model.name ? model : { ...model, rows: 1, columns: 1, numBlocks: 1, order: [0], editing: false };
+  const shown = placed({ ...request, num_images: entry.pictures.length }, of);
   stage(shown);
   await Promise.all(shown.map((picture, index) => {
     const { blob, seed, format } = entry.pictures[index];
     picture.begin([]);
     return picture.finish(blob, seed, format);
   }));
-  element("edit-hint").hidden = !model.editing;
+  element("edit-hint").hidden = !of.editing;
   progress();
   say(`From history: ${form.nameOf(request)}`);
   element("stage").focus({ preventScroll: true });
@@ -219,9 +222,9 @@ function theme() {
     if (value) document.documentElement.dataset.theme = value;
     else delete document.documentElement.dataset.theme;
     element("theme").setAttribute("aria-label", `Colours: ${value || "as the system has them"}`);
-    localStorage.setItem(THEME, value);
+    remember(THEME, value);
   };
-  set(names.find((name) => name === localStorage.getItem(THEME)) ?? "");
+  set(names.find((name) => name === recall(THEME)) ?? "");
   element("theme").onclick = () => set(names[(names.indexOf(document.documentElement.dataset.theme ?? "") + 1) % names.length]);
 }
 
@@ -249,7 +252,7 @@ async function main() {
     else draw(form.request(true));
   });
   await history.begin(reopen);
-  const job = JSON.parse(sessionStorage.getItem(JOB) ?? "null");
+  const job = recall(JOB, { tab: true });
   if (job) return draw(job.request, job.id);
   stage(placed({}));
   pictures[0].state.textContent = model.numBlocks > 1 ? `${model.numBlocks} blocks, drawn one after the other` : "";

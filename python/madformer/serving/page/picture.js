@@ -113,6 +113,7 @@ export class Picture {
       next.src = url;
       await next.decode().catch(() => {});
       this.frame.classList.toggle("coarse", next.naturalWidth > 0 && next.naturalWidth * 3 < this.frame.clientWidth);
+      if (next.naturalWidth) this.frame.style.aspectRatio = `${next.naturalWidth} / ${next.naturalHeight}`;
       this.image.src = url;
       this.image.hidden = false;
       if (this.url) URL.revokeObjectURL(this.url);
