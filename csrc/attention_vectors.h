@@ -84,7 +84,7 @@ HWY_INLINE void attend_to(TileSums<kVectors>& tile, const float* k, int64_t stri
   multiply_all<kVectors, true>(num_keys, head_dim, tile.q, tile.scores,
                                [&](int64_t key, int64_t d) MADFORMER_STEP { return k[key * stride_k + d]; });
   for (int64_t j = 0; j < kVectors; ++j) {
-    Vec largest = load(tile.scores + (0 * kVectors + j) * kLanes);
+    Vec largest = load(tile.scores + j * kLanes);
     for (int64_t key = 1; key < num_keys; ++key)
       largest = max(largest, load(tile.scores + (key * kVectors + j) * kLanes));
     if (!tile.is_empty) {
@@ -93,8 +93,6 @@ HWY_INLINE void attend_to(TileSums<kVectors>& tile, const float* k, int64_t stri
       tile.total[j] = tile.total[j] * fading;
       for (int64_t d = 0; d < head_dim; ++d)
         store(load(tile.out + (d * kVectors + j) * kLanes) * fading, tile.out + (d * kVectors + j) * kLanes);
-    } else {
-      tile.total[j] = zero();
     }
     for (int64_t key = 0; key < num_keys; ++key) {
       float* score = tile.scores + (key * kVectors + j) * kLanes;
@@ -156,6 +154,7 @@ void attention_of(const Attention& op, int64_t begin, int64_t end, float* scratc
     tile.q = queries;
     tile.out = queries + head_dim * kQueries;
     tile.scores = tile.out + head_dim * kQueries;
+    for (int64_t j = 0; j < kVectors; ++j) tile.largest[j] = tile.total[j] = zero();
     const T* q = head_of<T>(op.q, b, h) + first * op.q.stride_l;
     for (int64_t i = 0; i < kQueries; ++i) {
       for (int64_t d = 0; d < head_dim; ++d) {
