@@ -28,7 +28,7 @@ from tests.helpers.vae_cases import make_vae
 
 TEXT = FLAT.replace(text=TextConfig(vocab_size=257, length=8, pad_token_id=256))
 SETTINGS = ServerSettings(slots=3, max_waiting=4, max_images=4, reconnect=0.1)
-DEFAULTS = SamplingOptions(3, guidance=2.0)
+DEFAULTS = SamplingOptions(2, guidance=2.0)
 
 
 def make_pipeline(config: MADFormerConfig = TEXT, **options: Any) -> MADFormerPipeline:

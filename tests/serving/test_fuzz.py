@@ -77,11 +77,6 @@ def fuzz(pipeline: MADFormerPipeline, count: int) -> dict[int, int]:
     return codes
 
 
-def test_some_random_requests(pipeline: MADFormerPipeline) -> None:
-    codes = fuzz(pipeline, 150)
-    assert {200, 400} <= codes.keys()
-
-
 @pytest.mark.slow
 def test_ten_thousand_random_requests(pipeline: MADFormerPipeline) -> None:
     codes = fuzz(pipeline, 10_000)
