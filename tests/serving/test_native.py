@@ -220,6 +220,7 @@ def test_results_are_kept_while_there_is_room(pipeline: MADFormerPipeline) -> No
         assert server.http.get(f"/api/v1/images/{second}").json()["images"]
 
 
+@pytest.mark.slow
 def test_an_elastic_model() -> None:
     """Each request at its own split, beside the others."""
     config = TEXT.replace(elastic_diffusion_layers=(1, 2))
