@@ -73,7 +73,7 @@ async function follow(start, request, drawn, stop, onId = () => {}) {
     } else if (type === "block") {
       await picture.block(data);
       const made = drawn.reduce((sum, one) => sum + one.total - one.waiting.size, 0);
-      say(`Block ${made} of ${drawn.reduce((sum, one) => sum + one.total, 0)}`, made === 1);
+      say(`${made} of ${drawn.reduce((sum, one) => sum + one.total, 0)} blocks are made`, made === 1);
     } else if (type === "finished") {
       const format = data.output_format ?? request.output_format ?? "png";
       const blob = bytesOf(data.b64_json, format);
