@@ -69,7 +69,8 @@ def test_wheel_without_the_extension_holds_every_source_file_and_nothing_else(tm
     sources = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in MAPPED.items()
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix == ".py" or (path.parent.name == "page" and path.is_file())
     }
     assert installed == {*sources, "madformer/py.typed"}
 

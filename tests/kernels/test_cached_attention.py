@@ -431,10 +431,11 @@ def test_bad_arguments(change: Callable[[Inputs], dict[str, object]], message: s
     ids=["float64", "wide heads"],
 )
 def test_what_the_kernel_does_not_take(change: dict[str, object], message: str) -> None:
-    """By name it is an error; by ``auto``, also where that would be Triton, the reference takes it."""
+    """By name it is an error; by ``auto``, also where that would be Triton, another takes it."""
     inputs = make_inputs([3, 2], 6, 4, **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         cached_attention(**inputs, backend="triton")
+    inputs = make_inputs([3, 2], 6, 4, **({"dtype": torch.float32} | change))  # type: ignore[arg-type]
     torch.testing.assert_close(cached_attention(**inputs), cached_attention_ref(**inputs))
 
 
