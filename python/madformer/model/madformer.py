@@ -30,7 +30,7 @@ from madformer.model.layer import Attention, Streams, Tower, TransformerLayer, m
 from madformer.model.patches import PatchDecoder, PatchEmbedding
 from madformer.model.pretrained import PretrainedMixin
 from madformer.model.rope import RotaryEmbedding, RotaryTables
-from madformer.model.unet import LearnedSkips, Skips, UNetDownsampler, UNetUpsampler, skip_connections
+from madformer.model.unet import Half, LearnedSkips, Skips, UNetDownsampler, UNetUpsampler, skip_connections
 
 
 @dataclass
@@ -184,11 +184,10 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
     def embed(self, latents_BMLC: Tensor, temb_NE: Tensor) -> tuple[Tensor, Skips]:
         """Blocks of latents to tokens ``(B, S, hidden_size)`` and the U-Net's skip connections.
 
-        Args:
-            temb_NE: of each block, what the downsampler's ``time_embedding`` or its ``told`` makes of the timestep.
+        ``temb_NE``: of each block, what the downsampler's ``time_embedding`` or its ``told`` makes of the timestep.
         """
-        maps = to_maps(latents_BMLC, self.config.block_latents)
-        maps, skips = self.downsampler(maps, self._for(self.downsampler, temb_NE))
+        told_NT = Half.taken_by(self.downsampler, temb_NE, self.config.time_widths[0])
+        maps, skips = self.downsampler(to_maps(latents_BMLC, self.config.block_latents), told_NT)
         num_tokens = latents_BMLC.shape[1] * self.config.block_size
         return maps.permute(0, 2, 3, 1).reshape(-1, num_tokens, maps.shape[1]), skips
 
@@ -196,8 +195,8 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
         """Tokens back to blocks of latents ``(B, M, L, C)``."""
         maps = to_maps(tokens_BSC, self.config.block_tokens)
         num_blocks = tokens_BSC.shape[1] // self.config.block_size
-        maps = self.upsampler(maps, self._for(self.upsampler, temb_NE), skips, modulation_NC)
-        return from_maps(maps, num_blocks)
+        told_NT = Half.taken_by(self.upsampler, temb_NE, self.config.time_widths[1])
+        return from_maps(self.upsampler(maps, told_NT, skips, modulation_NC), num_blocks)
 
     def modulation(self, timestep_BM: Tensor, labels_B: Tensor | None) -> Tensor | None:
         """What AdaLN layers project for every block, ``(B, M, C)``; None for a model without.
@@ -217,24 +216,10 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
 
     def time_embeddings(self, timestep_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What tells the time to the U-Net's halves and to AdaLN, in fp32 with ``config.told_widths`` numbers each."""
-        down_width, up_width, _ = self.config.told_widths
-        down = self._told(self.downsampler, timestep_N, down_width)
-        up = self._told(self.upsampler, timestep_N, up_width)
+        down = Half.told_to(self.downsampler, timestep_N, self.config.told_widths[0])
+        up = Half.told_to(self.upsampler, timestep_N, self.config.told_widths[1])
         modulation = self.conditioner.time(timestep_N) if self.config.modulated else down.new_empty(len(down), 0)
         return down, up, modulation
-
-    @staticmethod
-    def _told(half: Any, timestep_N: Tensor, width: int) -> Tensor:
-        """What a half of the U-Net is told of the time. A module in its place may know the embedding alone."""
-        if hasattr(half, "told"):
-            told_NT: Tensor = half.told(timestep_N)
-            return told_NT
-        temb_NE: Tensor = half.time_embedding(timestep_N)
-        return F.pad(temb_NE, (0, width - temb_NE.shape[1]), value=math.nan)
-
-    def _for(self, half: nn.Module, told_NT: Tensor) -> Tensor:
-        """What it takes of that."""
-        return told_NT if hasattr(half, "told") else told_NT[:, : self.config.time_widths[0]]
 
     def clean_timestep(self, timestep_BM: Tensor) -> Tensor:
         """The timestep that clean blocks are embedded and decoded with."""

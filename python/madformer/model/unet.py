@@ -171,6 +171,20 @@ class Half(nn.Module):
         activated_NE = F.silu(temb_NE.to(layers[0].weight.dtype))
         return torch.cat((temb_NE, *(layer(activated_NE).to(temb_NE.dtype) for layer in layers)), dim=1)
 
+    @staticmethod
+    def told_to(half: Any, timestep_N: Tensor, width: int) -> Tensor:
+        """:meth:`told`, in ``width`` columns; of a module in a half's place that does not have it, its embedding."""
+        if hasattr(half, "told"):
+            told_NT: Tensor = half.told(timestep_N)
+            return told_NT
+        temb_NE: Tensor = half.time_embedding(timestep_N)
+        return F.pad(temb_NE, (0, width - temb_NE.shape[1]), value=torch.nan)
+
+    @staticmethod
+    def taken_by(half: nn.Module, told_NT: Tensor, time_width: int) -> Tensor:
+        """What it takes of that: a module that does not have :meth:`told`, its embedding alone."""
+        return told_NT if hasattr(half, "told") else told_NT[:, :time_width]
+
     def for_blocks(self, told_NT: Tensor, dtype: torch.dtype) -> Tensor | Told:
         """The embedding as the residual blocks take it, with what :meth:`told` found for them."""
         told_NT = cast(told_NT, dtype)
