@@ -26,8 +26,11 @@ class Share:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(extra: str = "ray") -> Iterator[None]:
     """Within it Ray is there: the cluster that ``RAY_ADDRESS`` names, else one on this machine that ends with it.
+
+    Args:
+        extra: of this package, which brings what of Ray is needed.
 
     Raises:
         ImportError: Ray is not installed. What a worker raised, in place of Ray's errors that hold it.
@@ -35,7 +38,7 @@ def joined() -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("Ray is not installed: pip install 'madformer[ray]'") from error
+        raise ImportError(f"Ray is not installed: pip install 'madformer[{extra}]'") from error
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)

@@ -63,7 +63,7 @@ def test_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         Keys.load(file)
 
 
-def test_headers(server: Running) -> None:
+def test_headers(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("/", "/api/v1/model", "/nowhere"):
         headers = server.http.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -74,6 +74,12 @@ def test_headers(server: Running) -> None:
     assert server.http.get("/healthz", headers=named).headers["x-request-id"] == "mine-7"
     for bad in ("a b", "x" * 129, '"\\'):
         assert server.http.get("/healthz", headers={"X-Request-ID": bad}).headers["x-request-id"] != bad
+    monkeypatch.setattr(server.service, "status", lambda: 1 / 0)
+    answer = server.http.get("/api/v1/status", headers=named)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "ZeroDivisionError" not in answer.text
+    assert "division" not in answer.text
+    assert (answer.headers["x-content-type-options"], answer.headers["x-request-id"]) == ("nosniff", "mine-7")
 
 
 def test_pages_of_other_sites_are_kept_out(server: Running) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from madformer.serving.settings import ServerSettings
 if TYPE_CHECKING:
     from madformer.pipeline import MADFormerPipeline
 
-logger = logging.getLogger("madformer.serving")
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {
@@ -81,7 +79,6 @@ def create_app(
     app.add_exception_handler(ServingError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
-    app.add_exception_handler(Exception, _tell_fault)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
@@ -153,8 +150,3 @@ async def _tell_invalid(request: Request, error: Exception) -> Response:
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     message = f"{'.'.join(place)}: {first['msg']}" if place else str(first["msg"])
     return error_answer(ServingError.refused(message, ".".join(place) or None, str(first["type"])))
-
-
-async def _tell_fault(request: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error)
-    return error_answer(ServingError.of(error))

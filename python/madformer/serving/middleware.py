@@ -18,7 +18,7 @@ from madformer.serving.errors import ServingError
 from madformer.serving.metrics import Metrics
 from madformer.serving.telemetry import request_id
 
-logger = logging.getLogger("madformer.serving.access")
+logger, faults = logging.getLogger("madformer.serving.access"), logging.getLogger("madformer.serving")
 
 POLICY = "; ".join(
     (
@@ -71,10 +71,15 @@ class Around:
         try:
             try:
                 self._check(scope, headers)
+                await self.app(scope, receive, answer)
             except ServingError as error:
                 await error_answer(error)(scope, receive, answer)
-                return
-            await self.app(scope, receive, answer)
+            except Exception as error:
+                # here and not in a handler of the application's, whose answer would lack what is added above
+                faults.error("a request failed", exc_info=error)
+                if status:  # of an answer that has begun nothing can be said any more
+                    raise
+                await error_answer(ServingError.of(error))(scope, receive, answer)
         finally:
             self._note(scope, status, time.monotonic() - started)
             request_id.reset(token)

@@ -341,7 +341,7 @@ def run(
     Raises:
         ImportError: Ray Serve is not installed. ValueError: the cluster has no GPU. RuntimeError: no engine starts.
     """
-    with joined():
+    with joined("cluster"):
         share = share_of(replicas, on_gpu=on_gpu)
         cluster = ClusterSettings(
             share.workers, max_replicas or share.workers, num_gpus=share.num_gpus or 0, num_cpus=share.num_cpus or 1
