@@ -30,7 +30,7 @@ from benchmarks import ROOT
 from benchmarks.record import CannotCompare, environment, finish
 
 SWEEP: dict[str, Any] = {
-    "models": [str(ROOT / "assets" / "emoji64")],
+    "models": ["assets/emoji64"],
     "sample": {"steps": [4, 8, 16, 25], "guidance": [1, 2], "batch_size": 16, "precision": "exact"},
     "evaluate": {"reference": "emoji:64", "num_images": 128, "num_reference": 256, "metrics": ["kid"]},
 }
@@ -42,7 +42,9 @@ def run(file: Path, workers: int) -> dict[str, float]:
         words = ["sweep", str(file), "--out", f"{name}/out", "--cache", f"{name}/cache", "--device", "cpu", "--json"]
         command = [sys.executable, "-m", "madformer.cli.main", *words, "--workers", str(workers)]
         begun, before = time.perf_counter(), _processor_seconds()
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT
+        )
         seconds = time.perf_counter() - begun
         if done.returncode:
             raise CannotCompare(done.stderr.strip().splitlines()[-1])
@@ -58,7 +60,7 @@ def _processor_seconds() -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        file = args.file or Path(folder, "sweep.json")
+        file = args.file.resolve() if args.file else Path(folder, "sweep.json")
         if args.file is None:
             file.write_text(json.dumps(SWEEP))
         runs: dict[int, list[dict[str, float]]] = {1: [], args.workers: []}
