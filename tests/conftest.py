@@ -48,6 +48,8 @@ ABSENT = {
     "GPU tier": NO_GPU,
     "Triton's kernels": "Triton is not installed",
     "C++ extension": "madformer._C is not built",
+    "Page in a browser": "no Chromium",
+    "Accessibility of the page": "no axe-core",
 }
 """What may be missing, by the reason that every test gives which is skipped without it."""
 

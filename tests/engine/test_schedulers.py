@@ -135,6 +135,21 @@ def test_another_class_over_the_same_noise() -> None:
             check_scheduler(converted(default_scheduler(prediction_type), name), prediction_type)
 
 
+@pytest.mark.parametrize("options", [{"algorithm_type": "sde-dpmsolver++"}, {"solver_type": "heun"}, {}], ids=str)
+def test_a_class_that_cannot_take_over_the_options_says_so(options: dict[str, str]) -> None:
+    """Whichever it is: diffusers' NotImplementedError is no line for a user."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(**options)
+    refused = {"deis", "sa"} if "algorithm_type" in options else set()
+    for name in SHORT_NAMES.keys() - refused:
+        converted(scheduler, name)
+    for name in refused:
+        with pytest.raises(ValueError, match="cannot take over the options of DPMSolverMultistepScheduler: sde-dpm"):
+            converted(scheduler, name)
+    noise = diffusers.DDPMScheduler(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match="DDIMScheduler cannot take over the options of DDPMScheduler: sigmoid is not"):
+        converted(noise, "ddim")
+
+
 def test_names_for_the_command_line() -> None:
     """Every class by a short name or its own; those that are refused, with their reason."""
     assert set(SHORT_NAMES.values()) <= set(USABLE)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'madformer[serve]'")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'madformer[serve]'")
 
 ROOT = Path(__file__).parents[2]
 AXE = ROOT / "build" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
@@ -28,15 +27,18 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 MOST = 4
 """Images of a request, and of all that are drawn and wait."""
 WATCH = """() => {
-  window.seen = [];
+  Object.assign(window, {seen: [], bars: {}, covers: {}});
   const look = () => {
-    const made = [...document.querySelectorAll(".cell")].flatMap((cell, i) => cell.matches(".made") ? [i] : []);
+    const cells = [...document.querySelectorAll(".cell")];
+    const made = cells.flatMap((cell, i) => cell.matches(".made") ? [i] : []);
+    bars[made.length] = document.getElementById("progress").value;
+    covers[made.length] = getComputedStyle(cells.at(-1), "::before").opacity;
     if (JSON.stringify(made) !== JSON.stringify(seen.at(-1))) seen.push(made);
   };
   const every = {subtree: true, childList: true, attributes: true};
   new MutationObserver(look).observe(document.getElementById("pictures"), every);
 }"""
-"""Keeps which blocks were there, whenever that changed."""
+"""Keeps which blocks were there, whenever that changed, and for each number of them the progress and the last cover."""
 PIXELS = """(image) => {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
@@ -59,20 +61,12 @@ def pipeline() -> Any:
 def server(pipeline: Any) -> Iterator[str]:
     """Its address."""
     from madformer.engine import SamplingOptions
-    from madformer.serving.app import create_app
-    from madformer.serving.settings import ServerSettings
+    from madformer.serving import ServerSettings
+    from tests.helpers.serving_cases import serving
 
     settings = ServerSettings(slots=MOST // 2, max_waiting=MOST // 2, max_images=MOST)
-    app = create_app(pipeline, settings, defaults=SamplingOptions(steps=8, guidance=3.0), name="emoji64")
-    serving = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning"))
-    thread = threading.Thread(target=serving.run, daemon=True)
-    thread.start()
-    while not (serving.started and app.state.service.desk.is_ready):
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{serving.servers[0].sockets[0].getsockname()[1]}/"
-    serving.should_exit = True
-    thread.join(20)
+    with serving(pipeline, settings, defaults=SamplingOptions(steps=8, guidance=3.0), name="emoji64") as running:
+        yield f"{running.url}/"
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +141,10 @@ def test_blocks_appear_one_after_another(visit: Visit, pipeline: Any) -> None:
     playwright.expect(page.locator(".cell")).to_have_count(4)
     page.evaluate(WATCH)
     visit.draw("red apple", seed=5)
-    visit.made(2)
-    # what is not made is covered, and the progress is told
-    assert page.locator(".cell").nth(3).evaluate("cell => getComputedStyle(cell, '::before').opacity") == "1"
-    assert 0.4 < float(page.locator("#progress").evaluate("bar => bar.value")) < 1
     visit.done()
+    # what is not made is covered, and the progress is told
+    assert page.evaluate("covers[2]") == "1"
+    assert 0.4 < float(page.evaluate("bars[2]")) < 1
     assert page.evaluate("seen")[-4:] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
     drawn = np.asarray(
