@@ -74,7 +74,7 @@ def test_the_defaults_of_train_are_those_of_its_preset(capsys: pytest.CaptureFix
         (["sample", "--model", "m", "a", "--steps", "3", "b"], "unexpected argument 'b'"),
         (["train", "tiny", "--model.unet.attention", "yes,no"], "'yes,no' must be truth values with commas between"),
         (["export", "--out", "x"], "the following arguments are required: RUN"),
-        (["data"], "madformer data: error: a command is missing: there are emoji, latents"),
+        (["data"], "madformer data: error: a command is missing: there are emoji, clipart, latents"),
         (["data", "latent"], "madformer data: error: unknown command latent (the nearest known name is latents)"),
         (["smaple"], "madformer: error: unknown command smaple (the nearest known name is sample)"),
         (["completion", "sh"], "argument SHELL: 'sh' must be one of bash, zsh, fish"),

@@ -21,6 +21,7 @@ COMMANDS = [
     "sample --model m --grid g.png",
     "train emoji64 --out r",
     "data emoji --out d",
+    "data clipart --out d",
     "data latents --data d --vae v --image-size 64 --out l",
     "export r --out x",
     "convert --checkpoint c --out x",

@@ -278,6 +278,15 @@ class MADFormerConfig(Mapping[str, Any]):
         """Whether the noise stream passes the autoregressive layers."""
         return self.context in ("clean+condition", "condition")
 
+    @property
+    def clean_layers(self) -> int:
+        """How many layers the noise stream reads the clean one in: later ones need not run it."""
+        if not self.has_clean_stream:
+            return 0
+        if self.cross_block_attention:
+            return self.num_layers
+        return self.ar_layers if self.has_condition else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the inverse of :meth:`from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

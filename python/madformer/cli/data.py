@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from madformer.cli.request import Request
 from madformer.machine import device_of, this_process
 
+DEBIAN_CLIPART = "/usr/share/openclipart/png"
 DEBIAN_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 
@@ -28,14 +30,31 @@ class Emoji(Request):
 
     def run(self) -> None:
         from madformer.data.emoji import write_emoji_shards
-        from madformer.files.text import printable
 
         made = write_emoji_shards(
             self.out, size=self.size, font=self.font, emoji_test=self.emoji_test, limit=self.limit
         )
-        for name, count in zip(made["class_names"], made["class_counts"], strict=True):
-            print(f"{count:6d}  {printable(name)}")
-        print(f"{made['num_samples']:6d}  images in {self.out} ({made['num_left_out']} emoji are not in the font)")
+        _print_classes(made, self.out, f"{made['num_left_out']} emoji are not in the font")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipart(Request):
+    """Make WebDataset shards of public-domain clip art with captions, by its files' names, and labels, by its folders.
+
+    example: madformer data clipart --out data/clipart128
+    """
+
+    out: Path  # folder for the shards
+    size: int = 128  # pixels along one side
+    source: Path = Path(DEBIAN_CLIPART)  # folder of pictures in categories; the Debian package is openclipart-png
+    limit: int | None = None  # write so many of the first ones alone, to try things out
+
+    def run(self) -> None:
+        from madformer.data.clipart import write_clipart_shards
+
+        made = write_clipart_shards(self.out, size=self.size, source=self.source, limit=self.limit)
+        why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in made["left_out"].items())
+        _print_classes(made, self.out, f"left out: {why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,14 @@ class Latents(Request):
                 f"{len(data)} images in {self.out}: latents {shape}, {self.dtype}, {flips} flips "
                 f"({data.num_bad} unreadable)"
             )
+
+
+def _print_classes(made: Mapping[str, Any], folder: Path, left_out: str) -> None:
+    from madformer.files.text import printable
+
+    for name, count in zip(made["class_names"], made["class_counts"], strict=True):
+        print(f"{count:6d}  {printable(name)}")
+    print(f"{made['num_samples']:6d}  images in {folder} ({left_out})")
 
 
 def _sides(pixels: tuple[int, ...]) -> int | tuple[int, int]:

@@ -25,8 +25,8 @@ METRICS = ("fd", "kid", "prdc")
 class Evaluate(DrawingOptions):
     """Compare images with a reference: distances, precision and recall, each with a 95 % interval and its protocol.
 
-    Images and references are folders of images, tar shards, .npz batches (arr_0), data sets of the hub (hf:NAME) or
-    emoji:64, the demonstration model's own data, rendered on the way.
+    Images and references are folders of images, tar shards, .npz batches (arr_0), data sets of the hub (hf:NAME),
+    emoji:64 or clipart:128, what madformer data emoji and madformer data clipart make, rendered on the way.
 
     examples:
       madformer evaluate --images samples/ --reference data/emoji64

@@ -107,17 +107,10 @@ def _machine() -> dict[str, Any]:
 def _model(name: str) -> dict[str, Any]:
     import torch
 
-    from madformer.config import MADFormerConfig
-    from madformer.files.hub import CONFIG_NAME, resolve_folder
     from madformer.model import MADFormer
+    from madformer.model.pretrained import config_of
 
-    folder = resolve_folder(name)
-    path = next((p for p in (folder / "transformer" / CONFIG_NAME, folder / CONFIG_NAME) if p.is_file()), None)
-    if path == folder / CONFIG_NAME and (folder / "environment.json").is_file():
-        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no model: no {CONFIG_NAME} in it or in its transformer/")
-    config = MADFormerConfig.from_file(path)
+    config = config_of(name)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MADFormer(config).parameters())
     return {"parameters": parameters, **config.to_dict()}

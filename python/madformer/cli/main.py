@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg, subcommand
 from madformer.cli.bench import Bench
 from madformer.cli.config_file import toml
 from madformer.cli.convert import Convert
-from madformer.cli.data import Emoji, Latents
+from madformer.cli.data import Clipart, Emoji, Latents
 from madformer.cli.evaluate import Evaluate
 from madformer.cli.export import Export
 from madformer.cli.info import Info
@@ -56,6 +56,7 @@ COMMANDS: dict[str, tuple[type[Request], str]] = {
     "serve": (Serve, "serve a model over HTTP: a page, and OpenAI's images API"),
     "train": (Train, "train a model"),
     "data emoji": (Emoji, "render Noto Color Emoji"),
+    "data clipart": (Clipart, "make the pictures of a package of clip art"),
     "data latents": (Latents, "encode images once, so that training needs no VAE"),
     "export": (Export, "take a model out of a training run"),
     "convert": (Convert, "turn a released checkpoint into a model folder"),

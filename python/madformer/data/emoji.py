@@ -11,10 +11,8 @@ takes another copy.
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from madformer.data.fields import DataSummary
-from madformer.data.sources import RawSample
+from madformer.data.rendered import RenderedSample, RenderedSource, check_side, png_of, write_rendered
 from madformer.files.atomic import write_json
-from madformer.files.shards import KEY, write_shards
 
 __all__ = [
     "DEFAULT_FONT",
@@ -112,15 +108,12 @@ class EmojiRenderer:
 
     Raises:
         FileNotFoundError: no such font; names the Debian package.
-        ValueError: not a Noto Color Emoji with bitmaps, or ``size < 1``.
+        ValueError: not a Noto Color Emoji with bitmaps, or a ``size`` that is no number of pixels.
         RuntimeError: Pillow cannot shape sequences; its basic layout would draw a family as its members.
     """
 
     def __init__(self, font: str | Path = DEFAULT_FONT, size: int = 64) -> None:
-        self.path = Path(font)
-        self.size = size
-        if size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {size}")
+        self.path, self.size = Path(font), check_side(size)
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"no emoji font at {font}: install Debian's fonts-noto-color-emoji or pass --font PATH"
@@ -191,34 +184,15 @@ def write_emoji_shards(
         What ``dataset.json`` holds.
 
     Raises:
-        As :class:`EmojiRenderer`, :func:`read_emoji_list` and :func:`write_shards`.
+        As :class:`EmojiRenderer`, :func:`read_emoji_list` and :func:`~madformer.data.rendered.write_rendered`.
     """
     renderer = EmojiRenderer(font, size)
     emoji = read_emoji_list(emoji_test)
-    class_names = list(dict.fromkeys(e.group for e in emoji))
-    chosen = [e for e in emoji if keep is None or keep(e)]
-    counts: Counter[str] = Counter()
+    class_names = _groups(emoji)
     left_out: list[str] = []
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for item in chosen:
-            if limit is not None and counts.total() >= limit:
-                return
-            image = renderer.render(item.text)
-            if image is None:
-                left_out.append(item.key)
-                continue
-            counts[item.group] += 1
-            yield _sample(item, image, class_names.index(item.group))
-
-    paths = write_shards(samples(), folder, "emoji", max_per_shard)
-    description = {
-        "name": "emoji",
-        "num_samples": counts.total(),
-        "image_size": size,
-        "class_names": class_names,
-        "class_counts": [counts[name] for name in class_names],
-        "shards": [path.name for path in paths],
+    samples = _samples([e for e in emoji if keep is None or keep(e)], class_names, renderer, left_out)
+    made = write_rendered(samples, folder, "emoji", class_names, size=size, max_per_shard=max_per_shard, limit=limit)
+    description = made | {
         "num_left_out": len(left_out),
         "font": {"file": renderer.path.name, "version": font_version(renderer.path)},
         "made_by": "madformer data emoji",
@@ -228,7 +202,7 @@ def write_emoji_shards(
     return description
 
 
-class EmojiSource:
+class EmojiSource(RenderedSource):
     """The samples that :func:`write_emoji_shards` writes, for evaluation without files: each rendered when it is read.
 
     All 3,789 take 9 s and 20 MB at 64 pixels; which of them the font has is known after a second.
@@ -240,53 +214,37 @@ class EmojiSource:
         As :class:`EmojiRenderer` and :func:`read_emoji_list`.
     """
 
-    root, shard_lengths = None, None
-
     def __init__(self, size: int = 64, emoji_test: str | Path | None = None) -> None:
         renderer, emoji = EmojiRenderer(size=size), read_emoji_list(emoji_test)
-        self.class_names = list(dict.fromkeys(e.group for e in emoji))
-        self._samples = [_Rendered(e, self.class_names.index(e.group), renderer) for e in emoji if renderer.has(e.text)]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def key(self, index: int) -> str:
-        return self._samples[index].key
-
-    def name(self, index: int) -> str:
-        return f"emoji {self.key(index)}"
-
-    def read(self, index: int) -> RawSample:
-        return self._samples[index]
-
-    def summary(self, limit: int) -> DataSummary:
-        """Complete, whatever the limit."""
-        count = len(self)
-        return DataSummary(count, count, count, count, len(self.class_names), tuple(self.class_names))
+        names = _groups(emoji)
+        super().__init__("emoji", list(_samples(emoji, names, renderer, [])), names)
 
 
-class _Rendered(RawSample):
+class _Rendered(RenderedSample):
     """One whose picture is made when it is asked for, and kept."""
 
     def __init__(self, item: Emoji, label: int, renderer: EmojiRenderer) -> None:
-        told = {"key": item.key, "caption": caption_of(item.name), "label": label, "_of": (item, renderer)}
-        self.__dict__.update(told)
+        about = {"key": item.key, "caption": caption_of(item.name), "label": label, "told": {"codepoints": item.key}}
+        self.__dict__.update(about, _of=(item, renderer))
 
     @cached_property
     def data(self) -> bytes:
         item, renderer = self.__dict__["_of"]
         image = renderer.render(item.text)
         assert image is not None
-        return _png(image)
+        return png_of(image)
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+def _groups(emoji: Iterable[Emoji]) -> list[str]:
+    return list(dict.fromkeys(e.group for e in emoji))
 
 
-def _sample(item: Emoji, image: Image.Image, label: int) -> dict[str, Any]:
-    caption = caption_of(item.name)
-    record = {"caption": caption, "label": label, "label_name": item.group, "codepoints": item.key}
-    return {KEY: item.key, "png": _png(image), "txt": caption, "cls": label, "json": record}
+def _samples(
+    emoji: Iterable[Emoji], class_names: Sequence[str], renderer: EmojiRenderer, left_out: list[str]
+) -> Iterator[RenderedSample]:
+    """Those that the font has; the keys of the others go to ``left_out``."""
+    for item in emoji:
+        if renderer.has(item.text):
+            yield _Rendered(item, class_names.index(item.group), renderer)
+        else:
+            left_out.append(item.key)

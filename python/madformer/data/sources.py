@@ -210,7 +210,11 @@ class FolderSource:
         return printable(self._files[index])
 
     def name(self, index: int) -> str:
-        return printable(self.root / self._files[index])
+        return printable(self.path(index))
+
+    def path(self, index: int) -> Path:
+        """Of a picture's file."""
+        return self.root / self._files[index]
 
     def read(self, index: int) -> RawSample:
         path, label = self._files[index], int(self._labels[index])

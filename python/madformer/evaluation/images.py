@@ -1,4 +1,4 @@
-"""Sets of images to be looked at: folders, shards, ``.npz`` batches of ADM's, emoji, and what a model draws on the way.
+"""Sets of images to be looked at: folders, shards, ``.npz`` batches, rendered ones, and what a model draws on the way.
 
 Every set comes in parts of a few dozen images with a key that its content decides, so that what was found out about a
 part need not be found out again, whatever set it lies in and wherever a run was stopped.
@@ -24,6 +24,7 @@ from torch import Tensor
 import madformer.engine
 import madformer.kernels
 from madformer.bulk.folder import MANIFEST, read_manifest
+from madformer.data.clipart import ClipartSource
 from madformer.data.emoji import EmojiSource
 from madformer.data.holdout import Side, SplitSource
 from madformer.data.images import open_source
@@ -43,7 +44,8 @@ __all__ = ["ArrayImages", "DrawnImages", "ImageSet", "Part", "StoredImages", "is
 
 PART = 64
 """Images of a part: of 1024 x 1024 pixels, as PNG, about 100 MB."""
-_EMOJI = "emoji:"
+_RENDERED: dict[str, Callable[[int], Source]] = {"emoji": EmojiSource, "clipart": ClipartSource}
+"""Data sets that need no files of their own, by name."""
 _ARRAY = "arr_0"
 
 
@@ -319,9 +321,9 @@ def open_images(
     """A set of images by name.
 
     Args:
-        source: what :func:`madformer.data.open_dataset` takes, ``emoji:SIZE`` for the rendered emoji of ``madformer
-            data emoji``, or an ``.npz`` file with an array ``arr_0``. Of a folder that ``madformer sample`` wrote, how
-            its images were drawn is known.
+        source: what :func:`madformer.data.open_dataset` takes, ``emoji:SIZE`` or ``clipart:SIZE`` for the pictures of
+            ``madformer data emoji`` and ``madformer data clipart``, or an ``.npz`` file with an array ``arr_0``. Of a
+            folder that ``madformer sample`` wrote, how its images were drawn is known.
         count: how many of them; None for all.
         spread: take them evenly from all over the source, which may be in an order, and not its first ones.
         holdout: take the part that a run with this ``--holdout`` did not train on, or with ``side="training"`` the
@@ -336,11 +338,11 @@ def open_images(
     def split(whole: Source) -> Source:
         return SplitSource(whole, holdout, side) if holdout else whole
 
-    if name.startswith(_EMOJI) and not Path(name).exists():
-        size = name.removeprefix(_EMOJI)
+    kind, _, size = name.partition(":")
+    if ":" in name and kind in _RENDERED and not Path(name).exists():
         if not (size.isascii() and size.isdecimal()):
-            raise ValueError(f"{printable(name)}: the size must be pixels along one side, as in emoji:64")
-        return StoredImages(split(EmojiSource(int(size))), name, count, spread)
+            raise ValueError(f"{printable(name)}: the size must be pixels along one side, as in {kind}:64")
+        return StoredImages(split(_RENDERED[kind](int(size))), name, count, spread)
     if name.endswith(".npz"):
         if holdout:
             raise ValueError(f"holdout={holdout} goes by the names of images, and those in {printable(name)} have none")

@@ -373,12 +373,8 @@ class MADFormer(PretrainedMixin, PeftAdapterMixin):
 
     @property
     def clean_layers(self) -> int:
-        """How many layers the noise stream reads the clean one in: later ones need not run it."""
-        if not self.config.has_clean_stream:
-            return 0
-        if self.config.cross_block_attention:
-            return self.config.num_layers
-        return self.config.ar_layers if self.config.has_condition else 0
+        """As :attr:`MADFormerConfig.clean_layers` has it."""
+        return self.config.clean_layers
 
     def layer_pass(
         self,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from madformer.config import FOREIGN, REGISTERED, MADFormerConfig
 from madformer.files.atomic import atomic_path, file_locks, naming, umask
-from madformer.files.hub import CONFIG_NAME
+from madformer.files.hub import CONFIG_NAME, resolve_folder
 from madformer.files.weights import load_weights, misfit
 
 STAGING = ".saving."
@@ -275,6 +275,21 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         return super()._load_pretrained_model(
             model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
         )
+
+
+def config_of(name: str | Path) -> MADFormerConfig:
+    """The configuration of a stored model, or of a stored pipeline's, without its weights.
+
+    Raises:
+        FileNotFoundError: there is no folder or repository of that name, or no model in it. ValueError: it is a run's.
+    """
+    folder = resolve_folder(name)
+    path = next((p for p in (folder / "transformer" / CONFIG_NAME, folder / CONFIG_NAME) if p.is_file()), None)
+    if path == folder / CONFIG_NAME and (folder / "environment.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run; its model is {folder / 'model'}")
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no model: no {CONFIG_NAME} in it or in its transformer/")
+    return MADFormerConfig.from_file(path)
 
 
 def _headers(state: Mapping[str, Tensor] | None, files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -22,6 +22,7 @@ from madformer.evaluation import StoredImages
 from madformer.files.hub import CONFIG_NAME, resolve_folder
 from madformer.machine import precision_of
 from madformer.model import MADFormer
+from madformer.model.pretrained import config_of
 from madformer.objects import read_object
 from madformer.pipeline import MADFormerPipeline
 from madformer.pipeline_files import MODEL_INDEX
@@ -78,8 +79,7 @@ class Outlines:
         if self.elsewhere and not Path(name).is_dir():
             return None
         folder = resolve_folder(name)
-        nested, index = folder / "transformer" / CONFIG_NAME, folder / MODEL_INDEX
-        config = MADFormerConfig.from_file(nested if nested.is_file() else folder / CONFIG_NAME)
+        config, index = config_of(folder), folder / MODEL_INDEX
         with torch.device("meta"):
             transformer = MADFormer(config)
         pipeline = MADFormerPipeline.from_pretrained(folder, transformer=transformer, vae=None)

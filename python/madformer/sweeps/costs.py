@@ -28,7 +28,7 @@ from madformer.evaluation import DrawnImages, Part
 from madformer.measuring.bare import Work
 from madformer.model import MADFormer
 
-__all__ = ["Evaluations", "PeakMemory", "WatchedImages", "evaluations_of", "flops_per_image"]
+__all__ = ["Evaluations", "PeakMemory", "WatchedImages", "evaluations_of", "flops_per_image", "layers_once"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,15 @@ def evaluations_of(model: MADFormer, scheduler: Any, sampling: SamplingOptions) 
     config, branches = model.config, 2 if sampling.guided else 1
     timesteps = _num_timesteps(scheduler, sampling.steps)
     refreshed = -(-timesteps // sampling.refresh_every)
+    layers = layers_once(config) + config.diffusion_layers * refreshed
+    return Evaluations(branches * timesteps, branches * refreshed, branches * layers)
+
+
+def layers_once(config: MADFormerConfig) -> float:
+    """Those of :attr:`Evaluations.layers` that an image takes whatever the number of steps, without guidance."""
     # an autoregressive pass a block for the condition, and one a finished block, but for the last, for its context
     condition = config.ar_layers if config.has_condition else 0
-    clean = model.clean_layers * (config.num_blocks - 1) / config.num_blocks
-    layers = condition + clean + config.diffusion_layers * refreshed
-    return Evaluations(branches * timesteps, branches * refreshed, branches * layers)
+    return condition + config.clean_layers * (config.num_blocks - 1) / config.num_blocks
 
 
 def flops_per_image(model: MADFormer, evaluations: Evaluations, *, guided: bool) -> int:
@@ -74,7 +78,7 @@ def flops_per_image(model: MADFormer, evaluations: Evaluations, *, guided: bool)
     flops = branches * work.ar_flops + evaluations.refreshed * work.step_flops + skipped * work.unet_flops
     embed = _embed_flops(config)
     shared = evaluations.steps // branches * config.num_blocks
-    if config.has_condition or model.clean_layers:
+    if config.has_condition or config.clean_layers:
         shared += config.num_blocks - 1
     return flops - (branches - 1) * shared * embed
 
