@@ -5,9 +5,10 @@
 A server in a process of its own is asked by an open loop: requests come at random times (a Poisson process), at shares
 of the images a second that it streams when enough always wait, whoever is still waiting. Each is streamed: from its
 arrival until the first block's picture, and until the finished one. What is answered 429 counts as refused; what ends
-without an answer as lost, of which there may be none. Beside it stand the same pipeline in this process (a call and PNG
-encoding, alone and in batches of as many as there are slots), and full batches on a virtual clock: arrivals of the same
-kind, each batch begun when it is idle and as many wait, in the measured time of a batch.
+without an answer as lost, of which there may be none. Beside it stand the same pipeline in another process (a call and
+PNG encoding, alone and in batches of as many as there are slots), and full batches on a virtual clock: arrivals of the
+same kind, each batch begun when it is idle and as many wait, in the measured time of a batch. Some processes are a
+fifth slower than others for all of their life, so a lone request is measured against a call in several pairs of them.
 
 ``--max-waiting`` bounds the queue, and so how long the admitted wait when too much is asked.
 
@@ -20,12 +21,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -40,11 +39,9 @@ import torch
 from benchmarks import ROOT
 from benchmarks.batching import arrivals
 from benchmarks.record import CannotCompare, environment, finish, results_folder
-from madformer.engine.precision import apply
-from madformer.pipeline import MADFormerPipeline
+from benchmarks.serving_processes import PROMPT, Direct, Server
 
 LOADS = (0.5, 0.6, 0.8, 1.0, 1.2)
-PROMPT = "red apple"
 NEVER_READ = 10
 
 
@@ -86,36 +83,6 @@ def cuts(values: Sequence[float]) -> dict[str, float] | None:
         return None
     found = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50": found[49], "p95": found[94], "p99": found[98]}
-
-
-class Server:
-    """``madformer serve`` in a process of its own, until :meth:`close`."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        words = [
-            "serve", "--model", str(options.model), "--port", "0", "--log-level", "error",
-            "--slots", str(options.slots), "--max-waiting", str(options.max_waiting),
-            "--max-per-client", str(options.slots + options.max_waiting), "--max-images", "1",
-            "--guidance", str(options.guidance), "--steps", str(options.steps), "--device", options.device,
-            "--precision", "exact",
-        ]  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "madformer.cli.main", *words], stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if "http://" not in line:
-            raise CannotCompare("the server did not start")
-        self.url = next(word for word in line.split() if word.startswith("http://"))
-
-    def close(self) -> int:
-        self.process.terminate()
-        return self.process.wait(60)
-
-    def memory(self) -> float:
-        """MiB that are resident."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 async def ask(client: httpx.AsyncClient, seed: int, level: Level, arrived: float) -> None:
@@ -192,26 +159,6 @@ async def closed_loop(url: str, clients: int, seconds: float, accept: str) -> fl
     return (len(inner) - 1) / (inner[-1] - inner[0])
 
 
-class Direct:
-    """The same pictures by the pipeline in this process."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.pipeline = MADFormerPipeline.from_pretrained(options.model, dtype=torch.float32, device=options.device)
-        self.pipeline.transformer = apply(self.pipeline.transformer, "exact")
-        self.pipeline.set_progress_bar_config(disable=True)
-
-    def seconds(self, images: int, seed: int = 0) -> float:
-        """Of one call and the encoding of its pictures."""
-        started = time.perf_counter()
-        drawn = self.pipeline(
-            PROMPT, self.options.steps, num_images=images, guidance_scale=self.options.guidance, seed=seed
-        ).images
-        for picture in drawn:
-            picture.save(io.BytesIO(), "PNG")
-        return time.perf_counter() - started
-
-
 def cost(server: Server, direct: Direct, rounds: int) -> dict[str, float]:
     """A lone request against a call, interleaved; medians."""
     calls, requests, firsts, streams = [], [], [], []
@@ -228,13 +175,26 @@ def cost(server: Server, direct: Direct, rounds: int) -> dict[str, float]:
                 requests.append(request)
                 firsts += level.first_blocks
                 streams += level.images
-    call, request = statistics.median(calls), statistics.median(requests)
     return {
-        "pipeline_seconds": call,
-        "request_seconds": request,
-        "own_cost": request / call - 1,
+        "pipeline_seconds": statistics.median(calls),
+        "request_seconds": statistics.median(requests),
         "streamed_seconds": statistics.median(streams),
-        "first_block_share": statistics.median(firsts) / statistics.median(streams),
+        "first_block_seconds": statistics.median(firsts),
+    }
+
+
+def costs(options: argparse.Namespace) -> dict[str, Any]:
+    """:func:`cost` of several pairs of processes, and its medians over them."""
+    pairs = []
+    for _ in range(options.pairs):
+        with contextlib.closing(Direct(options)) as direct, contextlib.closing(Server(options)) as server:
+            pairs.append(cost(server, direct, options.rounds))
+    found = {name: statistics.median(pair[name] for pair in pairs) for name in pairs[0]}
+    return {
+        **found,
+        "own_cost": found["request_seconds"] / found["pipeline_seconds"] - 1,
+        "first_block_share": found["first_block_seconds"] / found["streamed_seconds"],
+        "pairs": pairs,
     }
 
 
@@ -321,10 +281,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         CannotCompare, OSError: see the message.
     """
     device = torch.device(options.device)
+    alone = costs(options)
+    print(json.dumps(alone), flush=True)
     direct, server = Direct(options), Server(options)
     try:
-        image_steps = direct.pipeline.transformer.config.num_blocks * options.steps
-        alone = cost(server, direct, options.rounds)
+        image_steps = direct.image_steps()
         clients = options.slots + options.max_waiting
         throughput = asyncio.run(closed_loop(server.url, clients, options.seconds, "image/png"))
         capacity = asyncio.run(closed_loop(server.url, clients, options.seconds, "text/event-stream"))
@@ -339,6 +300,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             asyncio.run(_patient(server.url, beside))
         steady = soak(server, capacity, options.soak) if options.soak else None
     finally:
+        direct.close()
         status = server.close()
     times = arrivals(2000, 0.6 * capacity)
     waiting = full_batches(times, options.slots, batch)
@@ -408,13 +370,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of a block (10)")
     parser.add_argument("--guidance", type=float, default=3.0, help="scale of guidance (3)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each load (60)")
-    parser.add_argument("--rounds", type=int, default=10, help="lone requests (10)")
+    parser.add_argument("--rounds", type=int, default=6, help="lone requests of a pair of processes (6)")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of processes for lone requests (5)")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds at 80 %% in which memory is looked at (0)")
     parser.add_argument("--loads", type=float, nargs="+", default=list(LOADS), help="shares of what it draws when full")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
     options = parser.parse_args(arguments)
-    if min(options.slots, options.max_waiting, options.steps, options.rounds) < 1 or options.seconds <= 0:
-        parser.error("--slots, --max-waiting, --steps, --rounds and --seconds must be positive")
+    if (
+        min(options.slots, options.max_waiting, options.steps, options.rounds, options.pairs) < 1
+        or options.seconds <= 0
+    ):
+        parser.error("--slots, --max-waiting, --steps, --rounds, --pairs and --seconds must be positive")
     if 0 < options.soak < 10 or min(options.loads) <= 0:
         parser.error("--soak must be 0 or at least 10, --loads must be positive")
     return options

@@ -34,7 +34,7 @@ from madformer.engine.packing import PackedWeights
 from madformer.engine.running import Exclusive, NonFiniteError, check_latents, computing, places_to_draw
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.engine.sharing import Workers, may_share, useful_shares
+from madformer.engine.sharing import Workers, is_short, may_share, useful_shares
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
 from madformer.model.madformer import MADFormer
@@ -110,7 +110,7 @@ class InFlightBatcher:
         self._launches: dict[tuple[str, int], Captured] = {}
         self._prepared_for: Signature | None = None
         self._touched, self._alone = True, Exclusive("this batcher is at a step already")
-        self._trusting, self._shareable = False, False
+        self._trusting, self._shareable, self._short = False, False, False
         self._workers: Workers | None = None
         self._waiting: list[Job] = []
         self._running: list[Job] = []
@@ -260,6 +260,7 @@ class InFlightBatcher:
         if count < 2 or self._workers is not None or not may_share(self.sampler, self.kind):
             yield
             return
+        self._short = is_short(self.sampler, self.kind, guided=self.guided)
         with Workers(count) as self._workers:
             try:
                 yield
@@ -412,14 +413,15 @@ class InFlightBatcher:
 
     def _share_out(self, work: Callable[[Tensor], None], rows: list[int]) -> None:
         """A pass over these rows, in threads where there are any."""
-        shares = min(self._workers.count, len(rows)) if self._workers is not None and self._shareable else 1
+        workers = self._workers if self._shareable else None
+        shares = 1 if workers is None else min(workers.count, len(rows))
 
         def compute(share: int) -> None:
             first, end = (len(rows) * edge // shares for edge in (share, share + 1))
             with computing(self.device):
                 work(torch.tensor(rows[first:end], device=self.slots.block_R.device))
 
-        if shares == 1 or self._workers is None:
+        if workers is None or (shares == 1 and not self._short):
             compute(0)
         else:
-            self._workers.each(compute, range(shares))
+            workers.each(compute, range(shares))

@@ -54,21 +54,10 @@ class Workers:
         self._threads: list[ThreadPoolExecutor] = []
 
     def __enter__(self) -> Self:
-        with _BEGINNING:
-            mine = torch.get_num_threads()
-
-            def begin() -> None:
-                # a thread that is new to PyTorch takes over the process's number when it first asks: now, not later
-                torch.get_num_threads()
-                torch.set_num_threads(max(1, mine // self.count))
-
-            # of one thread each: a share stays on its core
-            self._threads = [ThreadPoolExecutor(1, "madformer-share") for _ in range(self.count)]
-            try:
-                self.each(lambda _: begin(), range(self.count))
-            finally:
-                # what the threads were given has become the process's, for threads to come
-                torch.set_num_threads(mine)
+        mine = torch.get_num_threads()
+        # of one thread each: a share stays on its core
+        self._threads = [ThreadPoolExecutor(1, "madformer-share") for _ in range(self.count)]
+        self.each(lambda _: keep_to(max(1, mine // self.count)), range(self.count))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +74,22 @@ class Workers:
         futures = [self._threads[number].submit(work, number) for number in numbers]
         wait(futures)
         return [future.result() for future in futures]
+
+
+def keep_to(threads: int) -> None:
+    """Have the calling thread compute with so many threads, and threads to come with as many as before."""
+    with _BEGINNING:
+        # a thread that is new to PyTorch takes over the process's number when it first asks: now, not later
+        torch.get_num_threads()
+        others = _in_new_thread(torch.get_num_threads)
+        torch.set_num_threads(threads)
+        # what a thread is given becomes the process's
+        _in_new_thread(lambda: torch.set_num_threads(others))
+
+
+def _in_new_thread(work: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 class SharedSlots(Slots):
@@ -230,6 +235,8 @@ class SharedPasses(Passes):
 
 CALLING = 2.2e-3
 """Seconds of a step in which a thread holds Python's lock, to call some 160 operators; measured on an EPYC."""
+SHORT = 3
+"""How many times as long as that a step computes which threads had better not share."""
 RATE = 5e10
 """Operations a second of a core, about: AVX2 in fp32 at the sizes of a step."""
 
@@ -248,6 +255,20 @@ def shares_for(sampler: Sampler, key: PlanKey, kind: ModelKind, *, compiled: boo
 
 def useful_shares(sampler: Sampler, kind: ModelKind, batch: int, *, guided: bool) -> int:
     """In how many shares of so many images threads do not wait for each other to call operators; 2 at least."""
+    return max(2, round(math.sqrt(_computing(sampler, kind, batch, guided=guided) / CALLING)))
+
+
+def is_short(sampler: Sampler, kind: ModelKind, *, guided: bool) -> bool:
+    """Whether one image's step is better left to a single thread.
+
+    PyTorch's threads wait for each other at every operator: where these are short, two threads of an idle machine are
+    about a tenth faster than one, and on a machine with other work half as fast, or a tenth as fast where they spin.
+    """
+    return _computing(sampler, kind, 1, guided=guided) < SHORT * CALLING
+
+
+def _computing(sampler: Sampler, kind: ModelKind, batch: int, *, guided: bool) -> float:
+    """Seconds of a step in which a core computes, about."""
     noise_towers = (
         parameter
         for layer in sampler.source.layers[kind.config.ar_layers :]
@@ -256,8 +277,7 @@ def useful_shares(sampler: Sampler, kind: ModelKind, batch: int, *, guided: bool
     unet = (*sampler.source.downsampler.parameters(), *sampler.source.upsampler.parameters())
     weights = sum(parameter.numel() for parameter in itertools.chain(noise_towers, unet))
     # each weight and token once: convolutions at full resolution are more
-    computing = 2 * weights * kind.config.block_size * batch * (1 + guided) / RATE
-    return max(2, round(math.sqrt(computing / CALLING)))
+    return 2 * weights * kind.config.block_size * batch * (1 + guided) / RATE
 
 
 def most_shares(sampler: Sampler, key: PlanKey, kind: ModelKind) -> int:

@@ -180,7 +180,7 @@ def _named(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(map(_named, arguments))
     if origin is tuple:
-        return _PLURALS[arguments[0]]
+        return _PLURALS.get(arguments[0], "objects with fields, in a list")
     return _NAMES.get(hint, "an object with fields")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -14,6 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from torch import Tensor
 
 from madformer.conditioning.prompt import Prompt
+from madformer.engine import sharing
 from madformer.engine.batching import InFlightBatcher, QueueFullError
 from madformer.engine.graphs import EagerLauncher, Launcher
 from madformer.engine.options import SamplingOptions
@@ -435,7 +437,10 @@ def test_images_are_shared_out_among_threads(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(batcher.passes, "denoise", noted)
     torch.set_num_threads(2)
     try:
-        for hooked in (False, True):
+        # an image that is alone has one of the threads where its steps are short, else all, as its caller has them
+        for hooked, short, expected in ((False, True, 2), (False, False, 3), (True, True, 1)):
+            monkeypatch.setattr(sharing, "SHORT", math.inf if short else 0)
+            threads.clear()
             if hooked:
                 model.layers[0].register_forward_hook(lambda *_: None)
             with batcher.at_work():
@@ -443,9 +448,8 @@ def test_images_are_shared_out_among_threads(monkeypatch: pytest.MonkeyPatch) ->
                 batcher.run_until_idle()
             for index, future in enumerate(futures):
                 assert relative_error(future.result(timeout=0), drawn_alone(model, noise[index], 2 + index)) < TOLERANCE
-            assert len(threads) == (1 if hooked else 3)  # the last image is alone, in the caller's
-            assert threading.get_ident() in threads
-            threads.clear()
+            assert len(threads) == expected
+            assert (threading.get_ident() in threads) == (expected != 2)
     finally:
         torch.set_num_threads(1)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("madformer-share")]

@@ -227,6 +227,16 @@ def test_threads_of_others() -> None:
         with ThreadPoolExecutor(1) as thread:
             assert thread.submit(torch.get_num_threads).result() == 5
         assert workers.each(lambda _: torch.get_num_threads(), range(2)) == [2, 2]
+
+    def of_a_thread_with_its_own() -> list[int]:
+        sharing.keep_to(3)
+        with sharing.Workers(3) as workers, ThreadPoolExecutor(1) as other:
+            within = other.submit(torch.get_num_threads).result()
+            return [torch.get_num_threads(), *workers.each(lambda _: torch.get_num_threads(), range(3)), within]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(of_a_thread_with_its_own).result() == [3, 1, 1, 1, 5]
+    assert torch.get_num_threads() == 5
     torch.set_num_threads(2)
 
 

@@ -42,9 +42,54 @@ def test_cells_are_every_combination() -> None:
     assert len({cell.tuning_id for cell in tuned}) == 2
 
 
+def test_cases_are_variants_that_no_grid_makes() -> None:
+    cases = [
+        {"label": "as it is"},
+        {"label": "no hidden loss", "hidden_loss_weight": 0, "model": {"diffusion_layers": 1}},
+    ]
+    sweep = Sweep.of(values(models=[], train=TRAIN | {"cases": cases}))
+    assert [(model.label, model.seed) for model in sweep.all_models] == [
+        ("as it is", 0), ("as it is", 7), ("no hidden loss", 0), ("no hidden loss", 7),
+    ]  # fmt: skip
+    plain, *_, other = sweep.all_models
+    assert plain.config is not None
+    assert other.config is not None
+    assert (plain.config.hidden_loss_weight, other.config.hidden_loss_weight) == (0.1, 0)
+    assert (other.config.model.num_layers, other.config.model.diffusion_layers) == (4, 1)
+    assert other.values == {"hidden_loss_weight": 0, "model.diffusion_layers": 1}
+    assert set(other.given) == {"steps", "model.num_layers", "hidden_loss_weight", "model.diffusion_layers"}
+    # a model is what it is trained as, however a file says so
+    without = Sweep.of(values(models=[], train=TRAIN)).all_models
+    grid = {"hidden_loss_weight": [0], "model": {"diffusion_layers": [1]}}
+    by_grid = Sweep.of(values(models=[], train=TRAIN | {"grid": grid})).all_models
+    assert [model.id for model in (*without, *by_grid)] == [model.id for model in sweep.all_models]
+    # together with a grid: each case at each of its values, checked as one
+    both = Sweep.of(values(models=[], train=TRAIN | {"cases": cases, "grid": {"batch_size": [4, 8]}}))
+    assert [model.label for model in both.all_models[::2]] == [
+        "as it is, batch_size=4", "as it is, batch_size=8",
+        "no hidden loss, batch_size=4", "no hidden loss, batch_size=8",
+    ]  # fmt: skip
+    assert Sweep.of(both.to_dict()).cells == both.cells
+    assert both.lasting() == sweep.lasting()
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
+        ({"train": TRAIN | {"cases": [{"steps": 3}]}}, "train.cases: a case has label=None, no name"),
+        ({"train": TRAIN | {"cases": [{"label": "a"}, {"label": "a"}]}}, "train.cases: label holds 'a' twice"),
+        ({"train": TRAIN | {"cases": [{"label": "a", "seed": 3}]}}, "train.cases.seed has no place"),
+        ({"train": TRAIN | {"cases": [{"label": "a", "stepz": 3}]}}, "train.cases.stepz .the nearest known name"),
+        ({"train": TRAIN | {"cases": ["a"]}}, "train.cases=.* must be objects with fields, in a list"),
+        ({"train": TRAIN | {"cases": {"label": "a"}}}, "train.cases=.* must be objects with fields, in a list"),
+        (
+            {"train": TRAIN | {"cases": [{"label": "a", "steps": 4}, {"label": "b", "steps": 4}]}},
+            "train.cases holds .* twice",
+        ),
+        (
+            {"train": TRAIN | {"grid": {"steps": [3]}, "cases": [{"label": "a", "steps": 4}]}},
+            "train.cases: a and train.grid both say what steps is",
+        ),
         ({"sampel": {}}, r"field sampel \(the nearest known name is sample\)"),
         ({"sample": {"step": 3}}, r"field sample.step \(the nearest known name is sample.steps\)"),
         ({"evaluate": {"referenc": "x"}}, r"field evaluate.referenc \(the nearest known name is evaluate.reference\)"),

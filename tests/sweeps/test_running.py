@@ -28,8 +28,8 @@ from madformer.files import atomic
 from madformer.files.atomic import locked
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
-from madformer.sweeps import Sweep, SweepFolder, run_sweep, work
-from madformer.sweeps.folder import UNEQUAL
+from madformer.sweeps import Sweep, SweepFolder, lines, plot, read_table, run_sweep, work
+from madformer.sweeps.folder import UNEQUAL, scores_of
 from madformer.sweeps.running import jobs_of
 from tests.helpers import environment
 from tests.helpers.evaluation_cases import pictures, tiny_extractor, write_folder
@@ -109,6 +109,30 @@ def test_rows(swept: Path, world: Path) -> None:
         image.save(folder / f"{index:03}.png")
     found = evaluate(open_images(folder), open_images(world / "pictures"), tiny_extractor(), metrics=["fd"], cache=None)
     assert rows[3]["fd"] == pytest.approx(found.scores["fd"].value, rel=1e-5)
+
+
+def test_a_table_is_read_as_the_rows_that_made_it(swept: Path, tmp_path: Path) -> None:
+    kept = [row for _, row in SweepFolder.of(swept).rows()]
+    file = swept / "table.parquet"
+    found = read_table(file, file)
+    for row, original in zip(found, kept, strict=True):
+        assert scores_of(row) == scores_of(original)
+        assert row == {name: value for name, value in original.items() if name != "shown"} | {"scores": row["scores"]}
+    assert [line.label for line in lines(found, "fd")] == [line.label for line in lines(kept, "fd")]
+    assert set(plot(file, "fd")) == {"nfe_steps", "nfe_layers", "seconds_per_image"}
+    # another protocol's is not mixed in, and what is no table is told apart from one
+    table = pyarrow.parquet.read_table(file)
+    others = table.to_pylist()
+    for row in others:
+        row |= {"cell": f"x{row['cell']}", "protocol.reference_hash": "other"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(others), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"reference_hash of .* is .* and 'other'"):
+        read_table(file, tmp_path / "other.parquet")
+    pyarrow.parquet.write_table(table.drop_columns(["cell"]), tmp_path / "no.parquet")
+    (tmp_path / "text.parquet").write_text("text")
+    for name in ("no", "text"):
+        with pytest.raises(ValueError, match=f"{name}.parquet is no table of a sweep"):
+            read_table(tmp_path / f"{name}.parquet")
 
 
 def test_data_are_encoded_once_and_models_are_kept(swept: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.config import MADFormerConfig
+from madformer.engine.sharing import keep_to
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode, finite, to_uint8
 
@@ -69,6 +70,9 @@ class Finisher:
 
     def _live(self) -> None:
         device = next(self.vae.parameters()).device
+        if device.type == "cpu":
+            # beside the threads that draw; large pictures take more than one, where there are more
+            keep_to(max(1, torch.get_num_threads() // 2))
         if device.type == "cuda":
             torch.cuda.set_device(device)
             self._stream = torch.cuda.Stream(device)

@@ -19,7 +19,7 @@ from madformer.lazy import exporter
 if TYPE_CHECKING:
     from madformer.sweeps.config import Cell, Judging, Model, Sampling, Sweep, Training, Tuning
     from madformer.sweeps.figures import plot
-    from madformer.sweeps.folder import SweepFolder
+    from madformer.sweeps.folder import SweepFolder, read_table
     from madformer.sweeps.page import write_report
     from madformer.sweeps.running import run_sweep
     from madformer.sweeps.summary import Comparison, Line, Point, comparisons, lines
@@ -39,6 +39,7 @@ __all__ = [
     "comparisons",
     "lines",
     "plot",
+    "read_table",
     "run_sweep",
     "write_report",
 ]
@@ -48,7 +49,7 @@ __getattr__ = exporter(
     {
         "madformer.sweeps.config": ("Cell", "Judging", "Model", "Sampling", "Sweep", "Training", "Tuning"),
         "madformer.sweeps.figures": ("plot",),
-        "madformer.sweeps.folder": ("SweepFolder",),
+        "madformer.sweeps.folder": ("SweepFolder", "read_table"),
         "madformer.sweeps.page": ("write_report",),
         "madformer.sweeps.running": ("run_sweep",),
         "madformer.sweeps.summary": ("Comparison", "Line", "Point", "comparisons", "lines"),

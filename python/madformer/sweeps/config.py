@@ -28,6 +28,8 @@ __all__ = ["Cell", "Judging", "Model", "Sampling", "Sweep", "Training", "Tuning"
 
 OWN = "own"
 """The scheduler that a model was saved with."""
+LABEL = "label"
+"""What a case is called; it is no field of a training run."""
 LOWER = {"fd": "fd", "fd-infinity": "fd-infinity", "kid": "kid", "cmmd": "cmmd", "caption_rank": "following"}
 HIGHER = {
     **dict.fromkeys(("precision", "recall", "density", "coverage"), "prdc"),
@@ -37,14 +39,14 @@ HIGHER = {
 """Figures of which less, or more, is better, each with the metric that gives it."""
 AXES = {
     "sample": ("steps", "guidance", "scheduler", "refresh_every", "diffusion_layers", "seeds"),
-    "train": ("seeds", "grid"),
+    "train": ("seeds", "grid", "cases"),
 }
 """What a sweep that goes on may have more of: cells that are there stay."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Models to train: every combination of the grid, from every seed."""
+    """Models to train: every combination of a case and the grid, from every seed."""
 
     preset: str  # that all of them begin with: tiny, emoji64, ffhq1024 or imagenet256
     seeds: tuple[int, ...] = (0,)  # of the weights, the order of the data, noise and timesteps
@@ -52,6 +54,8 @@ class Training:
         default_factory=dict
     )  # what is otherwise in all of them: fields of a training run
     grid: Mapping[str, Any] = field(default_factory=dict)  # lists of values of such fields: what models differ in
+    # variants that no grid makes: tables of such fields, each with a label of its own
+    cases: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self, "train.")
@@ -60,18 +64,34 @@ class Training:
         for name, values in _leaves(self.grid):
             require(isinstance(values, (list, tuple)), f"train.grid.{name}={values!r} must be a list of values")
             _check_axis(f"train.grid.{name}", values)
-        for name in ("fields", "grid"):
-            require("seed" not in getattr(self, name), f"train.{name}.seed has no place: there are train.seeds")
+        for name, table in (("fields", self.fields), ("grid", self.grid), *(("cases", case) for case in self.cases)):
+            require("seed" not in table, f"train.{name}.seed has no place: there are train.seeds")
+        self._check_cases()
+
+    def _check_cases(self) -> None:
+        for case in self.cases:
+            label = case.get(LABEL)
+            require(isinstance(label, str) and bool(label), f"train.cases: a case has label={label!r}, no name")
+        _check_axis("train.cases: label", [case[LABEL] for case in self.cases], empty=True)
+        _check_axis("train.cases", [dict(_leaves(case)) | {LABEL: ""} for case in self.cases], empty=True)
+        given = {name for name, _ in _leaves(self.grid)}
+        for case in self.cases:
+            twice = sorted(given & {name for name, _ in _leaves(case)})
+            require(not twice, f"train.cases: {case[LABEL]} and train.grid both say what {', '.join(twice)} is")
 
     def models(self) -> Iterator[Model]:
         """Raises ``ValueError`` for fields that there are not, or a combination that is no model."""
         axes = list(_leaves(self.grid))
         base = _changed(PRESETS[self.preset](), self.fields, "train.fields.")
-        for chosen in itertools.product(*(values for _, values in axes)):
-            values = {name: value for (name, _), value in zip(axes, chosen, strict=True)}
-            config = _changed(base, _nested(values), "train.grid.")
+        for case, *chosen in itertools.product(self.cases or ({},), *(values for _, values in axes)):
+            own = {name: value for name, value in _leaves(case) if name != LABEL}
+            grid = {name: value for (name, _), value in zip(axes, chosen, strict=True)}
+            values = own | grid
+            # at once: what is a model may take both
+            config = _changed(base, _nested(values), "train.cases." if own else "train.grid.")
             given = (*(name for name, _ in _leaves(self.fields, within=("model",))), *values)
-            told = ", ".join(f"{name.removeprefix('model.')}={_shown(value)}" for name, value in values.items())
+            named = [case[LABEL]] if case else []
+            told = ", ".join(named + [f"{name.removeprefix('model.')}={_shown(value)}" for name, value in grid.items()])
             for seed in self.seeds:
                 seeded = dataclasses.replace(config, seed=seed)
                 what = {"preset": self.preset, "fields": self.fields, "values": values, "seed": seed}
@@ -287,8 +307,8 @@ class Sweep:
         )
 
 
-def _check_axis(name: str, values: Sequence[Any]) -> None:
-    require(len(values) > 0, f"{name} is an empty list")
+def _check_axis(name: str, values: Sequence[Any], *, empty: bool = False) -> None:
+    require(empty or len(values) > 0, f"{name} is an empty list")
     for index, value in enumerate(values):
         require(value not in values[:index], f"{name} holds {value!r} twice")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from madformer.files.text import first_line
 from madformer.sweeps.config import is_lower_better
-from madformer.sweeps.folder import SweepFolder
+from madformer.sweeps.folder import SweepFolder, read_table
 from madformer.sweeps.summary import Line, lines
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ MOST_POINTS = 300  # of a training curve
 
 
 def plot(path: str | Path, figure: str | None = None, *, ink: str = "#222222") -> dict[str, Figure]:
-    """The figures of a sweep's folder, finished or not, as matplotlib has them.
+    """The figures of a sweep's folder, finished or not, or of its table alone, as matplotlib has them.
 
     Args:
+        path: the folder, or a ``table.parquet``, which holds no training curves.
         figure: what quality is, such as ``kid``; unless given, the first that was measured.
         ink: colour of the text and of the axes.
 
@@ -45,15 +46,15 @@ def plot(path: str | Path, figure: str | None = None, *, ink: str = "#222222") -
         was trained.
 
     Raises:
-        FileNotFoundError: there is no sweep. ValueError: no cell of it is done, or none has the figure.
-        ImportError: there is no matplotlib.
+        FileNotFoundError: there is no sweep. ValueError: no cell of it is done, or none has the figure; the file is no
+            table. ImportError: there is no matplotlib.
     """
-    folder = SweepFolder.of(path)
-    rows = [row for _, row in folder.rows()]
-    name = figure_of(rows, figure, folder.path)
+    folder = None if Path(path).is_file() else SweepFolder.of(path)
+    rows = read_table(path) if folder is None else [row for _, row in folder.rows()]
+    name = figure_of(rows, figure, Path(path))
     shown = lines(rows, name)
     figures = {cost: _quality(shown, name, cost, ink) for cost in AXES}
-    curves = training_curves(folder)
+    curves = {} if folder is None else training_curves(folder)
     return figures | ({"training": _training(curves, ink)} if curves else {})
 
 

@@ -21,17 +21,23 @@ from PIL import Image
 from madformer.evaluation import Score, check_comparable
 from madformer.files.atomic import atomic_path, remove_leftovers, write_json
 from madformer.files.resumable import first_difference, goes_on, taken
+from madformer.files.text import first_line
 from madformer.objects import read_object
 from madformer.sweeps.config import Cell, Model, Sweep
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["SweepFolder", "pyarrow_or_why_not"]
+__all__ = ["SweepFolder", "pyarrow_or_why_not", "read_table"]
 
 DESCRIPTION, TABLE = "sweep.json", "table.parquet"
 VARYING = ("steps", "guidance", "scheduler", "refresh_every", "prompts", "image_size")
 """What rows of a table may differ in: the axes, and what the models are, which the hash of the prompts is of, too."""
+COSTS = (
+    "nfe_steps", "nfe_layers", "flops_per_image", "seconds_per_image", "peak_memory_bytes", "parameters",
+    "training_flops",
+)  # fmt: skip
+"""Columns of what a row costs."""
 UNEQUAL = ("seconds_per_image", "peak_memory_bytes")
 """Columns that another run of the same sweep has otherwise."""
 
@@ -190,6 +196,56 @@ def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return (
         told | row["costs"] | {f"protocol.{name}": _plain(value) for name, value in protocol.items() if name not in own}
     )
+
+
+def read_table(*files: str | Path) -> list[dict[str, Any]]:
+    """The rows of tables that sweeps wrote, as :func:`~madformer.sweeps.lines` and ``comparisons`` take them.
+
+    A cell that two of them have is taken once.
+
+    Raises:
+        FileNotFoundError, OSError: a file is not there. ImportError: there is no pyarrow.
+        ValueError: it is no table of a sweep; or numbers in them are of different protocols, of which a field is named.
+    """
+    pyarrow, rows = pyarrow_or_why_not(), dict[str, dict[str, Any]]()
+    for file in files:
+        try:
+            table = pyarrow.parquet.read_table(file)
+            for flat in table.to_pylist():
+                rows.setdefault(flat["cell"], _unflat(flat))
+        except (pyarrow.ArrowInvalid, KeyError, ValueError) as error:
+            raise ValueError(f"{file} is no table of a sweep: {first_line(error)}") from error
+    check_comparable((score for row in rows.values() for score in scores_of(row).values()), varying=VARYING)
+    return list(rows.values())
+
+
+def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flat_row`, but for fields of the grid that a row has not, and what is not in a table."""
+    figures = [name for name in flat if f"{name}_interval" in flat and flat[f"{name}_interval"] is not None]
+    protocol = {name.removeprefix("protocol."): value for name, value in flat.items() if name.startswith("protocol.")}
+    estimate = ("low", "high", "deviation")
+    scores = {
+        name: {
+            "metric": name,
+            "value": flat[name],
+            "method": flat[f"{name}_interval"],
+            **{part: flat[f"{name}_{part}"] for part in estimate},
+            "protocol": protocol | {"metric": name, "options": flat[f"{name}_options"]},
+        }
+        for name in figures
+    }
+    values = {
+        name.removeprefix("train."): value
+        for name, value in flat.items()
+        if name.startswith("train.") and value is not None
+    }
+    apart = {f"{name}_{part}" for name in figures for part in (*estimate, "interval", "options")}
+    told = {
+        name: value
+        for name, value in flat.items()
+        if name not in (*figures, *COSTS, *apart) and not name.startswith(("train.", "protocol."))
+    }
+    return told | {"values": values, "scores": scores, "costs": {name: flat[name] for name in COSTS}}
 
 
 def _complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,184 @@
+"""Put the tables and figures of the experiments into ``docs/experiments.md``, where its text has places for them.
+
+    python -m benchmarks.experiments.page [--check]
+
+A place is ``<!-- cells NAME [OTHER ...] against LABEL -->`` to ``<!-- end -->``: a row a model, a column a number of
+steps, each with its interval over trainings; below it the differences from the model of that label, with Welch's
+interval, and the cells of ``NAME.toml`` that were not run. ``<!-- noise NAME -->`` shows what the variance of one
+model's figure consists of, and the least difference that seeds can resolve. Names are those of tables in
+``benchmarks/results/experiments``; OTHER are tables whose models are compared as well.
+
+``--check`` changes nothing, and ends with status 1 where the page is not what the tables make of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import ROOT
+from madformer.evaluation import Estimate
+from madformer.evaluation.uncertainty import student
+from madformer.sweeps import Line, Sweep, comparisons, lines, plot, read_table
+
+PAGE = ROOT / "docs" / "experiments.md"
+IMAGES = ROOT / "docs" / "images" / "experiments"
+TABLES = ROOT / "benchmarks" / "results" / "experiments"
+SWEEPS = ROOT / "benchmarks" / "experiments"
+FIGURE = "kid"
+SCALE = 1000
+"""Numbers are shown times this."""
+PLACE = re.compile(
+    r"(<!-- (?P<kind>cells|noise) (?P<names>[\w -]+?)(?: against (?P<base>[^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="say whether the page is up to date, and change nothing")
+    options = parser.parse_args(arguments)
+    before = PAGE.read_text()
+    try:
+        after = filled(before)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.check:
+        if after != before:
+            print(
+                f"{PAGE.name} is not what the tables make of it: python -m benchmarks.experiments.page", file=sys.stderr
+            )
+        return int(after != before)
+    PAGE.write_text(after)
+    for name in sorted({match["names"].split()[0] for match in PLACE.finditer(after) if match["kind"] == "cells"}):
+        if (file := TABLES / f"{name}.parquet").is_file():
+            IMAGES.mkdir(exist_ok=True)
+            plot(file, FIGURE)["nfe_steps"].savefig(IMAGES / f"{name}.png", dpi=130, facecolor="white")
+    return 0
+
+
+def filled(text: str) -> str:
+    """A page with its places filled from the tables.
+
+    Raises:
+        ValueError: numbers of different protocols would stand together, or a label is of no model.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        names = match["names"].split()
+        files = [file for name in names if (file := TABLES / f"{name}.parquet").is_file()]
+        rows = read_table(*files) if files else []
+        if match["kind"] == "noise":
+            return match[1] + "\n".join(noise(rows)) + "\n" + match[5]
+        return match[1] + "\n".join(cells(rows, match["base"]) + not_run(names[0], rows)) + "\n" + match[5]
+
+    return PLACE.sub(fill, text)
+
+
+def cells(rows: Rows, base: str | None) -> list[str]:
+    """A table of models and numbers of steps, and one of the differences from ``base``."""
+    shown = lines(rows, FIGURE)
+    if not shown:
+        return ["*Not run yet.*", ""]
+    steps = sorted({point.steps for line in shown for point in line.points})
+    heads = ["model", *(f"{number} steps" for number in steps)]
+    told = [[line.label, *(_value(line, number) for number in steps)] for line in shown]
+    text = [f"KID x {SCALE}, 95 % intervals; {_of_what(shown)}.", "", *_table(heads, told), ""]
+    if base is None:
+        return text
+    if base not in {line.model for line in shown}:
+        raise ValueError(f"no model is called {base!r}: there are {', '.join(line.label for line in shown)}")
+    found: dict[str, dict[int, str]] = {}
+    for one in comparisons(rows, FIGURE):
+        if base in (one.first, one.second):
+            other, sign = (one.second, 1) if one.first == base else (one.first, -1)
+            label = f"{other}, {one.settings}" if one.settings else other
+            found.setdefault(label, {})[one.steps] = _difference(one.difference, sign)
+    if found:
+        heads = [f"less *{base}*", *heads[1:]]
+        told = [[label, *(by.get(number, "") for number in steps)] for label, by in found.items()]
+        text += ["Differences (below 0 is better than it; **bold** where the interval leaves 0 out):", ""]
+        text += [*_table(heads, told), ""]
+    return text
+
+
+def noise(rows: Rows) -> list[str]:
+    """What seeds alone come to, and the least difference of two means that is resolved."""
+    shown = lines(rows, FIGURE)
+    if not shown:
+        return ["*Not run yet.*", ""]
+    told = []
+    for line in shown:
+        for point in line.points:
+            if (spread := point.spread) is None:
+                continue
+            own = math.sqrt(spread.training + spread.sampling / spread.draws)
+            least = [SCALE * student(2 * seeds - 2) * own * math.sqrt(2 / seeds) for seeds in (2, 3, 5)]
+            told.append(
+                [
+                    line.label, str(point.steps), f"{SCALE * point.estimate.value:.2f}",
+                    f"{SCALE * math.sqrt(spread.training):.2f}", f"{SCALE * math.sqrt(spread.sampling):.2f}",
+                    *(f"{value:.2f}" for value in least),
+                ]
+            )  # fmt: skip
+    heads = ["model", "steps", "mean", "deviation of trainings", "of draws", "least, 2 seeds", "3 seeds", "5 seeds"]
+    return [f"KID x {SCALE}; {_of_what(shown)}.", "", *_table(heads, told), ""]
+
+
+def not_run(name: str, rows: Rows) -> list[str]:
+    """Cells of a sweep's file that no table has."""
+    sweep = Sweep.of(tomllib.loads((SWEEPS / f"{name}.toml").read_text()))
+    done = {row["cell"] for row in rows}
+    missing = [cell for cell in sweep.cells if cell.id not in done]
+    if not missing:
+        return []
+    models: dict[str, int] = {}
+    for cell in missing:
+        models[cell.model.label] = models.get(cell.model.label, 0) + 1
+    listed = ", ".join(f"{label} ({count})" for label, count in models.items())
+    return [f"Not run: {len(missing)} of {len(sweep.cells)} cells: {listed}.", ""]
+
+
+def _value(line: Line, steps: int) -> str:
+    estimate = next((point.estimate for point in line.points if point.steps == steps), None)
+    return "" if estimate is None else _shown(estimate)
+
+
+def _shown(estimate: Estimate) -> str:
+    half = (estimate.high - estimate.low) / 2
+    return f"{SCALE * estimate.value:.1f}" + ("" if math.isnan(half) else f" ± {SCALE * half:.1f}")
+
+
+def _difference(estimate: Estimate, sign: int) -> str:
+    low, high = sorted((sign * estimate.low, sign * estimate.high))
+    text = f"{SCALE * sign * estimate.value:+.1f} [{SCALE * low:+.1f}, {SCALE * high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _of_what(shown: Sequence[Line]) -> str:
+    rows = [row for line in shown for point in line.points for row in point.rows]
+    seeds = [
+        len({row["training_seed"] for row in rows if row["model"] == model}) for model in {r["model"] for r in rows}
+    ]
+    draws = len({row["sampling_seed"] for row in rows})
+    protocol = next(iter(rows[0]["scores"].values()))["protocol"]
+    trainings = str(max(seeds)) if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
+    return (
+        f"{trainings} trainings of each, {draws} draws of {protocol['num_images']} images against "
+        f"{protocol['num_reference']} that were held out"
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
