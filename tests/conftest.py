@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,9 @@ import sys
 # Before torch loads OpenMP: threads that spin at a barrier while another process holds their core make a
 # microsecond's op take milliseconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Until all is imported there is nothing to throw away, and looking for it takes a sixth of that time.
+gc.disable()
 
 import pytest
 import torch
@@ -62,6 +66,14 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("markers", f"{marker}: of diffusers' testers")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Not the thousands of messages that PyTorch writes to itself about every checkpoint. The option `log_level` would set
+    # the root logger's level, too, six times a test, at which each of a thousand loggers forgets what it knew.
+    logging_plugin = session.config.pluginmanager.get_plugin("logging-plugin")
+    for handler in (logging_plugin.caplog_handler, logging_plugin.report_handler):
+        handler.setLevel(logging.WARNING)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST_FIRST.get(item.nodeid.partition("::")[0], len(LONGEST_FIRST)))
     if torch.cuda.is_available():
@@ -75,6 +87,7 @@ def pytest_collection_finish() -> None:
     if "triton.runtime.interpreter" in sys.modules:
         remember_builtins(sys.modules["triton.runtime.interpreter"])
     # Modules and thousands of tests outlive the session: looking through them for garbage took a twentieth of its time.
+    gc.enable()
     gc.collect()
     gc.freeze()
 
