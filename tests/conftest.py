@@ -12,9 +12,6 @@ import sys
 # microsecond's op take milliseconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Until all is imported there is nothing to throw away, and looking for it takes a sixth of that time.
-gc.disable()
-
 import pytest
 import torch
 
@@ -61,14 +58,16 @@ ABSENT = {
 def pytest_configure(config: pytest.Config) -> None:
     # Test tensors are small, and each of pytest's processes has a core: more threads only wait for each other.
     torch.set_num_threads(1)
+    # Until all tests are imported there is nothing to throw away, and looking for it takes a sixth of that time.
+    gc.disable()
     if "MADFORMER_DIFFUSERS" in os.environ:
         for marker in DIFFUSERS_MARKERS.split():
             config.addinivalue_line("markers", f"{marker}: of diffusers' testers")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # Not the thousands of messages that PyTorch writes to itself about every checkpoint. The option `log_level` would set
-    # the root logger's level, too, six times a test, at which each of a thousand loggers forgets what it knew.
+    # Not the thousands of messages that PyTorch writes to itself about every checkpoint. The option `log_level` would
+    # set the root logger's level, too, six times a test, at which each of a thousand loggers forgets what it knew.
     logging_plugin = session.config.pluginmanager.get_plugin("logging-plugin")
     for handler in (logging_plugin.caplog_handler, logging_plugin.report_handler):
         handler.setLevel(logging.WARNING)

@@ -109,18 +109,20 @@ def test_completion_knows_commands_and_options(tmp_path: Path, capsys: pytest.Ca
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion.bash"
     script.write_text(capsys.readouterr().out)
-    for line, found in (
-        ("madformer sam", "sample"),
-        ("madformer sample --guid", "--guidance"),
-        ("madformer data lat", "latents"),
-        ("madformer train --model.unet.norm", "--model.unet.norm-groups"),
-    ):
+    wanted = {
+        "madformer sam": "sample",
+        "madformer sample --guid": "--guidance",
+        "madformer data lat": "latents",
+        "madformer train --model.unet.norm": "--model.unet.norm-groups",
+    }
+    program = f"source {script}; complete=$(complete -p madformer | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+    for line in wanted:
         words = line.split()
-        program = f"""source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="{line}"
-            COMP_POINT={len(line)}; complete=$(complete -p madformer | sed 's/.*-F \\([^ ]*\\).*/\\1/')
-            $complete madformer {words[-1]} {words[-2]}; echo "${{COMPREPLY[@]}}" """
-        result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-        assert found in result.stdout.split(), (line, result.stdout, result.stderr)
+        program += f"""COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="{line}"; COMP_POINT={len(line)}
+            $complete madformer {words[-1]} {words[-2]}; echo "${{COMPREPLY[@]}}"; COMPREPLY=()\n"""
+    result = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    for (line, found), said_of_it in zip(wanted.items(), result.stdout.splitlines(), strict=True):
+        assert found in said_of_it.split(), (line, result.stdout, result.stderr)
     for shell in ("zsh", "fish"):
         assert main(["completion", shell]) == 0
         assert "guidance" in capsys.readouterr().out
