@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import ROOT
 from madformer.evaluation import Estimate
 from madformer.evaluation.uncertainty import student
-from madformer.sweeps import Line, Sweep, comparisons, lines, plot, read_table
+from madformer.sweeps import Line, Point, Sweep, comparisons, lines, plot, read_table
 
 PAGE = ROOT / "docs" / "experiments.md"
 IMAGES = ROOT / "docs" / "images" / "experiments"
@@ -119,17 +119,22 @@ def noise(rows: Rows) -> list[str]:
         for point in line.points:
             if (spread := point.spread) is None:
                 continue
-            own = math.sqrt(spread.training + spread.sampling / spread.draws)
+            # of one training, whose draws are averaged
+            own = math.hypot(spread.training, spread.sampling / math.sqrt(_draws(point)))
             least = [SCALE * student(2 * seeds - 2) * own * math.sqrt(2 / seeds) for seeds in (2, 3, 5)]
             told.append(
                 [
                     line.label, str(point.steps), f"{SCALE * point.estimate.value:.2f}",
-                    f"{SCALE * math.sqrt(spread.training):.2f}", f"{SCALE * math.sqrt(spread.sampling):.2f}",
+                    f"{SCALE * spread.training:.2f}", f"{SCALE * spread.sampling:.2f}",
                     *(f"{value:.2f}" for value in least),
                 ]
             )  # fmt: skip
     heads = ["model", "steps", "mean", "deviation of trainings", "of draws", "least, 2 seeds", "3 seeds", "5 seeds"]
     return [f"KID x {SCALE}; {_of_what(shown)}.", "", *_table(heads, told), ""]
+
+
+def _draws(point: Point) -> int:
+    return len({row["sampling_seed"] for row in point.rows})
 
 
 def not_run(name: str, rows: Rows) -> list[str]:

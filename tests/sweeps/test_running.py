@@ -162,11 +162,14 @@ def test_another_sweep_is_refused_and_a_longer_one_goes_on(
     measure = work.Worker.measure
     monkeypatch.setattr(work.Worker, "measure", lambda self, name: (measured.append(name), measure(self, name))[1])
     longer = given(world)
-    longer["train"] = training
+    # the same model under another name
+    case = {"label": "one layer", "model": {"diffusion_layers": 1}}
+    longer["train"] = {name: value for name, value in training.items() if name != "grid"} | {"cases": [case]}
     longer["sample"] = longer["sample"] | {"steps": [1, 3, 2], "guidance": [1]}
     rows = run(Sweep.of(longer), out, world)
     assert [row["steps"] for row in rows] == 2 * [1, 3, 2]
     assert measured == [row["cell"] for row in rows if row["steps"] == 3]
+    assert [row["model"] for row in rows[3:]] == 3 * ["one layer"]
 
 
 def test_runs_that_begin_with_a_model_are_encoded_once_too(world: Path) -> None:

@@ -46,6 +46,8 @@ def data(labelled: int = 100, captioned: int = 0, classes: int = 3, **changes: A
         ("emoji64", data(names_as_captions=True), {"caption": "caption"}, 3, TEXT),
         ("emoji64", data(labelled=0, captioned=100), {}, 0, TEXT),
         ("emoji64", data(captioned=100, classes=9), {}, 9, TEXT),
+        ("emoji64", data(captioned=100, classes=9), {"model.text": None}, 9, None),
+        ("tiny", data(captioned=100), {"model.text": None}, 3, None),
         ("ffhq1024", data(labelled=0), {}, 0, None),
         ("imagenet256", data(classes=1000), {}, 0, PRESETS["imagenet256"]().model.text),
     ],

@@ -144,7 +144,12 @@ class SweepFolder:
         Raises:
             ValueError: rows are of different protocols, or a model was another one when some of its cells were done.
         """
-        rows = [(cell, row) for cell in self.sweep.cells if (row := self.row(cell)) is not None]
+        rows = [
+            # what a model is called is the file's to say: another may have had the cell done
+            (cell, row | {"model": cell.model.label})
+            for cell in self.sweep.cells
+            if (row := self.row(cell)) is not None
+        ]
         check_comparable((score for _, row in rows for score in scores_of(row).values()), varying=VARYING)
         weights: dict[tuple[str, int | None], str] = {}
         for cell, row in rows:

@@ -60,10 +60,11 @@ def fit(config: TrainingConfig, summary: DataSummary, given: Collection[str]) ->
     """
     model = config.model
     chosen = "caption" in given
-    if model.text is None and (chosen or summary.num_captioned):
+    told = any(name.split(".")[:2] == ["model", "text"] for name in given)
+    if model.text is None and (chosen or (summary.num_captioned and not told)):
         tokenizer = load_tokenizer(config.tokenizer)
         model = model.replace(text=TextConfig(tokenizer.vocab_size, CAPTION_TOKENS, tokenizer.pad_token_id))
-    elif model.text is not None and not chosen and config.caption == "caption" and not summary.num_captioned:
+    elif model.text is not None and not (chosen or told or summary.num_captioned) and config.caption == "caption":
         model = model.replace(text=None)
         config = dataclasses.replace(config, text_loss_weight=0.0)
     # a class that is the text need not be told twice

@@ -1,0 +1,91 @@
+"""What the page of experiments says of tables whose figures are known."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import scipy.stats
+
+from benchmarks.experiments import page
+from madformer.evaluation import Estimate
+from madformer.sweeps.folder import COSTS, flat_row
+
+KID = {
+    ("as the paper", 0): (0.010, 0.012), ("as the paper", 1): (0.020, 0.022),
+    ("no hidden loss", 0): (0.110, 0.112), ("no hidden loss", 1): (0.120, 0.122),
+    ("flow matching", 0): (0.015, 0.017), ("flow matching", 1): (0.025, 0.027),
+}  # fmt: skip
+PROTOCOL: dict[str, Any] = dict.fromkeys(("preset", "weights", "seed", "guidance_interval", "prompts"))
+PROTOCOL |= {
+    "metric": "kid", "options": "", "extractor": "x", "extractor_hash": "x", "resizer": "x", "normalization": "x",
+    "num_images": 256, "image_size": [32, 32], "image_format": "x", "images_hash": "x", "reference": "emoji",
+    "reference_hash": "x", "num_reference": 700, "scheduler": "x", "steps": 8, "guidance": 1.0, "refresh_every": 1,
+    "precision": "exact",
+}  # fmt: skip
+
+
+def row(model: str, training: int, draw: int, kid: float) -> dict[str, Any]:
+    score = {"metric": "kid", **vars(Estimate(kid, kid - 0.001, kid + 0.001, "groups")), "protocol": PROTOCOL}
+    own = {"cell": f"{model} {training} {draw}", "model": model, "training_seed": training, "sampling_seed": draw}
+    how = {"scheduler": "own", "steps": 8, "guidance": 1.0, "guidance_tuned": False, "refresh_every": 1}
+    rest = {"diffusion_layers": 2, "values": {}, "costs": dict.fromkeys(COSTS, 1), "scores": {"kid": score}}
+    return own | how | rest
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rows = [row(*key, draw, kid) for key, values in KID.items() for draw, kid in enumerate(values)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(map(flat_row, rows))), tmp_path / "emoji-hidden.parquet")
+    monkeypatch.setattr(page, "TABLES", tmp_path)
+    return tmp_path
+
+
+def numbers(text: str, beginning: str) -> list[float]:
+    """Of the rest of the first line that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(beginning))
+    return [float(number) for number in re.findall(r"[-+]?[\d.]+", line.removeprefix(beginning))]
+
+
+def place(what: str) -> str:
+    return f"before\n<!-- {what} -->\nstale\n<!-- end -->\nafter\n"
+
+
+def test_a_place_is_filled_with_means_differences_and_what_was_not_run(tables: Path) -> None:
+    text = page.filled(place("cells emoji-hidden against as the paper"))
+    assert text.startswith("before\n<!-- cells emoji-hidden against as the paper -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "stale" not in text
+    assert "2 trainings of each, 2 draws of 256 images against 700 that were held out" in text
+    # of two trainings whose means are 0.01 apart, by Student's quantile for one degree of freedom
+    half = scipy.stats.t.ppf(0.975, 1) * 0.01 / 2
+    assert numbers(text, "| as the paper | ") == pytest.approx([16, 1000 * half], abs=0.06)
+    # Welch's, of two equal variances of two trainings each
+    half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(2 * 0.01**2 / 4)
+    # what an interval leaves 0 out of is bold
+    found = numbers(text, "| no hidden loss | **")
+    assert found == pytest.approx([100, 100 - 1000 * half, 100 + 1000 * half], abs=0.06)
+    found = numbers(text, "| flow matching | +")
+    assert found == pytest.approx([5, 5 - 1000 * half, 5 + 1000 * half], abs=0.06)
+    # no cell of the file itself is in this table
+    assert "Not run: 72 of 72 cells: as the paper (12), no hidden loss (12), condition with noise added (12)," in text
+    assert page.filled(text) == text
+    assert "*Not run yet.*" in page.filled(place("cells emoji-blocks against 4 blocks"))
+
+
+def test_noise_is_parted_and_gives_what_can_be_resolved(tables: Path) -> None:
+    text = page.filled(place("noise emoji-hidden"))
+    between, within = 0.01**2 / 2, 0.002**2 / 2
+    training, draws = math.sqrt(between - within / 2), math.sqrt(within)
+    least = [1000 * scipy.stats.t.ppf(0.975, 2 * n - 2) * math.sqrt(between * 2 / n) for n in (2, 3, 5)]
+    expected = [8, 16, 1000 * training, 1000 * draws, *least]
+    assert numbers(text, "| as the paper | ") == pytest.approx(expected, abs=0.06)
+
+
+def test_a_baseline_that_is_not_there_is_named(tables: Path) -> None:
+    with pytest.raises(ValueError, match="no model is called 'paper': there are as the paper, no hidden loss"):
+        page.filled(place("cells emoji-hidden against paper"))
