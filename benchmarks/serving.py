@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import statistics
@@ -376,13 +377,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loads", type=float, nargs="+", default=list(LOADS), help="shares of what it draws when full")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
     options = parser.parse_args(arguments)
-    if (
-        min(options.slots, options.max_waiting, options.steps, options.rounds, options.pairs) < 1
-        or options.seconds <= 0
-    ):
+    counts = options.slots, options.max_waiting, options.steps, options.rounds, options.pairs
+    if min(counts) < 1 or not 0 < options.seconds < math.inf:
         parser.error("--slots, --max-waiting, --steps, --rounds, --pairs and --seconds must be positive")
-    if 0 < options.soak < 10 or min(options.loads) <= 0:
-        parser.error("--soak must be 0 or at least 10, --loads must be positive")
+    if options.soak and not 10 <= options.soak < math.inf:
+        parser.error("--soak must be 0 or at least 10")
+    if not all(0 < load < math.inf for load in options.loads):
+        parser.error("--loads must be positive")
     return options
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from madformer import MADFormerPipeline
-from tests.helpers.serving_cases import Running, make_pipeline, serving
+from madformer.bulk import Settings
+from tests.helpers.serving_cases import DEFAULTS, SETTINGS, Running, make_pipeline, serving
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +18,6 @@ def pipeline() -> MADFormerPipeline:
 
 @pytest.fixture(scope="session")
 def server(pipeline: MADFormerPipeline) -> Iterator[Running]:
-    with serving(pipeline) as running:
+    recorded = Settings.of(pipeline, DEFAULTS, precision="exact", batch_size=SETTINGS.slots)
+    with serving(pipeline, recorded=recorded) as running:
         yield running

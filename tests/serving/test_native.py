@@ -6,13 +6,18 @@ import base64
 import dataclasses
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+import madformer
 from madformer import MADFormerPipeline
+from madformer.bulk import Settings
+from madformer.bulk.records import read_record
+from madformer.cli.info import command
 from madformer.serving.drawing import Asked, Reader
 from madformer.serving.errors import ServingError
 from madformer.serving.native import accepted_type
@@ -63,6 +68,30 @@ def test_options(server: Running, pipeline: MADFormerPipeline, asked: dict[str, 
     assert answer.headers["x-madformer-seed"] == str(2**63 - 1)
     (expected,) = drawn(pipeline, prompt="a cat", seed=2**63 - 1, **keywords)
     assert same(pixels(answer.content), expected)
+
+
+def test_a_picture_says_how_it_was_drawn(server: Running, pipeline: MADFormerPipeline, tmp_path: Path) -> None:
+    """As those of ``madformer sample`` do: the command that it names draws it, and nothing tells who asked."""
+    asked = {"prompt": "a 'cat' 🐈", "negative_prompt": "dog", "seed": 2**40, "num_images": 2, "steps": 1}
+    asked |= {"guidance_scale": 1.5, "guidance_interval": [100, 700], "scheduler": "ddim"}
+    key = {"Authorization": "Bearer a-key-that-nobody-may-see"}
+    images = server.http.post("/api/v1/images", json=asked, headers=key).json()["images"]
+    record = Settings.of(pipeline, DEFAULTS, precision="exact", batch_size=SETTINGS.slots)
+    for index, image in enumerate(images):
+        file = tmp_path / f"{index}.png"
+        file.write_bytes(base64.b64decode(image["b64_json"]))
+        assert read_record(file) == {
+            "version": madformer.__version__, "seed": 2**40 + index, "prompt": "a 'cat' 🐈", "negative_prompt": "dog",
+            "guidance_scale": 1.5, "guidance_interval": [100.0, 700.0], "steps": 1, "scheduler": "DDIMScheduler",
+            "precision": "exact", "batch_size": 3, "model": record.model, "vae": record.vae, "height": 16, "width": 16,
+        }  # fmt: skip
+        assert f"--seed {2**40 + index} " in str(command(read_record(file)))
+        assert b"nobody" not in file.read_bytes()
+    # what was kept of a picture is in no command
+    changed = {"prompt": "a dog", "blocks": [1], "image": images[0]["b64_json"]}
+    file.write_bytes(server.post(changed, "image/png").content)
+    with pytest.raises(ValueError, match="holds no record"):
+        read_record(file)
 
 
 def test_another_scheduler_and_format(server: Running, pipeline: MADFormerPipeline) -> None:

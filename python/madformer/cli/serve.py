@@ -128,11 +128,16 @@ class Serve(ServerSettings, SamplingOptions, Request):
 
 
 def _make_app(request: DrawingOptions, settings: ServerSettings, **options: Any) -> FastAPI:
+    from madformer.bulk.settings import Settings
     from madformer.serving.app import create_app
 
-    pipeline, _ = load(request)
+    pipeline, lora = load(request)
+    # of the weights as they are stored
+    recorded = Settings.of(
+        pipeline, request.sampling, precision=request.precision, batch_size=settings.slots, lora=lora
+    )
     prepare(pipeline, request)
-    return create_app(pipeline, settings, **options)
+    return create_app(pipeline, settings, recorded=recorded, **options)
 
 
 def deployment(arguments: dict[str, Any]) -> Any:

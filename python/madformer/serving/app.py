@@ -23,6 +23,7 @@ from madformer.serving.service import Service
 from madformer.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from madformer.bulk.settings import Settings
     from madformer.pipeline import MADFormerPipeline
 
 
@@ -44,6 +45,7 @@ def create_app(
     keys: Keys | None = None,
     name: str = "madformer",
     local: bool = True,
+    recorded: Settings | None = None,
 ) -> FastAPI:
     """An application that serves a pipeline, which nobody else may change or draw with meanwhile.
 
@@ -55,12 +57,14 @@ def create_app(
         keys: what clients have to show; None for nobody.
         name: of the model, in answers.
         local: without keys, answer only where the header Host says localhost.
+        recorded: what every PNG says of itself beside prompt, seed, steps, guidance and scheduler of its own; None for
+            PNGs that say nothing. It is made of the pipeline as loaded, before it is prepared.
 
     Raises:
         ValueError: no autoencoder, or another scheduler.
     """
     settings, defaults = settings or ServerSettings(), defaults or SamplingOptions()
-    service = Service(pipeline, settings, defaults, name)
+    service = Service(pipeline, settings, defaults, name, recorded)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -180,8 +180,14 @@ class Desk:
         future.add_done_callback(lambda done: self._drawn(picture, done))
         return future
 
-    def _finish(self, latents: Callable[[], Tensor], drawing: Drawing, deliver: Callable[[Any], object]) -> None:
-        self.finisher.put(Work(latents, drawing.output_format, drawing.quality, deliver))
+    def _finish(
+        self,
+        latents: Callable[[], Tensor],
+        drawing: Drawing,
+        deliver: Callable[[Any], object],
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.finisher.put(Work(latents, drawing.output_format, drawing.quality, deliver, record))
 
     def _drawn(self, picture: Picture, done: Future[Tensor]) -> None:
         """Of the thread that draws, or of whoever cancelled."""
@@ -190,9 +196,12 @@ class Desk:
         if (error := done.exception()) is not None:
             self._post(self._finished, picture, error)
             return
-        latents_MLC = done.result()
+        latents_MLC, drawing = done.result(), picture.generation.drawing
         self._finish(
-            lambda: latents_MLC, picture.generation.drawing, lambda made: self._post(self._finished, picture, made)
+            lambda: latents_MLC,
+            drawing,
+            lambda made: self._post(self._finished, picture, made),
+            drawing.record(picture.index),
         )
 
     def _post(self, tell: Callable[..., object], *values: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import io
 import secrets
 import warnings
@@ -19,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from madformer.arguments import interval
+from madformer.bulk.settings import Settings
 from madformer.conditioning.prompt import Prompt
+from madformer.conditioning.reader import Prompts
 from madformer.config import MADFormerConfig
 from madformer.data.pixels import to_rgb
 from madformer.engine.options import SamplingOptions
@@ -67,6 +70,7 @@ class Drawing:
         priority: lower goes first. deadline: seconds from the request on.
         output_format: of ``FORMATS``. quality: of formats that lose something, 1 to 100.
         previews: which blocks' pictures are asked for, by their numbers among those that are drawn.
+        recorded: what its pictures say of themselves; None for nothing.
     """
 
     kind: Kind
@@ -84,9 +88,14 @@ class Drawing:
     quality: int = 90
     previews: frozenset[int] = frozenset()
     drawn: tuple[int, ...] = field(default=())
+    recorded: Settings | None = None
 
     def prompt(self, index: int) -> Prompt:
         return Prompt(*(None if ids is None else ids[index] for ids in vars(self.prompts).values()))
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """What an image's file says of itself."""
+        return None if self.recorded is None else self.recorded.record(range(index, index + 1))
 
     def noise(self, index: int, config: MADFormerConfig) -> Tensor:
         """``(M, L, C)``: that which the pipeline draws from this seed."""
@@ -122,9 +131,17 @@ class Reader:
 
     Args:
         defaults: steps, guidance and its interval where a request has none.
+        recorded: what pictures have in common, which they say; None where they say nothing.
     """
 
-    def __init__(self, pipeline: MADFormerPipeline, settings: ServerSettings, defaults: SamplingOptions) -> None:
+    def __init__(
+        self,
+        pipeline: MADFormerPipeline,
+        settings: ServerSettings,
+        defaults: SamplingOptions,
+        recorded: Settings | None = None,
+    ) -> None:
+        self.recorded = recorded
         self.pipeline, self.settings, self.defaults = pipeline, settings, defaults
         self.config: MADFormerConfig = pipeline.transformer.config
         self.clip = _clip(pipeline.scheduler)
@@ -203,6 +220,25 @@ class Reader:
             asked.quality,
             frozenset(range(len(drawn))) if asked.previews is None else asked.previews,
             tuple(drawn),
+            None if given is not None else self._recorded(asked, options, split, seed, scheduler),
+        )
+
+    def _recorded(
+        self, asked: Asked, options: SamplingOptions, split: int, seed: int, scheduler: Any
+    ) -> Settings | None:
+        if self.recorded is None:
+            return None
+        texts = () if asked.prompt is None else (asked.prompt,)
+        labels = () if asked.label is None else (self.pipeline.reader.class_number(asked.label),)
+        said = dict(self.recorded.recorded)
+        if names := self.pipeline.config.class_names:
+            said["class_names"] = [names[label] if label >= 0 else "" for label in labels]
+        if self.config.elastic_diffusion_layers:
+            said["diffusion_layers"] = split
+        own = self.recorded.scheduler if scheduler is None else {"class": type(scheduler).__name__}
+        prompts = Prompts(texts, asked.negative_prompt, labels)
+        return dataclasses.replace(
+            self.recorded, sampling=options, prompts=prompts, seed=seed, scheduler=own, recorded=said
         )
 
     def _scheduler(self, name: str) -> Any:

@@ -9,7 +9,7 @@ import io
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from madformer.bulk.records import png_text
 from madformer.config import MADFormerConfig
 from madformer.engine.sharing import keep_to
 from madformer.model.blocks import from_blocks
@@ -36,12 +37,14 @@ class Work:
     Attributes:
         compose: gives its latents ``(M, L, C)``, in the thread that finishes, in the order in which it was asked.
         deliver: takes the file, or what went wrong, in that thread.
+        record: what a PNG says of itself.
     """
 
     compose: Callable[[], Tensor]
     output_format: str
     quality: int
     deliver: Callable[[bytes | Exception], object]
+    record: Mapping[str, Any] | None = None
 
 
 class Finisher:
@@ -94,7 +97,9 @@ class Finisher:
                 work.deliver(error)
             return
         files = [
-            None if picture is None else self._encoders.submit(encode, picture, work.output_format, work.quality)
+            None
+            if picture is None
+            else self._encoders.submit(encode, picture, work.output_format, work.quality, work.record)
             for work, picture in zip(batch, pictures, strict=True)
         ]
         for work, file in zip(batch, files, strict=True):
@@ -117,10 +122,14 @@ class Finisher:
         return [Image.fromarray(image) if good else None for image, good in zip(images, sound, strict=True)]
 
 
-def encode(picture: Image.Image, output_format: str, quality: int = 90) -> bytes:
-    """A file of a picture."""
+def encode(
+    picture: Image.Image, output_format: str, quality: int = 90, record: Mapping[str, Any] | None = None
+) -> bytes:
+    """A file of a picture; a PNG holds the record."""
     stream = io.BytesIO()
     # level 1 takes PNG a third of the time of the default, for files a tenth larger
     options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": quality}
+    if output_format == "png" and record is not None:
+        options["pnginfo"] = png_text(record)
     picture.save(stream, output_format.upper(), **options)
     return stream.getvalue()

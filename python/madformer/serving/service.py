@@ -23,6 +23,7 @@ from madformer.serving.settings import ServerSettings
 from madformer.serving.stepping import Stepper
 
 if TYPE_CHECKING:
+    from madformer.bulk.settings import Settings
     from madformer.pipeline import MADFormerPipeline
 
 
@@ -45,14 +46,19 @@ class Service:
     desk: Desk
 
     def __init__(
-        self, pipeline: MADFormerPipeline, settings: ServerSettings, defaults: SamplingOptions, name: str
+        self,
+        pipeline: MADFormerPipeline,
+        settings: ServerSettings,
+        defaults: SamplingOptions,
+        name: str,
+        recorded: Settings | None = None,
     ) -> None:
         if pipeline.vae is None:
             raise ValueError("a server draws pictures, and this pipeline has no autoencoder")
         self.pipeline, self.settings, self.defaults, self.name = pipeline, settings, defaults, name
         self.created = int(time.time())
         self.config = pipeline.transformer.config
-        self.reader = Reader(pipeline, settings, defaults)
+        self.reader = Reader(pipeline, settings, defaults, recorded)
         self.metrics = Metrics()
         self.files: OrderedDict[str, File] = OrderedDict()
         self._reading = ThreadPoolExecutor(1, "madformer-read")
