@@ -12,7 +12,10 @@ What is timed, interleaved in one process:
   so is what the engine takes beyond the network's passes called directly (madformer.measuring.sampling says how).
 * a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
   which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
-  which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one.
+  which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one. That one in bf16 as well, by
+  autocast over fp32 weights, unless a step would take minutes here: then ``left_out`` of the record says so.
+* large matrix products, the roof. ``sampling_fraction_of_roof_bf16`` is our model's own operations a second over
+  theirs in bf16, or in fp32 where these are faster: a processor without bf16 units computes in fp32.
 
 What is changed in the released code so that it can run here, ``released.py`` says. Each side runs with the attention
 backend that is fastest for it.
@@ -46,13 +49,20 @@ from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
 from madformer.files.atomic import check_writable
-from madformer.measuring.bare import BareModel
+from madformer.machine import matmul_rate
+from madformer.measuring.bare import BareModel, Work
 from madformer.measuring.sampling import block_pairs
 from madformer.model.blocks import to_maps
+from madformer.training.config import TrainingConfig
+from madformer.training.costs import costs_of
 from madformer.training.losses import Batch as LossBatch
 from madformer.training.losses import LossWeights, training_losses
 
 HIDDEN_WEIGHT = 0.1
+MOST_SECONDS = 60.0
+"""Of a training step in bf16: where it would take longer by this machine's products, it is left out."""
+MAX_BF16_ERROR = 0.02
+"""Relative, of the loss of a step in bf16: rounding makes a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +212,42 @@ def overhead(plan: Plan, repeats: int) -> float:
     return statistics.median(ours / bare for ours, bare in pairs) - 1
 
 
-def time_training(models: released.Models, batch: Batch, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Training steps of all three by name, and the attention backend of each."""
+def measure_roof(device: torch.device) -> dict[str, float]:
+    """Operations a second of a large matrix product, by what is computed in."""
+    return {"fp32": matmul_rate(device, torch.float32), "bf16": matmul_rate(device, torch.bfloat16)}
+
+
+def fractions_of_roof(
+    model: Any, shape: released.Shape, spreads: Mapping[str, Spread], roof: Mapping[str, float]
+) -> dict[str, float]:
+    """Of our sampling: the model's own operations a second over those of large products."""
+    flops = shape.batch * Work.of(model).flops(shape.steps)
+    highest = {"fp32": roof["fp32"], "bf16": max(roof.values())}
+    return {name: flops / spreads[f"ours {name}"].median / rate for name, rate in highest.items()}
+
+
+def too_slow_in_bf16(model: Any, shape: released.Shape, roof: Mapping[str, float]) -> str | None:
+    """Why a training step in bf16 is not timed, or None."""
+    flops = shape.batch * costs_of(TrainingConfig(model=model.config)).flops
+    if (expected := flops / roof["bf16"]) <= MOST_SECONDS:
+        return None
+    return f"a step would take {expected:.0f} s: products in bf16 run at {roof['bf16'] / 1e9:.3g} GFLOP/s here"
+
+
+def bf16_step(model: nn.Module, batch: Batch) -> Tensor:
+    """:func:`native_step` with products in bf16, as our trainer's ``precision="bf16"`` makes it."""
+    with torch.autocast(batch.clean.device.type, torch.bfloat16):
+        return native_step(model, batch)
+
+
+def time_training(
+    models: released.Models, batch: Batch, repeats: int, device: torch.device, *, bf16: bool
+) -> dict[str, Any]:
+    """Training steps of all by name, and the attention backend of each; in bf16 where that is asked for.
+
+    Raises:
+        CannotCompare: the loss in bf16 is another one.
+    """
     ours = attention_backends(device)
     candidates: dict[str, tuple[Run, dict[str, Context]]] = {
         "released fp32": (
@@ -213,29 +257,45 @@ def time_training(models: released.Models, batch: Batch, repeats: int, device: t
         "ours fp32, drop-in": (lambda: released_step(models.compat, batch), ours),
         "ours fp32, native": (lambda: native_step(models.native, batch), ours),
     }
+    errors: dict[str, float] = {}
+    if bf16:
+        candidates["ours bf16, native"] = (lambda: bf16_step(models.native, batch), ours)
+        losses = [step(models.native, batch) for step in (bf16_step, native_step)]
+        errors["bf16_loss_relative_error"] = released.relative_error(losses[:1], losses[1:])
+        released.check(errors, MAX_BF16_ERROR)
     # As the released train.py sets it; a CPU does not care.
     with released.tf32(matmul=True, convolution=True):
         best = {name: with_best_attention(run, backends, device) for name, (run, backends) in candidates.items()}
         spreads = interleaved({name: run for name, (_, run) in best.items()}, repeats, device)
-    return {"spreads": spreads, "attention": {name: backend for name, (backend, _) in best.items()}}
+    return {"spreads": spreads, "attention": {name: backend for name, (backend, _) in best.items()}, **errors}
 
 
 # The record
 
 
-def metrics(
-    sampling: Mapping[str, Spread], training: Mapping[str, Spread], overheads: Mapping[str, float], error: float
-) -> dict[str, float]:
-    def gain(spreads: Mapping[str, Spread], name: str) -> float:
-        return spreads["released fp32"].median / spreads[name].median
+def metrics(sampling: Mapping[str, Any], training: Mapping[str, Any], error: float) -> dict[str, float]:
+    """Of what :func:`time_sampling`, with the fractions of the roof, and :func:`time_training` gave."""
+
+    def gains(spreads: Mapping[str, Spread], names: Mapping[str, str]) -> dict[str, float]:
+        reference = spreads["released fp32"].median
+        return {metric: reference / spreads[name].median for metric, name in names.items() if name in spreads}
 
     return {
-        "sampling_vs_released_fp32": gain(sampling, "ours fp32"),
-        "sampling_vs_released_bf16": gain(sampling, "ours bf16"),
-        "training_vs_released_fp32": gain(training, "ours fp32, native"),
-        "training_compat_vs_released_fp32": gain(training, "ours fp32, drop-in"),
-        **{f"engine_overhead_{dtype}": value for dtype, value in overheads.items()},
+        **{f"engine_overhead_{dtype}": value for dtype, value in sampling["overhead"].items()},
         "max_relative_error": error,
+        "training_compat_vs_released_fp32": gains(training["spreads"], {"": "ours fp32, drop-in"})[""],
+        **gains(
+            sampling["spreads"],
+            {"sampling_vs_released_bf16": "ours bf16", "sampling_vs_released_fp32": "ours fp32"},
+        ),
+        "sampling_fraction_of_roof_bf16": sampling["fractions_of_roof"]["bf16"],
+        **gains(
+            training["spreads"],
+            {
+                "training_vs_released_fp32": "ours fp32, native",
+                "training_vs_released_bf16": "ours bf16, native",
+            },
+        ),
     }
 
 
@@ -281,17 +341,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"bf16 samples differ by {sampling['bf16_relative_error']:.1e};")
     beyond = ", ".join(f"{value:+.1%} in {dtype}" for dtype, value in sampling["overhead"].items())
     print(f"  the engine takes beyond the network's passes: {beyond}", flush=True)
-    training = time_training(models, batch, options.repeats, device)
-    print(table("training step", training["spreads"], training["attention"]), flush=True)
+    roof = measure_roof(device)
+    sampling["fractions_of_roof"] = fractions_of_roof(models.native, shape, sampling["spreads"], roof)
+    shares = ", ".join(f"{value:.0%} in {dtype}" for dtype, value in sampling["fractions_of_roof"].items())
+    print(f"  of the roof, which is large products: {shares}", flush=True)
+    too_slow = too_slow_in_bf16(models.native, shape, roof)
+    training = time_training(models, batch, options.repeats, device, bf16=too_slow is None)
+    print(table("training step", training["spreads"], training["attention"]))
+    print(f"  in bf16: {too_slow}" if too_slow else "", end="\n" if too_slow else "", flush=True)
     return {
         **environment("compare_released", device, ("diffusers", "transformers")),
         "released_commit": git_commit(options.released),
         "shape": asdict(shape),
         "repeats": options.repeats,
         "relative_errors": errors,
+        "matmul_flops": roof,
         "sampling": serializable(sampling),
         "training": serializable(training),
-        "metrics": metrics(sampling["spreads"], training["spreads"], sampling["overhead"], max_error),
+        "left_out": {"training_vs_released_bf16": too_slow} if too_slow else {},
+        "metrics": metrics(sampling, training, max_error),
     }
 
 

@@ -6,13 +6,30 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import compare_released, released
+from madformer import config
+from madformer.measuring.bare import Work
+from madformer.measuring.timing import Spread
+from madformer.training.costs import Costs
 
 RELEASED = os.environ.get("MADFORMER_RELEASED")
+
+METRICS = [
+    "engine_overhead_fp32",
+    "engine_overhead_bf16",
+    "max_relative_error",
+    "training_compat_vs_released_fp32",
+    "sampling_vs_released_bf16",
+    "sampling_vs_released_fp32",
+    "sampling_fraction_of_roof_bf16",
+    "training_vs_released_fp32",
+    "training_vs_released_bf16",
+]
 
 
 def test_path_without_released_code_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +81,42 @@ def test_gate_names_what_disagrees(wrong: float) -> None:
         released.check({"loss": 1e-7, "samples": wrong})
 
 
+def spread(seconds: float) -> Spread:
+    return Spread.of([seconds])
+
+
+def test_metrics_end_with_the_comparison_and_say_nothing_that_was_not_timed() -> None:
+    sampling = {
+        "spreads": {"released fp32": spread(12.0), "ours fp32": spread(6.0), "ours bf16": spread(3.0)},
+        "overhead": {"fp32": 0.01, "bf16": 0.02},
+        "fractions_of_roof": {"fp32": 0.8, "bf16": 0.5},
+    }
+    spreads = {"released fp32": spread(8.0), "ours fp32, drop-in": spread(6.4), "ours fp32, native": spread(5.0)}
+    found = compare_released.metrics(sampling, {"spreads": spreads}, 1e-6)
+    assert found == dict(zip(METRICS, [0.01, 0.02, 1e-6, 1.25, 4.0, 2.0, 0.5, 1.6], strict=False))
+    spreads["ours bf16, native"] = spread(2.0)
+    assert list(compare_released.metrics(sampling, {"spreads": spreads}, 1e-6).items())[-1] == (METRICS[-1], 4.0)
+
+
+def test_roof_of_bf16_is_no_lower_than_that_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without bf16 units multiplies in fp32: its products in bf16 are no roof."""
+    image = Work(num_blocks=4, ar_flops=10**9, step_flops=10**8, unet_flops=0, step_bytes=0)
+    monkeypatch.setattr(Work, "of", lambda model: image)
+    spreads, flops = {"ours fp32": spread(2.0), "ours bf16": spread(1.0)}, 2 * (10**9 + 3 * 10**8)
+    for rate, highest in ((1e6, 1e9), (4e9, 4e9)):
+        roof = {"fp32": 1e9, "bf16": rate}
+        shares = compare_released.fractions_of_roof(None, released.TINY, spreads, roof)
+        assert shares == pytest.approx({"fp32": flops / 2 / 1e9, "bf16": flops / highest})
+
+
+def test_bf16_that_would_take_minutes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_released, "costs_of", lambda config: Costs(1, frozenset(), 30 * 10**9, 1))
+    model = SimpleNamespace(config=config.tiny())
+    assert compare_released.too_slow_in_bf16(model, released.TINY, {"fp32": 1e9, "bf16": 1e9}) is None
+    why = compare_released.too_slow_in_bf16(model, released.TINY, {"fp32": 1e9, "bf16": 0.5e9})
+    assert why == "a step would take 120 s: products in bf16 run at 0.5 GFLOP/s here"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(RELEASED is None, reason="MADFORMER_RELEASED does not name a clone of the released code")
 def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,15 +127,7 @@ def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record == json.loads(out.read_text())
     assert record.keys() >= {"commit", "device", "threads", "versions", "shape", "repeats", "relative_errors"}
-    assert record["metrics"].keys() == {
-        "sampling_vs_released_fp32",
-        "sampling_vs_released_bf16",
-        "training_vs_released_fp32",
-        "training_compat_vs_released_fp32",
-        "engine_overhead_fp32",
-        "engine_overhead_bf16",
-        "max_relative_error",
-    }
+    assert list(record["metrics"]) == METRICS
     assert record["metrics"]["max_relative_error"] < 1e-4
     medians = {name: spread["median"] for name, spread in record["sampling"]["spreads"].items()}
     gain = medians["released fp32"] / medians["ours bf16"]
