@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY_IMPL(madformer, CPU, library) {
   library.impl("group_norm_silu_backward_cpp", TORCH_BOX(&madformer::group_norm_silu_backward_cpu));
   library.impl("cached_attention_cpp", TORCH_BOX(&madformer::cached_attention_cpu));
   library.impl("self_attention_cpp", TORCH_BOX(&madformer::self_attention_cpu));
+  library.impl("winograd_spread_cpp", TORCH_BOX(&madformer::winograd_spread_cpu));
+  library.impl("winograd_spread_backward_cpp", TORCH_BOX(&madformer::winograd_spread_backward_cpu));
+  library.impl("winograd_gather_cpp", TORCH_BOX(&madformer::winograd_gather_cpu));
+  library.impl("winograd_gather_backward_cpp", TORCH_BOX(&madformer::winograd_gather_backward_cpu));
 }
 
 #ifdef MADFORMER_WITH_CUDA

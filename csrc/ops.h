@@ -82,4 +82,14 @@ Tensor cached_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor
 // As kernels/self_attention.py.
 Tensor self_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads);
 
+// Maps (N, C, H, W) to tiles (S, T, C) and back, as kernels/conv3x3.py: S is 16, doubled 9.
+Tensor winograd_spread_cpu(const Tensor& maps, bool doubled);
+
+Tensor winograd_spread_backward_cpu(const Tensor& tiles, int64_t height, int64_t width, bool doubled);
+
+Tensor winograd_gather_cpu(const Tensor& tiles, OptionalTensor bias, int64_t height, int64_t width,
+                           bool doubled);
+
+Tensor winograd_gather_backward_cpu(const Tensor& grad, bool doubled);
+
 }  // namespace madformer

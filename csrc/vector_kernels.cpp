@@ -16,6 +16,7 @@
 #include "swiglu_vectors.h"
 #include "vector_kernels.h"
 #include "vectors.h"
+#include "winograd_vectors.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace madformer {
@@ -51,7 +52,11 @@ VectorKernels kernels(const char* target) {
           .normalise_backward = normalise_backward,
           .attention_keys = kTileKeys,
           .attention_queries = attention_queries,
-          .attention = attention};
+          .attention = attention,
+          .winograd_spread = winograd_spread,
+          .winograd_spread_backward = winograd_spread_backward,
+          .winograd_gather = winograd_gather,
+          .winograd_gather_backward = winograd_gather_backward};
 }
 
 }  // namespace HWY_NAMESPACE

@@ -18,6 +18,7 @@ struct GroupNorm;
 struct GroupNormBackward;
 struct GroupNormChannels;
 struct Attention;
+struct WinogradTiles;
 struct TokenSums;
 
 struct VectorKernels {
@@ -44,6 +45,11 @@ struct VectorKernels {
   int64_t attention_keys;                             // of a tile
   int64_t (*attention_queries)(int64_t num_queries);  // of a tile, of so many
   void (*attention)(const Attention& op, int64_t begin, int64_t end, float* scratch);
+
+  void (*winograd_spread)(const WinogradTiles& op, int64_t begin, int64_t end);
+  void (*winograd_spread_backward)(const WinogradTiles& op, int64_t begin, int64_t end);
+  void (*winograd_gather)(const WinogradTiles& op, int64_t begin, int64_t end);
+  void (*winograd_gather_backward)(const WinogradTiles& op, int64_t begin, int64_t end);
 };
 
 // Those of the newest instructions that this processor has.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from madformer.kernels.adaln import adaln
     from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
     from madformer.kernels.cached_attention import cached_attention
+    from madformer.kernels.conv3x3 import conv3x3
     from madformer.kernels.denoise_step import denoise_step
     from madformer.kernels.group_norm_silu import group_norm_silu
     from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
@@ -27,6 +28,7 @@ __all__ = [
     "adaln",
     "block_causal_attention",
     "cached_attention",
+    "conv3x3",
     "denoise_step",
     "group_norm_silu",
     "qk_norm_rope",

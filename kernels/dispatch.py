@@ -155,6 +155,11 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     return backend
 
 
+def has(op: str, backend: str) -> bool:
+    """Whether ``op`` has an implementation of that name, be it for another machine."""
+    return backend in _REGISTRY[op]
+
+
 def _is_auto(op: str, backend: str, device: torch.device) -> bool:
     auto = _REGISTRY[op][backend].auto
     return auto is None or device.type in auto

@@ -41,7 +41,8 @@ def write(path: Path, cases: Iterator[Case]) -> int:
             file.write(packed(name) + struct.pack(f"<q{len(numbers)}q", len(numbers), *numbers))
             file.write(struct.pack("<q", len(arrays)))
             for array in arrays:
-                x = torch.empty(0) if array is None else array.detach().contiguous()
+                # a copy: of what has one element, any stride is contiguous
+                x = torch.empty(0) if array is None else array.detach().clone(memory_format=torch.contiguous_format)
                 file.write(struct.pack("<qq", DTYPES.index(x.dtype), x.numel()))
                 file.write(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"")
             count += 1
@@ -146,6 +147,32 @@ def attention_cases() -> Iterator[Case]:
         yield "attention", numbers, (q, *cache, k, v, attended.transpose(1, 2))
 
 
+def winograd_cases() -> Iterator[Case]:
+    # arXiv:1509.09308, section 4.1
+    spread = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).double()
+    gather = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]]).double()
+    shapes = ((1, 1, 1, 1), (2, 3, 5, 19), (3, 4, 2, 8), (0, 2, 2, 4))
+    for (maps, height, width, channels), doubled in itertools.product(shapes, (0, 1)):
+        x, bias = draw(maps, height, width, channels), draw(channels)
+        exact = x.double().requires_grad_()
+        whole = exact.repeat_interleave(1 + doubled, 1).repeat_interleave(1 + doubled, 2)
+        rows, columns = whole.shape[1:3]
+        padded = torch.nn.functional.pad(whole, (0, 0, 1, 1 + columns % 2, 1, 1 + rows % 2))
+        windows = padded.unfold(1, 4, 2).unfold(2, 4, 2)
+        kept = spread[[0, 1, 3]] if doubled else spread
+        tiles = torch.einsum("ai,nyxcij,bj->nyxabc", kept, windows, kept)
+        products, grad_tiles = draw(*tiles.shape), draw(*tiles.shape)
+        tiles.backward(grad_tiles.double())
+        exact_products = products.double().requires_grad_()
+        kept = gather[:, [0, 1, 3]] if doubled else gather
+        results = torch.einsum("pa,nyxabc,qb->nypxqc", kept, exact_products, kept) + bias.double()
+        result = results.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+        grad = draw(*result.shape)
+        result.backward(grad.double())
+        arrays = x, bias, grad_tiles, products, grad, tiles, exact.grad, result, exact_products.grad
+        yield "winograd", (maps, rows, columns, channels, doubled), arrays
+
+
 def denoise_cases() -> Iterator[Case]:
     for dtype, size in itertools.product(DTYPES[:3], (1, 37)):
         sample, previous = draw(3, size), draw(3, size)
@@ -161,7 +188,9 @@ def denoise_cases() -> Iterator[Case]:
 
 def every_case() -> Iterator[Case]:
     torch.manual_seed(0)
-    for cases in (swiglu_cases, norm_cases, group_norm_cases, rope_cases, attention_cases, denoise_cases):
+    for cases in (
+        swiglu_cases, norm_cases, group_norm_cases, rope_cases, attention_cases, winograd_cases, denoise_cases,
+    ):  # fmt: skip
         yield from cases()
 
 

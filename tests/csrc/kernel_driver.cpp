@@ -20,6 +20,7 @@
 #include "residual_norm.h"
 #include "swiglu.h"
 #include "vector_kernels.h"
+#include "winograd.h"
 
 namespace madformer {
 namespace {
@@ -371,6 +372,37 @@ Results run_attention(const Case& c, int64_t num_threads) {
   return out;
 }
 
+Results run_winograd(const Case& c, int64_t num_threads) {
+  const auto& n = c.numbers;  // maps, height and width of the convolution, channels, whether pixels count for four
+  // Maps, bias, gradient of their tiles, products and the gradient of their maps; then a result of each kernel.
+  const auto& a = c.arrays;
+  Results out;
+  for (size_t i = 5; i < 9; ++i) out.push_back({Result(a[i].size, Dtype::kFloat), &a[i], Dtype::kFloat});
+  const int64_t numbers = n[4] ? 9 : 16;
+  const auto run = [&](auto* maps, auto* tiles, const Array* bias, auto kernel, bool by_map) {
+    const auto writable = [](const void* data) { return static_cast<float*>(const_cast<void*>(data)); };
+    const WinogradTiles op{.maps = writable(maps),
+                           .tiles = writable(tiles),
+                           .bias = bias ? bias->as<float>() : nullptr,
+                           .num_maps = n[0],
+                           .height = n[1],
+                           .width = n[2],
+                           .num_channels = n[3],
+                           .doubled = n[4] != 0,
+                           .stride_tile = numbers * n[3],
+                           .stride_number = n[3]};
+    threads_of(num_threads)(by_map ? n[0] : n[0] * op.rows() * op.columns(), 1,
+                            [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+  };
+  const VectorKernels& kernels = vector_kernels();
+  const auto memory = [&](size_t i) { return out[i].result.data(); };
+  run(a[0].data(), memory(0), nullptr, kernels.winograd_spread, false);
+  run(memory(1), a[2].data(), nullptr, kernels.winograd_spread_backward, true);
+  run(memory(2), a[3].data(), &a[1], kernels.winograd_gather, false);
+  run(a[4].data(), memory(3), nullptr, kernels.winograd_gather_backward, false);
+  return out;
+}
+
 template <typename T>
 Results denoise_step_of(const Case& c, int64_t num_threads) {
   const int64_t rows = c.numbers[0], columns = c.numbers[1];
@@ -404,6 +436,7 @@ Results run(const Case& c, int64_t num_threads) {
   if (c.name == "group_norm_silu") return run_group_norm_silu(c, num_threads);
   if (c.name == "qk_norm_rope") return MADFORMER_BY_TYPE(qk_norm_rope_of, c.arrays[0]);
   if (c.name == "attention") return run_attention(c, num_threads);
+  if (c.name == "winograd") return run_winograd(c, num_threads);
   if (c.name == "denoise_step") return MADFORMER_BY_TYPE(denoise_step_of, c.arrays[1]);
   std::fprintf(stderr, "no kernel is called %s\n", c.name.c_str());
   std::exit(2);

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from madformer.config import MADFormerConfig
-from madformer.kernels import group_norm_silu, self_attention
+from madformer.kernels import conv3x3, dispatch, group_norm_silu, self_attention
 from madformer.model.plain import PreciseLinear, cast, is_plain, plus, precise
 
 Skips = tuple[Tensor, ...]
@@ -47,6 +48,56 @@ class NoTimeEmbedding(nn.Module):
 _SECTIONS = AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 Told = tuple[Tensor, tuple[Tensor, ...]]
 """The time embedding, ``(N, E)``, and what each residual block of a half adds for it, ``(N, C)``."""
+
+
+def trains(conv: nn.Module, x_NCHW: Tensor) -> bool:
+    """Whether gradients are asked of a convolution that :func:`madformer.kernels.conv3x3.conv3x3` is."""
+    return (
+        torch.is_grad_enabled()
+        and x_NCHW.is_cpu
+        and isinstance(conv, nn.Conv2d)
+        and is_plain(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def convolved(conv: Any, x_NCHW: Tensor, backend: str) -> Tensor:
+    """``conv(x_NCHW)``, in training by the op where it can be."""
+    if not trains(conv, x_NCHW):
+        result: Tensor = conv(x_NCHW)
+        return result
+    return conv3x3(x_NCHW, conv.weight, conv.bias, backend=_backend_of("conv3x3", backend))
+
+
+def _backend_of(op: str, backend: str) -> str:
+    """What a model was given where this op has it; else the op chooses."""
+    return backend if dispatch.has(op, backend) else dispatch.AUTO
+
+
+class Upsample(Upsample2D):
+    """diffusers' layer as the U-Net uses it, which in training does not make the larger map that it convolves."""
+
+    backend = "auto"
+
+    @classmethod
+    def adopt(cls, layers: nn.ModuleList | None) -> None:
+        """Make these layers of a diffusers block ones of this class, weights and names untouched."""
+        for layer in layers or ():
+            assert type(layer) is Upsample2D
+            assert layer.norm is None
+            assert layer.name == "conv"
+            assert layer.interpolate
+            layer.__class__ = cls
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        conv: Any = self.conv
+        if args or kwargs or output_size is not None or not trains(conv, hidden_states):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return conv3x3(
+            hidden_states, conv.weight, conv.bias, doubled=True, backend=_backend_of("conv3x3", self.backend)
+        )
 
 
 class ResnetBlock(ResnetBlock2D):
@@ -80,7 +131,7 @@ class ResnetBlock(ResnetBlock2D):
         temb, told = temb if isinstance(temb, tuple) else (temb, None)
         if not is_plain(self.nonlinearity, nn.SiLU) or not is_plain(self.dropout, nn.Dropout) or self.dropout.p:
             return super().forward(input_tensor, temb)
-        hidden = self.conv1(self._norm_silu(self.norm1, input_tensor))
+        hidden = convolved(self.conv1, self._norm_silu(self.norm1, input_tensor), self.backend)
         added: Tensor | None = None
         if told is not None:
             added = told[self.number]
@@ -89,6 +140,8 @@ class ResnetBlock(ResnetBlock2D):
         hidden = self._norm_silu(self.norm2, hidden, added)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
+        if trains(self.conv2, hidden):
+            return input_tensor + convolved(self.conv2, hidden, self.backend)
         return plus(self.conv2, hidden, input_tensor)
 
     def _norm_silu(self, norm: nn.GroupNorm, x_NCHW: Tensor, temb_NC: Tensor | None = None) -> Tensor:
@@ -133,7 +186,8 @@ class PixelAttention(Attention):
         )
         x_NLC = normed.permute(0, 2, 3, 1).flatten(1, 2)
         q_NLC, k_NLC, v_NLC = self.to_q(x_NLC), self.to_k(x_NLC), self.to_v(x_NLC)
-        attended_NLC = self_attention(q_NLC, k_NLC, v_NLC, self.heads, backend=self.backend)
+        backend = _backend_of("self_attention", self.backend)
+        attended_NLC = self_attention(q_NLC, k_NLC, v_NLC, self.heads, backend=backend)
         branch_NHWC = out(attended_NLC).unflatten(1, hidden_states.shape[2:])
         return hidden_states + branch_NHWC.permute(0, 3, 1, 2)
 
@@ -145,6 +199,7 @@ class Half(nn.Module):
         time_width: E, 0 for none. block_widths: channels of the residual blocks, which sum up to P.
     """
 
+    backend = "auto"
     time_embedding: nn.Module
     time_width = 0
     block_widths: tuple[int, ...] = ()
@@ -258,7 +313,7 @@ class UNetDownsampler(Half):
         for block in self.down_blocks:
             x, outputs = block(hidden_states=x, temb=temb)
             skips += tuple(outputs)
-        return self.conv_out(x), skips
+        return convolved(self.conv_out, x, self.backend), skips
 
 
 class UNetUpsampler(Half):
@@ -289,6 +344,7 @@ class UNetUpsampler(Half):
                 block = UpBlock2D(**common, add_upsample=not last)
             number = ResnetBlock.adopt(block.resnets, number)
             PixelAttention.adopt(getattr(block, "attentions", nn.ModuleList()))
+            Upsample.adopt(block.upsamplers)
             self.up_blocks.append(block)
         self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, kernel_size=3, padding=1)
         self._tell_time(config.time_widths[0])
@@ -298,7 +354,7 @@ class UNetUpsampler(Half):
 
     def forward(self, x_NCHW: Tensor, told_NT: Tensor, skips: Skips, modulation_NC: Tensor | None = None) -> Tensor:
         temb = self.for_blocks(told_NT, x_NCHW.dtype)
-        x = self.conv_in(x_NCHW)
+        x = convolved(self.conv_in, x_NCHW, self.backend)
         for block in self.up_blocks:
             assert isinstance(block, (UpBlock2D, AttnUpBlock2D))
             count = len(block.resnets)
