@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from madformer.conditioning.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from madformer.data.images import ImageDataset
@@ -181,10 +180,6 @@ class Trainer:
         batches = self._batches()
         held.callback(batches.close)
         held.enter_context(ending.listening())
-        # Around the first images' encoding, too: the autoencoder attends. For emoji64's 16 to 112 tokens PyTorch's
-        # fused CPU attention is far slower backward. At 1,152 it is not.
-        if self.device.type == "cpu":
-            held.enter_context(sdpa_kernel(SDPBackend.MATH))
         fetched = self._fetch(batches) if self.step < config.steps else []
         if ending.agreed(self.world):
             ending.settle()
