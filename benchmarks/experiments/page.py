@@ -33,6 +33,8 @@ SWEEPS = ROOT / "benchmarks" / "experiments"
 FIGURE = "kid"
 SCALE = 1000
 """Numbers are shown times this."""
+FEW = 2
+"""Numbers of steps that need no figure."""
 PLACE = re.compile(
     r"(<!-- (?P<kind>cells|noise) (?P<names>[\w -]+?)(?: against (?P<base>[^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(after != before)
     PAGE.write_text(after)
     for name in sorted({match["names"].split()[0] for match in PLACE.finditer(after) if match["kind"] == "cells"}):
-        if (file := TABLES / f"{name}.parquet").is_file():
+        if (file := TABLES / f"{name}.parquet").is_file() and figure(name, read_table(file)):
             IMAGES.mkdir(exist_ok=True)
             plot(file, FIGURE)["nfe_steps"].savefig(IMAGES / f"{name}.png", dpi=130, facecolor="white")
     return 0
@@ -77,7 +79,8 @@ def filled(text: str) -> str:
         rows = read_table(*files) if files else []
         if match["kind"] == "noise":
             return match[1] + "\n".join(noise(rows)) + "\n" + match[5]
-        return match[1] + "\n".join(cells(rows, match["base"]) + not_run(names[0], rows)) + "\n" + match[5]
+        text = cells(rows, match["base"]) + not_run(names[0], rows) + figure(names[0], rows)
+        return match[1] + "\n".join(text) + "\n" + match[5]
 
     return PLACE.sub(fill, text)
 
@@ -149,6 +152,13 @@ def not_run(name: str, rows: Rows) -> list[str]:
         models[cell.model.label] = models.get(cell.model.label, 0) + 1
     listed = ", ".join(f"{label} ({count})" for label, count in models.items())
     return [f"Not run: {len(missing)} of {len(sweep.cells)} cells: {listed}.", ""]
+
+
+def figure(name: str, rows: Rows) -> list[str]:
+    """Where the figure stands, of a sweep over enough numbers of steps to draw lines through."""
+    if len({row["steps"] for row in rows}) <= FEW:
+        return []
+    return [f"![KID against evaluations, with intervals](images/experiments/{name}.png)", ""]
 
 
 def _value(line: Line, steps: int) -> str:

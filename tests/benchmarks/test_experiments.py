@@ -89,3 +89,7 @@ def test_noise_is_parted_and_gives_what_can_be_resolved(tables: Path) -> None:
 def test_a_baseline_that_is_not_there_is_named(tables: Path) -> None:
     with pytest.raises(ValueError, match="no model is called 'paper': there are as the paper, no hidden loss"):
         page.filled(place("cells emoji-hidden against paper"))
+
+
+def test_the_page_is_what_the_tables_make_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert page.main(["--check"]) == 0, capsys.readouterr().err
