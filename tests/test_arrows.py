@@ -44,6 +44,7 @@ RULES = {
     "evaluation": f"{FOUNDATION} config kernels model engine conditioning vae data pipeline bulk madformer",
     "sweeps": f"{FOUNDATION} config model engine conditioning vae data pipeline bulk training evaluation measuring "
     "cluster madformer",
+    "advice": f"{FOUNDATION} config kernels model data evaluation sweeps",
     "serving": f"{FOUNDATION} config kernels model engine conditioning vae data pipeline bulk cluster madformer",
     "measuring": f"{FOUNDATION} config kernels model engine conditioning vae pipeline",
     "madformer": "kernels config model engine pipeline compat conditioning lazy",

@@ -27,6 +27,7 @@ COMMANDS = [
     "convert --checkpoint c --out x",
     "info",
     "bench --model m",
+    "advise --data d --budget 9",
 ]
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from madformer.cli.advise import Advise
 from madformer.cli.bench import Bench
 from madformer.cli.config_file import toml
 from madformer.cli.convert import Convert
@@ -53,6 +54,7 @@ COMMANDS: dict[str, tuple[type[Request], str]] = {
     "evaluate": (Evaluate, "say how good images are, a folder's or a model's"),
     "sweep": (SweepRequest, "train, sample and judge a grid of models and settings"),
     "report": (Report, "make one page of a sweep: figures, samples and its table"),
+    "advise": (Advise, "propose block count and split, by what latents say and what was measured"),
     "serve": (Serve, "serve a model over HTTP: a page, and OpenAI's images API"),
     "train": (Train, "train a model"),
     "data emoji": (Emoji, "render Noto Color Emoji"),
