@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
 import pytest
 from PIL import Image
 
@@ -15,9 +15,14 @@ from madformer import MADFormerPipeline
 from madformer.serving.openai_api import evenly
 from tests.helpers.serving_cases import DEFAULTS, Running, drawn, file_of, pixels, same
 
+if TYPE_CHECKING:
+    import openai
+
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
+    import openai  # not above: every process of pytest would wait for it, and one needs it
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -87,6 +92,8 @@ def test_edit(client: openai.OpenAI, server: Running, pipeline: MADFormerPipelin
 
 
 def test_what_cannot_be_done(client: openai.OpenAI, pipeline: MADFormerPipeline) -> None:
+    import openai
+
     refused = {
         "size='32x32' is not possible: this model draws 16x16": {"size": "32x32"},
         "background='transparent' is not possible": {"background": "transparent"},
