@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from madformer.advice import Candidate, advise, expected_error, steps_within
+from madformer.advice import Candidate, advise, expected_error, read_measured, steps_within
 from madformer.cli.main import main
 from madformer.config import emoji64, tiny
 from madformer.data.latents import LatentDescription
@@ -24,6 +25,7 @@ from madformer.files.shards import KEY, write_shard
 from madformer.model import MADFormer
 from madformer.sweeps import Sweep, SweepFolder
 from madformer.sweeps.costs import evaluations_of, layers_once
+from madformer.sweeps.folder import COSTS, flat_row
 
 COUNT, SHAPE = 100, (4, 8, 8)
 
@@ -74,11 +76,11 @@ def test_the_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"context": "clean"}, {"context": "condition"}, {"cross_block_attention": False}]
+    "changes", [{}, {"context": "clean", "cross_block_attention": False}, {"context": "condition"}]
 )
 def test_a_budget_is_what_a_sweep_counts(changes: dict[str, Any]) -> None:
     """As many steps as cost no more than the budget by the sweeps' own count, and not one more."""
-    for split in (1, 3):
+    for split in (1, 2):
         config = tiny().replace(diffusion_layers=split, **changes)
         with torch.device("meta"):
             model = MADFormer(config)
@@ -161,23 +163,30 @@ def quality(candidate: Candidate, seed: int = 0) -> float:
     ] + 0.002 * seed
 
 
+def measured_row(model: str, value: float, seed: int, **told: Any) -> dict[str, Any]:
+    """As a sweep has it."""
+    score = Score(Estimate(value, value - 0.01, value + 0.01, "m"), Protocol.of(PROTOCOL))
+    costs = dict.fromkeys(COSTS, 1.0) | told.pop("costs")
+    return {
+        "cell": f"{model} {seed} {told}", "model": model, "training_seed": seed, "weights": model, "scheduler": "own",
+        "guidance": 1.0, "guidance_tuned": False, "refresh_every": 1, "sampling_seed": 0, "costs": costs,
+        "scores": {"kid": score.to_dict()}, **told,
+    }  # fmt: skip
+
+
 def table_rows() -> list[dict[str, Any]]:
+    """Of :func:`~madformer.config.tiny` in one block and in four, flat as a table has them."""
     rows = []
-    for blocks in (1, 4):
-        for split in (1, 3):
-            one = Candidate(blocks, split)
-            config = one.of(Candidate(1, 1).of(tiny()))
-            for steps in (2, 50):
-                for seed in (0, 1):
-                    value = quality(one, seed) - (0.05 if steps == 50 else 0)
-                    rows.append({
-                        "model": str(one), "training_seed": seed, "scheduler": "own", "steps": steps, "guidance": 1.0,
-                        "refresh_every": 1, "diffusion_layers": split, "train.model.num_blocks": blocks,
-                        "kid": value, "kid_low": value - 0.01, "kid_high": value + 0.01, "kid_options": "o",
-                        "nfe_steps": steps, "nfe_layers": layers_once(config) + steps * split,
-                        **{f"protocol.{name}": value for name, value in PROTOCOL.items()
-                           if name not in ("metric", "options")},
-                    })  # fmt: skip
+    for one in (Candidate(blocks, split) for blocks in (1, 4) for split in (1, 3)):
+        config = one.of(Candidate(1, 1).of(tiny()))
+        for steps, seed in itertools.product((2, 50), (0, 1)):
+            value = quality(one, seed) - (0.05 if steps == 50 else 0)
+            costs = {"nfe_steps": steps, "nfe_layers": layers_once(config) + steps * one.diffusion_layers}
+            row = measured_row(
+                str(one), value, seed, steps=steps, diffusion_layers=one.diffusion_layers, costs=costs,
+                values={"model.num_blocks": one.num_blocks},
+            )  # fmt: skip
+            rows.append(flat_row(row))
     return rows
 
 
@@ -224,13 +233,10 @@ def test_what_a_folder_has_measured(latents: Path, tmp_path: Path) -> None:
     with folder.opened():
         for cell, value in zip(sweep.cells, (0.3, 0.1, 0.2), strict=True):
             assert cell.model.config is not None
-            score = Score(Estimate(value, value - 0.01, value + 0.01, "m"), Protocol.of(PROTOCOL))
-            told: dict[str, Any] = {
-                "model": cell.model.label, "training_seed": 0, "values": dict(cell.model.values), "weights": "w",
-                "scheduler": "own", "steps": 2, "guidance": 1.0, "refresh_every": 1, "sampling_seed": 0,
-                "diffusion_layers": cell.model.config.model.diffusion_layers, "scores": {"kid": score.to_dict()},
-                "costs": {"nfe_steps": 2, "nfe_layers": 9.0},
-            }  # fmt: skip
+            told = measured_row(
+                cell.model.label, value, 0, steps=2, diffusion_layers=cell.model.config.model.diffusion_layers,
+                values=dict(cell.model.values), costs={"nfe_steps": 2, "nfe_layers": 9.0},
+            )  # fmt: skip
             folder.write(cell, told)
     found = advise(latents, 30, sweep=tmp_path)
     assert found.num_layers == 4
@@ -272,14 +278,15 @@ def with_commits(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (mixed("protocol.extractor_hash", "9"), "mixes figures that are not to be compared: protocol.extractor_hash"),
-        (mixed("protocol.num_images", 9), "protocol.num_images is 8 and 9"),
-        (with_commits, "mixes figures that are not to be compared: commit is 'c0' and 'c1'"),
+        (mixed("protocol.extractor_hash", "9"), "not to be compared: extractor_hash of kid is '1' and '9'"),
+        (mixed("protocol.num_images", 9), "num_images of kid is 8 and 9"),
+        (with_commits, "mixes figures that are not to be compared: commit is c0 and c1"),
+        (mixed("protocol.reference", "emojis:32"), "is of another data set: its reference is emojis:32"),
         (mixed("protocol.reference", "data/flowers"), "is of another data set: its reference is data/flowers"),
         (mixed("protocol.image_size", [64, 64]), "is of pictures of 64 x 64 pixels, and these latents of 32 x 32"),
         (everywhere(num_layers=12), "is of models with 12 layers, and advice is asked for 3"),
-        (without("nfe_layers"), "is no table of a sweep: it has no column nfe_layers"),
-        (mixed("nfe_steps", None), "is no table of a sweep: nfe_steps is no number in some rows"),
+        (without("nfe_layers"), "is no table of a sweep: 'nfe_layers'"),
+        (mixed("nfe_steps", None), "is no table of a sweep: nfe_steps=None is no number"),
         (mixed("diffusion_layers", 0), "diffusion_layers=0 must be at least 1"),
         (without("kid"), "has no figure"),
         (list.clear, "holds no row"),
@@ -295,11 +302,31 @@ def test_tables_that_are_refused(change: Any, message: str, latents: Path, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_another_name_of_the_same_data(latents: Path, tmp_path: Path) -> None:
-    rows = table_rows()
+def test_another_name_of_the_same_data(tmp_path: Path, latents: Path) -> None:
+    rows, description = table_rows(), LatentDescription.read(latents)
     everywhere(protocol__reference="hf:me/pictures")(rows)
     table = write_table(tmp_path / "table.parquet", rows)
-    assert advise(latents, 20, preset="tiny", sweep=table, same_data=True).figure == "kid"
+    assert read_measured(table, tiny(), description, otherwise=tiny(), same_data=True).figure == "kid"
+
+
+def test_a_table_that_does_not_say_its_blocks(latents: Path, tmp_path: Path) -> None:
+    """They are those of the model or preset that is named, as it is and not as it is laid out; never a guess.
+
+    So are its layers.
+    """
+    rows = [row for row in table_rows() if row["train.model.num_blocks"] == 4]
+    without("train.model.num_blocks")(rows)
+    table = write_table(tmp_path / "table.parquet", rows)
+    with pytest.raises(ValueError, match="does not say its models' num_layers: give --model or --preset"):
+        advise(latents, 20, sweep=table)
+    layers = {"train.model.num_layers": 6}
+    told_layers = write_table(tmp_path / "layers.parquet", [row | layers for row in rows])
+    with pytest.raises(ValueError, match="does not say its models' num_blocks: give --model or --preset"):
+        advise(latents, 20, sweep=told_layers)
+    # what was measured of others than those that are asked for is not proposed
+    found = advise(latents, 20, preset="tiny", num_blocks=[4], diffusion_layers=[1], sweep=table)
+    assert found.proposal == Candidate(4, 1)
+    assert found.ranking[0].measured is not None
 
 
 # the command
@@ -370,26 +397,3 @@ def test_no_budget(latents: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["advise", "--data", str(latents)])
     assert stop.value.code == 2
     assert "the following arguments are required: --budget" in capsys.readouterr().err
-
-
-def test_a_table_that_does_not_say_its_blocks(latents: Path, tmp_path: Path) -> None:
-    """They are those of the model or preset that is named, as it is and not as it is laid out; never a guess.
-
-    So are its layers.
-    """
-    rows = [row for row in table_rows() if row["train.model.num_blocks"] == 4]
-    without("train.model.num_blocks")(rows)
-    table = write_table(tmp_path / "table.parquet", rows)
-    options: dict[str, Any] = {"num_blocks": [1, 4], "diffusion_layers": [1, 3], "sweep": table}
-    with pytest.raises(ValueError, match="does not say its models' num_layers: give --model or --preset"):
-        advise(latents, 20, **options)
-    layers = {"train.model.num_layers": 6}
-    told_layers = write_table(tmp_path / "layers.parquet", [row | layers for row in rows])
-    with pytest.raises(ValueError, match="does not say its models' num_blocks: give --model or --preset"):
-        advise(latents, 20, **{**options, "sweep": told_layers})
-    for told in ({"preset": "tiny"}, {"model": tiny()}):
-        found = advise(latents, 20, **options, **told)
-        assert {one.candidate for one in found.ranking if one.measured} == {Candidate(4, 1), Candidate(4, 3)}
-    # what was measured of others than those that are asked for is not proposed
-    narrow = advise(latents, 20, **{**options, "diffusion_layers": [1]}, preset="tiny")
-    assert narrow.proposal.diffusion_layers == 1

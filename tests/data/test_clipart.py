@@ -94,6 +94,7 @@ def test_a_caption_is_of_the_path(path: str, caption: str) -> None:
     assert caption_of(path) == caption
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_package_itself(tmp_path: Path) -> None:
     made = write_clipart_shards(tmp_path, size=64, limit=20)
