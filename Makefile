@@ -120,7 +120,7 @@ $(DRIVER)/cases: tests/csrc/kernel_cases.py | install
 sanitize: $(DRIVER)/cases
 	@$(if $(HIGHWAY),,echo 'sanitize: Highway is not here (Debian: libhwy-dev): kernels with vectors are NOT looked at')
 	@for kind in 'address -march=native $(DRIVER_VECTORS)' 'address,undefined' 'thread'; do \
-		set -- $$kind; sanitizer=$$1; shift; echo "sanitize: $$sanitizer$${1:+, this machine'"'"'s vectors}"; \
+		set -- $$kind; sanitizer=$$1; shift; echo "sanitize: $$sanitizer$${1:+, with vectors}"; \
 		$${CXX:-c++} $(DRIVER_FLAGS) "$$@" -fsanitize=$$sanitizer -fno-sanitize-recover=all -Wno-tsan $(DRIVER_SOURCES) \
 			-o $(DRIVER)/sanitized && $(DRIVER)/sanitized $< || exit 1; \
 	done
