@@ -86,9 +86,7 @@ def _told(advice: Advice) -> str:
         measured = ""
         if advice.figure is not None:
             found = place.measured
-            measured = (
-                f"  {_shown(found.estimate, '.4g')} in {found.steps} steps" if found else "  none within the budget"
-            )
+            measured = f"  {_shown(found.estimate, '.4g')} in {found.steps} steps" if found else "  nothing within it"
         score = _shown(place.score, ".3f") if place.steps else "out of budget"
         lines.append(f"{place.candidate!s:<14}{place.steps:>6}  {score:<26}{place.first:>8.0%}{measured}")
     if advice.agreement is not None:
