@@ -10,7 +10,7 @@ from madformer.engine.graphs import EagerLauncher
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
-from tests.helpers.engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model
+from tests.helpers.engine_cases import BATCH, CASES, STEPS, draw_noise, draw_prompt, make_model, shared_model
 from tests.helpers.recording import HostReadError, RecordingLauncher
 
 
@@ -19,7 +19,7 @@ def make_plan(
 ) -> Plan:
     config = CASES[name]
     scheduler = DPMSolverMultistepScheduler(prediction_type=config.prediction_type)
-    sampler = Sampler(make_model(config), scheduler, pack_weights=False, launcher=launcher)
+    sampler = Sampler(shared_model(config), scheduler, pack_weights=False, launcher=launcher)
     plan = sampler.plan(BATCH, SamplingOptions(STEPS, guidance=guidance, refresh_every=refresh_every))
     plan.cache.on_host = False  # as on a GPU, where nothing is
     return plan

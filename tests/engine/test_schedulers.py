@@ -24,7 +24,7 @@ from madformer.engine.schedulers import (
     predicted_by,
     scheduler_class,
 )
-from tests.helpers.engine_cases import FLAT, TEXT, draw_noise, draw_prompt, make_model
+from tests.helpers.engine_cases import FLAT, TEXT, draw_noise, draw_prompt, shared_model
 from tests.helpers.testing import relative_error
 
 EVERY = [
@@ -34,7 +34,9 @@ EVERY = [
 ]
 STEPS = 5
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-CONFIG = FLAT.replace(text=TEXT, num_blocks=2, block_grid=(1, 2))
+# one layer of each kind: the network is not what differs
+SMALL = FLAT.replace(num_layers=2, diffusion_layers=1, num_blocks=2, block_grid=(1, 2))
+CONFIG = SMALL.replace(text=TEXT)
 
 
 def make_scheduler(name: str, **options: Any) -> Any:
@@ -53,7 +55,7 @@ def test_it_samples_or_says_why_not(name: str) -> None:
         assert "is none of the schedulers" not in str(raised.value), "a new class: decide, and say why"
         assert len(str(raised.value).splitlines()) == 1
         return
-    model, noise, prompt = make_model(CONFIG), draw_noise(CONFIG), draw_prompt(CONFIG, guided=True)
+    model, noise, prompt = shared_model(CONFIG), draw_noise(CONFIG), draw_prompt(CONFIG, guided=True)
     scheduler = make_scheduler(name)
     check_scheduler(scheduler, "flow" if name in FLOW_SCHEDULERS else "epsilon")
     keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -112,8 +114,8 @@ def test_a_class_of_somebody_elses() -> None:
 )
 def test_a_flow_by_steps_of_their_own(name: str, options: dict[str, Any]) -> None:
     """What diffusers offers for flow matching beside the two classes that are made for it."""
-    config = FLAT.replace(num_blocks=2, block_grid=(1, 2), prediction_type="flow")
-    model, noise, scheduler = make_model(config), draw_noise(config), make_scheduler(name, **options)
+    config = SMALL.replace(prediction_type="flow")
+    model, noise, scheduler = shared_model(config), draw_noise(config), make_scheduler(name, **options)
     check_scheduler(scheduler, "flow")
     keywords = {"generator": generator()} if "generator" in inspect.signature(scheduler.step).parameters else {}
     expected = sample_uncached(model, make_scheduler(name, **options), STEPS, noise, **keywords)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,12 @@ def make_model(config: MADFormerConfig) -> MADFormer:
     model = perturb(MADFormer(config))
     assert isinstance(model, MADFormer)
     return model
+
+
+@functools.cache
+def shared_model(config: MADFormerConfig) -> MADFormer:
+    """The same one each time, for tests that leave it as it is: to make one takes as long as three of its passes."""
+    return make_model(config)
 
 
 def draw_noise(config: MADFormerConfig, batch: int = BATCH, seed: int = 1) -> Tensor:
