@@ -27,7 +27,17 @@ from madformer.engine.reference import sample_uncached
 from madformer.engine.running import NonFiniteError
 from madformer.engine.sampler import Sampler
 from madformer.model.madformer import MADFormer, MADFormerOutput
-from tests.helpers.engine_cases import ACDIT, BATCH, CASES, FLAT, STEPS, draw_noise, draw_prompt, make_model
+from tests.helpers.engine_cases import (
+    ACDIT,
+    BATCH,
+    CASES,
+    FLAT,
+    STEPS,
+    draw_noise,
+    draw_prompt,
+    make_model,
+    shared_model,
+)
 from tests.helpers.testing import relative_error
 
 TOLERANCE = 1e-4
@@ -75,8 +85,11 @@ def test_blocks_in_an_order_of_ones_choice(batch: int) -> None:
 )
 def test_guidance(name: str, scheduler: Callable[[], Any], interval: tuple[int, int]) -> None:
     """Two uncached passes a step, mixed by the formula; tabulated and through the scheduler's own step."""
-    model, noise = make_model(CASES[name]), draw_noise(CASES[name])
-    prompt = draw_prompt(CASES[name], guided=True)
+    config = CASES[name]
+    if config.num_blocks > 1:
+        config = config.replace(num_blocks=3, block_grid=(1, 3))  # the third is the first with two before it
+    model, noise = shared_model(config), draw_noise(config)
+    prompt = draw_prompt(config, guided=True)
 
     def scale(t: int) -> float:
         return 2.5 if interval[0] <= t <= interval[1] else 1.0
@@ -148,9 +161,9 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler(name: str) -> None:
-    """Tabulated or through its own ``step``: as the uncached loop has it."""
-    model = make_model(FLAT)
-    noise = draw_noise(FLAT)
+    """Tabulated or through its own ``step``: as the uncached loop has it, and for the next block from the beginning."""
+    config = FLAT.replace(num_blocks=2, block_grid=(1, 2))
+    model, noise = shared_model(config), draw_noise(config)
     expected = sample_uncached(model, SCHEDULERS[name](), 4, noise)
     latents = Sampler(model, SCHEDULERS[name]()).plan(BATCH, SamplingOptions(4)).run(noise)
     assert relative_error(latents, expected) < TOLERANCE
