@@ -162,10 +162,10 @@ async def closed_loop(url: str, clients: int, seconds: float, accept: str) -> fl
 
 def cost(server: Server, direct: Direct, rounds: int) -> dict[str, float]:
     """A lone request against a call, interleaved; medians."""
-    calls, requests, firsts, streams = [], [], [], []
+    calls, alone, requests, firsts, streams = [], [], [], [], []
     with httpx.Client(base_url=server.url, timeout=600) as client:
         for seed in range(rounds + 1):
-            call = direct.seconds(1, seed)
+            call, by_one = direct.seconds(1, seed), direct.seconds(1, seed, threads=1)
             started = time.perf_counter()
             client.post("/api/v1/images", json={"prompt": PROMPT, "seed": seed}, headers={"Accept": "image/png"})
             request = time.perf_counter() - started
@@ -173,11 +173,13 @@ def cost(server: Server, direct: Direct, rounds: int) -> dict[str, float]:
             asyncio.run(_lone(server.url, seed, level))
             if seed:  # the first of each warms up
                 calls.append(call)
+                alone.append(by_one)
                 requests.append(request)
                 firsts += level.first_blocks
                 streams += level.images
     return {
         "pipeline_seconds": statistics.median(calls),
+        "pipeline_seconds_of_one_thread": statistics.median(alone),
         "request_seconds": statistics.median(requests),
         "streamed_seconds": statistics.median(streams),
         "first_block_seconds": statistics.median(firsts),
@@ -194,6 +196,7 @@ def costs(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **found,
         "own_cost": found["request_seconds"] / found["pipeline_seconds"] - 1,
+        "own_cost_over_one_thread": found["request_seconds"] / found["pipeline_seconds_of_one_thread"] - 1,
         "first_block_share": found["first_block_seconds"] / found["streamed_seconds"],
         "pairs": pairs,
     }
@@ -343,6 +346,7 @@ def metrics(record: dict[str, Any]) -> dict[str, float]:
     alone = record["alone"]
     found = {
         "server_own_cost": alone["own_cost"],
+        "server_own_cost_over_one_thread": alone["own_cost_over_one_thread"],
         "server_first_block_share": alone["first_block_share"],
         "server_throughput_over_pipeline": record["images_per_second"] / record["pipeline_images_per_second"],
     }

@@ -57,9 +57,9 @@ class Direct:
     def __init__(self, options: argparse.Namespace) -> None:
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _Caller.begin, (options,))
 
-    def seconds(self, images: int, seed: int = 0) -> float:
-        """Of one call and the encoding of its pictures."""
-        return self._process.submit(_Caller.seconds, images, seed).result()
+    def seconds(self, images: int, seed: int = 0, threads: int | None = None) -> float:
+        """Of one call and the encoding of its pictures, with so many of PyTorch's threads, or as many as it has."""
+        return self._process.submit(_Caller.seconds, images, seed, threads).result()
 
     def image_steps(self) -> int:
         """Denoising steps that one image takes."""
@@ -74,16 +74,18 @@ class _Caller:
 
     pipeline: ClassVar[MADFormerPipeline]
     options: ClassVar[argparse.Namespace]
+    threads: ClassVar[int]
 
     @classmethod
     def begin(cls, options: argparse.Namespace) -> None:
-        cls.options = options
+        cls.options, cls.threads = options, torch.get_num_threads()
         cls.pipeline = MADFormerPipeline.from_pretrained(options.model, dtype=torch.float32, device=options.device)
         cls.pipeline.transformer = apply(cls.pipeline.transformer, "exact")
         cls.pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
-    def seconds(cls, images: int, seed: int) -> float:
+    def seconds(cls, images: int, seed: int, threads: int | None) -> float:
+        torch.set_num_threads(threads or cls.threads)
         options, started = cls.options, time.perf_counter()
         drawn = cls.pipeline(
             PROMPT, options.steps, num_images=images, guidance_scale=options.guidance, seed=seed

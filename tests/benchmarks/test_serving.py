@@ -56,11 +56,16 @@ def test_metrics() -> None:
         level_of(1.2, 6.0, refused=3, requests=12),
     ]
     record = {
-        "alone": {"own_cost": 0.03, "first_block_share": 0.3, "streamed_seconds": 2.0},
+        "alone": {
+            "own_cost": 0.03, "own_cost_over_one_thread": 0.01, "first_block_share": 0.3, "streamed_seconds": 2.0,
+        },
         "images_per_second": 9.0, "pipeline_images_per_second": 10.0, "full_batches_mean_latency": 7.0,
         "soak": {"mib_per_minute": 0.5}, "levels": levels,
     }  # fmt: skip
-    always = {"server_own_cost": 0.03, "server_first_block_share": 0.3, "server_throughput_over_pipeline": 0.9}
+    always = {
+        "server_own_cost": 0.03, "server_own_cost_over_one_thread": 0.01, "server_first_block_share": 0.3,
+        "server_throughput_over_pipeline": 0.9,
+    }  # fmt: skip
     assert serving.metrics(record) == pytest.approx(
         {
             **always,
