@@ -29,6 +29,7 @@ from benchmarks.record import finish
 from madformer.kernels import dispatch
 from madformer.kernels.adaln import adaln, adaln_ref
 from madformer.kernels.cached_attention import cached_attention
+from madformer.kernels.conv3x3 import conv3x3, conv3x3_ref
 from madformer.kernels.denoise_step import denoise_step, denoise_step_ref
 from madformer.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from madformer.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
@@ -104,6 +105,18 @@ def _map_case(label: str, maps: int, channels: int, side: int, dtype: torch.dtyp
     return Case("group_norm_silu", name, inputs, run, 3 * size, 5 * size, peers={"eager": eager})
 
 
+def _conv_case(label: str, maps: int, channels: int, side: int) -> Case:
+    size, weights = 4 * maps * channels * side**2, 4 * 9 * channels**2
+
+    def inputs(_: torch.device) -> tuple[Tensor, ...]:
+        x = torch.randn(maps, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
+        return x, _random(channels, channels, 3, 3, dtype=torch.float32)
+
+    name = f"{label}: {maps} x {channels} x {side} x {side}"
+    return Case("conv3x3", name, inputs, conv3x3, 2 * size + weights, 3 * size + 2 * weights,
+                peers={"eager": conv3x3_ref})  # fmt: skip
+
+
 def _model_cases(label: str, samples: int, dtype: torch.dtype) -> Iterator[Case]:
     size = samples * TOKENS * HIDDEN * dtype.itemsize
     tables = [f(torch.randn(TOKENS, HIDDEN // HEADS)) for f in (torch.cos, torch.sin)]
@@ -167,6 +180,8 @@ def cases() -> Iterator[Case]:
             yield from _rows_cases(label, (samples, TOKENS, HIDDEN), MLP, dtype)
             yield from (_map_case(label, samples, *shape, dtype) for shape in MAPS)
             yield from _model_cases(label, samples, dtype)
+            if dtype == torch.float32:
+                yield _conv_case(label, samples, 128, 16)
         large = f"beyond the caches, {name}"
         # 24 MiB a tensor: glibc keeps that for the next one; larger memory it would ask the system for each time.
         many = 4 // dtype.itemsize

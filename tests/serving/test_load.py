@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -95,6 +97,29 @@ def test_what_is_kept_for_readers_is_bounded() -> None:
     assert kinds.count("step") == 2
     assert [event.values["order"] for event in log.since(0) if event.kind == "block"] == [48, 49]
     assert [event.number for event in log.since(99)] == [100]
+
+
+def test_what_is_forgotten_is_freed(server: Running) -> None:
+    """At once: Python looks for cycles, of pictures and who waits for them, once in thousands of requests."""
+    desk = server.service.desk
+    before = set(desk.generations)
+    gc.collect()
+    gc.disable()
+    try:
+        # one that is given up while it waits is held until the next one comes
+        late = server.http.post("/api/v1/images", json={"prompt": "a", "steps": 4, "deadline": 0.001})
+        assert late.status_code == 504
+        for accept in ("application/json", "image/png"):
+            assert server.post({"prompt": "a"}, accept).status_code == 200
+        assert server.events({"prompt": "a", "num_images": 2})[-1][1] == "done"
+        server.settle()
+        references = [weakref.ref(desk.generations[name]) for name in desk.generations.keys() - before]
+        assert len(references) == 4
+        for reference in references:
+            desk.loop.call_soon_threadsafe(lambda reference=reference: desk._forget(reference()))
+        wait_for(lambda: not [reference for reference in references if reference()])
+    finally:
+        gc.enable()
 
 
 def test_clients_take_turns() -> None:

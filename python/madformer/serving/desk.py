@@ -317,13 +317,20 @@ class Desk:
         """For a while, and as long as those that ended since leave room."""
         self.ended[generation] = generation.nbytes
         self.kept_bytes += generation.nbytes
-        self.loop.call_later(self.settings.keep, self._forget, generation)
+        generation.timers.append(self.loop.call_later(self.settings.keep, self._forget, generation))
         while self.kept_bytes > self.settings.keep_bytes and len(self.ended) > 1:
             self._forget(next(iter(self.ended)))
 
     def _forget(self, generation: Generation) -> None:
         self.kept_bytes -= self.ended.pop(generation, 0)
         self.generations.pop(generation.id, None)
+        # a timer holds it; and Python looks for cycles so rarely, with PyTorch's objects among its own, that thousands
+        # would pile up
+        for timer in generation.timers:
+            timer.cancel()
+        for picture in generation.pictures:
+            picture.future = None
+        generation.pictures.clear()
 
     def fail(self, error: BaseException) -> None:
         """Nothing is drawn any more."""

@@ -87,6 +87,8 @@ class Finisher:
                     break
                 batch.append(following)
             self._finish(batch)
+            # not held until the next picture comes
+            del first, batch
 
     def _finish(self, batch: list[Work]) -> None:
         try:
