@@ -330,7 +330,9 @@ class Desk:
             timer.cancel()
         for picture in generation.pictures:
             picture.future = None
-        generation.pictures.clear()
+        # whoever waits for it may not have been told yet that it ended, and is to have its pictures
+        if not generation.watchers:
+            generation.pictures.clear()
 
     def fail(self, error: BaseException) -> None:
         """Nothing is drawn any more."""
