@@ -1,6 +1,7 @@
 """What a denoising step costs on a processor: by Python or compiled, by one thread or in shares.
 
     python -m benchmarks.step [--model assets/emoji64] [--batch-sizes 1,16] [--steps 25] [--guidance 3] [--threads 2]
+        [--dtype float32]
 
 Whole runs (``plan.run``, to latents), each way once in every round: what else the machine does slows them alike.
 
@@ -39,8 +40,8 @@ from madformer.engine.running import computing
 from madformer.engine.sampler import Sampler
 from madformer.measuring.sampling import any_prompt
 
-MAX_ERROR = 1e-3
-"""Relative, of fp32 latents: what other sums and other programs round."""
+MAX_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Relative, of latents: what other sums and other programs round, over all steps, by what is computed in."""
 
 
 class _Counting(TorchDispatchMode):
@@ -64,7 +65,7 @@ def count_operators(plan: Plan) -> dict[str, int]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    pipeline = MADFormerPipeline.from_pretrained(str(options.model), dtype=torch.float32)
+    pipeline = MADFormerPipeline.from_pretrained(str(options.model), dtype=getattr(torch, options.dtype))
     sampling = SamplingOptions(options.steps, guidance=options.guidance)
     rows = [_row(pipeline, batch, sampling, options) for batch in options.batch_sizes]
     metrics: dict[str, float] = {}
@@ -72,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         wall = {name: took["wall"] for name, took in row["ways"].items()}
         for name, seconds in wall.items():
             metrics[f"batch_{row['batch']}_{name.replace(' ', '_')}"] = wall["whole"] / seconds
-    return {**environment("step", torch.device("cpu")), "rows": rows, "metrics": metrics}
+    return {**environment("step", torch.device("cpu")), "dtype": options.dtype, "rows": rows, "metrics": metrics}
 
 
 def _row(
@@ -103,7 +104,7 @@ def _row(
             images[name] = plan.run(noise, prompt)
             took[name].append((time.perf_counter() - wall, time.process_time() - processor))
     for name, drawn in images.items():
-        if (error := relative_error(images["whole"], drawn)) > MAX_ERROR:
+        if (error := relative_error(images["whole"], drawn)) > MAX_ERROR[options.dtype]:
             raise CannotCompare(f"batch {batch}, {name}: {error:.1e} from the images of one thread")
     torch.set_num_threads(1)
     operators = {name: count_operators(plan) for name, (plan, _) in ways.items() if name.endswith("whole")}
@@ -123,6 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=tuple(MAX_ERROR), default="float32", help="of the weights (float32)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)

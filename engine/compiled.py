@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from madformer.engine.passes import Passes
+from madformer.engine.program import Program
 from madformer.engine.structure import Placed, Signature, UnknownPartError, signature
 from madformer.kernels import dispatch
 from madformer.machine import cache_folder, device_name
@@ -70,13 +71,32 @@ class _Traced(Passes):
 
 
 class Step(nn.Module):
-    """A step's network as a function of tensors, for export.
+    """A step's network as a function of tensors, for export. Weights are some of them: a program holds none.
 
     Args:
         model: a tree of its own, whose kernels are the reference: those Inductor can see into.
         branches: 2 under guidance. dtype: to compute in.
     """
 
+    def __init__(self, model: MADFormer, branches: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        # not as a part of this one, or its weights would be constants of the program
+        self._network = (_Network(model, branches, dtype),)
+
+    def forward(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
+        """:meth:`_Network.forward` of ``inputs``, with these weights: :func:`weights_of`."""
+        return torch.func.functional_call(self._network[0], weights, inputs)
+
+
+def weights_of(model: MADFormer) -> dict[str, Tensor]:
+    """Tensors of a model by their names in a :class:`Step`, in their order, but for those of autoregressive layers."""
+    named = (model.named_parameters, model.named_buffers)
+    tensors = {f"model.{name}": tensor for each in named for name, tensor in each(remove_duplicate=False)}
+    others = tuple(f"model.layers.{index}." for index in range(model.config.ar_layers))
+    return {name: tensor for name, tensor in sorted(tensors.items()) if not name.startswith(others)}
+
+
+class _Network(nn.Module):
     def __init__(self, model: MADFormer, branches: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.branches, self.dtype = model, branches, dtype
@@ -127,12 +147,13 @@ class CompiledPasses(Passes):
         super().__init__(*arguments, **options)
         self.program: Program | None = None
         self._key = ""
-        # as what it was seen, and the tensors that the program reads
-        self._bound: tuple[object, list[Tensor]] | None = None
+        # as what the model was seen, and its weights, which the program reads
+        self._seen: object = None
+        self._weights: dict[str, Tensor] = {}
 
     def rest(self) -> None:
         super().rest()
-        self._bound = None
+        self._seen, self._weights = None, {}
 
     def look_at(self, model: MADFormer, built: Signature | str, threads: int, *, try_out: bool) -> None:
         """Compute with the program of a model, if there is one; it is the one that :meth:`follow` was given.
@@ -141,13 +162,14 @@ class CompiledPasses(Passes):
             built: as :func:`seen` says. threads: of PyTorch's, that a pass has. try_out: make a program that there is
                 not, in minutes.
         """
-        if self._bound is not None and self._bound[0] == (built, threads):
+        if self._seen == (built, threads):
             return
         why = built if isinstance(built, str) else _refusal(self, model)
+        self._seen, self._weights = None, weights_of(model)
         inputs = self._inputs(self.slots.latents_RLC, *self.slots.schedule(None)[:3])
         key = why or key_of(built, tree_leaves(inputs), self.branches, self.dtype, threads)
         if key != self._key:
-            self._key, self._bound, self.program = key, None, None
+            self._key, self.program = key, None
             path = folder() / f"{key}.pt2"
             if why is None and not path.exists():
                 if try_out:
@@ -159,11 +181,7 @@ class CompiledPasses(Passes):
             if why is not None:
                 logger.warning("a denoising step is not compiled: %s", why)
         if self.program is not None:
-            named = (model.named_parameters, model.named_buffers)
-            tensors = {f"model.{name}": x for each in named for name, x in each(remove_duplicate=False)}
-            self.program.bind(tensors)
-            # they are kept until others are bound
-            self._bound = (built, threads), list(tensors.values())
+            self._seen = built, threads
 
     def first_block(self, rows_B: Tensor | None) -> None:
         # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
@@ -193,7 +211,7 @@ class CompiledPasses(Passes):
         cache, ar_layers = self.cache, self.config.ar_layers
         cached = list(zip(cache.keys_RHSD[ar_layers:], cache.values_RHSD[ar_layers:], strict=True))
         parts = self.slots.class_NC, cache.condition_RLC, self.cos_RSD, self.sin_RSD, cache.lengths_R
-        return latents_BLC.contiguous(), *(column.contiguous() for column in time), *parts, cached
+        return self._weights, latents_BLC.contiguous(), *(column.contiguous() for column in time), *parts, cached
 
 
 def seen(model: MADFormer) -> Signature | str:
@@ -225,26 +243,6 @@ def _twin(model: MADFormer) -> MADFormer:
     return twin
 
 
-class Program:
-    """A compiled :class:`Step`.
-
-    Args:
-        path: of a package that :func:`_compile` wrote. A package is loaded once for each thread that calls it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        self._names = self._package.get_constant_fqns()
-
-    def bind(self, tensors: dict[str, Tensor]) -> None:
-        """Read these weights from now on, where they lie and as they are by then."""
-        chosen = {name: tensors[name] for name in self._names}
-        self._package.load_constants(chosen, check_full_update=True, user_managed=True)
-
-    def __call__(self, *inputs: Any) -> Tensor:
-        return self._package(*inputs)
-
-
 def _loaded(path: Path) -> tuple[Program | None, str | None]:
     try:
         return Program(path), None
@@ -255,7 +253,7 @@ def _loaded(path: Path) -> tuple[Program | None, str | None]:
 def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str | None:
     """Write a package; or why there is none, in one line."""
     started = time.perf_counter()
-    options = {"aot_inductor.package_constants_in_so": False, "cpp.threads": threads}
+    options = {"cpp.threads": threads}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -266,8 +264,8 @@ def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str
         ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(step, tuple(tree_map(Tensor.clone, inputs)), strict=False)
-            if others := exported.constants.keys() - dict(step.named_buffers()).keys():
-                return f"it holds tensors that are no weights: {', '.join(sorted(others))}"
+            if exported.constants:
+                return f"it holds tensors that are no weights: {', '.join(sorted(exported.constants))}"
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
             package.replace(path)

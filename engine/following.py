@@ -121,7 +121,8 @@ class Following:
             self._measured = None
             self._follow(try_out=True)
             # compiled steps do not wait for each other, and each number of shares would be compiled anew
-            if measure_shares and self.shares > 1 and self.sampler.shares is None and not self.compiled:
+            may_share = most_shares(self.sampler, self.key, self.key.kind) > 1
+            if measure_shares and may_share and self.sampler.shares is None and not self.compiled:
                 self._measure_shares()
         return self
 
@@ -150,10 +151,11 @@ class Following:
 
     def _shares(self, kind: ModelKind) -> int:
         """In how many shares the next run draws."""
-        suitable = shares_for(self.sampler, self.key, kind, compiled=self._compiles(kind))
-        if suitable > 1 and self._measured is not None and self._measured[0] == torch.get_num_threads():
-            return self._measured[1]
-        return suitable
+        compiled, threads = self._compiles(kind), torch.get_num_threads()
+        of_choice = self.sampler.shares is None and not compiled
+        if of_choice and self._measured is not None and self._measured[0] == threads:
+            return min(self._measured[1], most_shares(self.sampler, self.key, kind))
+        return shares_for(self.sampler, self.key, kind, compiled=compiled)
 
     def try_passes(self) -> None:
         """Run every pass once, which shows whether its scratch memory is there."""

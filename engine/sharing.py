@@ -237,6 +237,8 @@ CALLING = 2.2e-3
 """Seconds of a step in which a thread holds Python's lock, to call some 160 operators; measured on an EPYC."""
 SHORT = 3
 """How many times as long as that a step computes which threads had better not share."""
+LONG = 1e-2
+"""Seconds of an image's step, of all threads together, from which on they share its operators as well as images."""
 RATE = 5e10
 """Operations a second of a core, about: AVX2 in fp32 at the sizes of a step."""
 
@@ -244,12 +246,15 @@ RATE = 5e10
 def shares_for(sampler: Sampler, key: PlanKey, kind: ModelKind, *, compiled: bool) -> int:
     """In how many shares a batch is drawn unless it was measured: one for each thread, or 1 where it is to stay whole.
 
-    Fewer where threads would wait for each other: only one at a time calls operators. The number hangs on sizes alone,
-    so that the same command draws the same bits.
+    Fewer where threads would wait for each other: only one at a time calls operators. One where operators are long
+    enough to be shared themselves, which reads the weights once for all images. The number hangs on sizes alone, so
+    that the same command draws the same bits.
     """
     shares = most_shares(sampler, key, kind)
-    if sampler.shares is not None or shares <= 2 or compiled:
+    if sampler.shares is not None or shares == 1 or compiled:
         return shares
+    if _computing(sampler, kind, 1, guided=key.guided) > LONG * torch.get_num_threads():
+        return 1
     return min(shares, useful_shares(sampler, kind, key.batch, guided=key.guided))
 
 

@@ -274,15 +274,17 @@ def test_what_is_not_shared() -> None:
 
 
 def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a thread of a large model; of a small one fewer, unless it is compiled or as many were asked for."""
+    """One a thread; of a small model fewer, of a large one none, unless it is compiled or as many were asked for."""
     torch.set_num_threads(8)
     model, found = make_model(PLAIN), []
-    for rate in (1.0, 1e30):
-        monkeypatch.setattr(sharing, "RATE", rate)
+    sampler = Sampler(model, DDIMScheduler())
+    operations = sharing.RATE * sharing._computing(sampler, sampler.kind(), 1, guided=False)
+    for seconds in (1e-9, 0.05, 1.0):
+        monkeypatch.setattr(sharing, "RATE", operations / seconds)
         for how in ({}, {"compile_step": True}, {"shares": 5}):
             found.append(Sampler(model, DDIMScheduler(), **how).plan(8, OPTIONS).shares)  # type: ignore[arg-type]
     torch.set_num_threads(2)
-    assert found == [8, 8, 5, 2, 8, 5]
+    assert found == [2, 8, 5, 8, 8, 5, 1, 8, 5]
 
 
 def test_a_hook_from_within() -> None:
@@ -326,6 +328,24 @@ def test_warmup_measures(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.M
         assert used == [fastest, 2, fastest]
     torch.set_num_threads(2)
     assert Sampler(model, DDIMScheduler()).plan(4, OPTIONS).warmup().shares in (1, 2)
+
+
+def test_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a choice against the rule too, in either direction, and none where a number was asked for since."""
+    model = make_model(PLAIN)
+    for long, fastest in ((0.0, 2), (1e9, 1)):
+        monkeypatch.setattr(sharing, "LONG", long)
+        plan = Sampler(model, DDIMScheduler()).plan(BATCH, OPTIONS)
+        rule, clock = plan.shares, iter(range(10_000))
+        with monkeypatch.context() as patch:
+            seconds: Callable[..., float] = lambda _: next(clock) + 100_000 * (plan.shares != fastest)  # noqa: B023, E731
+            patch.setattr("madformer.engine.following._seconds", seconds)
+            plan.warmup()
+        plan.run(draw_noise(PLAIN, BATCH))
+        assert (rule, plan.shares) == (3 - fastest, fastest)
+        plan.settle(Sampler(model, DDIMScheduler(), shares=rule), plan.schedule, plan.options)
+        plan.run(draw_noise(PLAIN, BATCH))
+        assert plan.shares == rule
 
 
 def test_is_measured_as_a_whole_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
