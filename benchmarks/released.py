@@ -194,10 +194,11 @@ def sample_released(model: Any, shape: Shape) -> Tensor:
 
 
 def sample_ours(plan: Plan, shape: Shape) -> Tensor:
-    """Draws the noise as the released ``sample`` does."""
+    """Draws the noise as the released ``sample`` does, a block's after the other's, and gives all of it as our pipeline."""
     generator = torch.Generator().manual_seed(SEED)
-    images, _, latents, channels = shape.latents
-    return plan.run(lambda _: torch.randn(images, 1, latents, channels, generator=generator)[:, 0])
+    images, blocks, latents, channels = shape.latents
+    drawn = [torch.randn(images, 1, latents, channels, generator=generator) for _ in range(blocks)]
+    return plan.run(torch.cat(drawn, dim=1))
 
 
 # The gate
