@@ -85,7 +85,8 @@ class Step(nn.Module):
 
     def forward(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
         """:meth:`_Network.forward` of ``inputs``, with these weights: :func:`weights_of`."""
-        return torch.func.functional_call(self._network[0], weights, inputs)
+        # all names are given, and one program is right whether or not some of them are the same tensor
+        return torch.func.functional_call(self._network[0], weights, inputs, tie_weights=False)
 
 
 def weights_of(model: MADFormer) -> dict[str, Tensor]:
@@ -162,26 +163,27 @@ class CompiledPasses(Passes):
             built: as :func:`seen` says. threads: of PyTorch's, that a pass has. try_out: make a program that there is
                 not, in minutes.
         """
+        # at every look: a signature tells where tensors lie, and a tensor may since have been given other memory
+        self._weights = weights_of(model)
         if self._seen == (built, threads):
             return
         why = built if isinstance(built, str) else _refusal(self, model)
-        self._seen, self._weights = None, weights_of(model)
         inputs = self._inputs(self.slots.latents_RLC, *self.slots.schedule(None)[:3])
         key = why or key_of(built, tree_leaves(inputs), self.branches, self.dtype, threads)
         if key != self._key:
-            self._key, self.program = key, None
+            self._key, self.program = "", None
             path = folder() / f"{key}.pt2"
-            if why is None and not path.exists():
-                if try_out:
-                    why = _compile(Step(_twin(model), self.branches, self.dtype), inputs, path, threads)
-                else:
-                    self._key = ""  # there may be one by the next time
+            if why is None and not path.exists() and try_out:
+                why = _compile(Step(_twin(model), self.branches, self.dtype), inputs, path, threads)
             if why is None and path.exists():
                 self.program, why = _loaded(path)
+            if why is not None or self.program is not None:
+                self._key = key  # else there may be a program by the next time
             if why is not None:
                 logger.warning("a denoising step is not compiled: %s", why)
-        if self.program is not None:
-            self._seen = built, threads
+        self._seen = None if self.program is None else (built, threads)
+        if self.program is None:
+            self._weights = {}
 
     def first_block(self, rows_B: Tensor | None) -> None:
         # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
@@ -263,17 +265,22 @@ def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str
             torch.no_grad(),
         ):
             warnings.simplefilter("ignore")
-            exported = torch.export.export(step, tuple(tree_map(Tensor.clone, inputs)), strict=False)
+            exported = torch.export.export(step, tuple(tree_map(_like, inputs)), strict=False)
             if exported.constants:
                 return f"it holds tensors that are no weights: {', '.join(sorted(exported.constants))}"
             package = Path(scratch) / path.name
             torch._inductor.aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
             package.replace(path)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of a tracer and a compiler, which raise what they like: Python calls the step then
         return _line(error)
-    rows, seconds = len(inputs[0]), time.perf_counter() - started
+    rows, seconds = len(inputs[1]), time.perf_counter() - started
     logger.info("a denoising step of %d images was compiled in %.0f s, and is kept as %s", rows, seconds, path)
     return None
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """One of the same strides, which are written into a program; a clone of a view has others."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _line(error: Exception) -> str:

@@ -16,15 +16,18 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._C import _aoti
 from torch.utils._pytree import tree_leaves
 
-_FUNCTIONS = "CreateWithDevice", "Delete", "GetNumConstants", "GetNumInputs", "RunSingleThreaded"
-_address = ctypes.pythonapi.PyCapsule_GetPointer
-_address.argtypes, _address.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.argtypes, _capsule.restype = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p), ctypes.py_object
+_FUNCTIONS = "CreateWithDevice", "Delete", "GetNumConstants", "GetNumInputs", "GetNumOutputs", "RunSingleThreaded"
+# prototypes of its own: those of ctypes.pythonapi are the whole process's
+_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 class Program:
@@ -40,14 +43,15 @@ class Program:
 
     def __init__(self, path: Path) -> None:
         self._library = _library(path)
-        self._container, count = ctypes.c_void_p(), ctypes.c_size_t()
+        self._container = ctypes.c_void_p()
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
-        weakref.finalize(self, self._library.AOTInductorModelContainerDelete, self._container)
-        self._call("GetNumConstants", self._container, ctypes.byref(count))
-        if count.value:
+        end = weakref.finalize(self, self._library.AOTInductorModelContainerDelete, self._container)
+        end.atexit = False  # a thread may be inside by then, and the system takes it all
+        if self._count("Constants"):
             raise RuntimeError("it holds tensors of its own")
-        self._call("GetNumInputs", self._container, ctypes.byref(count))
-        self._num_inputs = count.value
+        if self._count("Outputs") != 1:
+            raise RuntimeError("it does not give one tensor")
+        self._num_inputs = self._count("Inputs")
 
     def __call__(self, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
         """The module's result.
@@ -69,6 +73,11 @@ class Program:
         assert result.value is not None
         return _tensor(result.value)
 
+    def _count(self, what: str) -> int:
+        count = ctypes.c_size_t()
+        self._call(f"GetNum{what}", self._container, ctypes.byref(count))
+        return count.value
+
     def _call(self, function: str, *arguments: Any) -> None:
         if getattr(self._library, f"AOTInductorModelContainer{function}")(*arguments):
             raise RuntimeError(f"{function} of a compiled program failed: {_last_error(self._library)}")
@@ -86,7 +95,9 @@ def _loaded_library(path: Path, *_: int) -> ctypes.CDLL:
         with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory(prefix="madformer-") as folder:
             names = [name for name in package.namelist() if "/aotinductor/" in name]
             libraries = [name for name in names if name.endswith(".so")]
-            if any(name.endswith(".wrapper.json") for name in names) or len(libraries) != 1:
+            if len(libraries) != 1:
+                raise RuntimeError("it has no library for this system")
+            if any(name.endswith(".json") and not name.endswith("_metadata.json") for name in names):
                 raise RuntimeError("it calls operators that only PyTorch's loader can call")
             library = ctypes.CDLL(package.extract(libraries[0], folder))
     except (zipfile.BadZipFile, zlib.error) as error:
@@ -98,13 +109,13 @@ def _loaded_library(path: Path, *_: int) -> ctypes.CDLL:
 
 def _handles(tensors: list[Tensor]) -> list[int]:
     """New references to tensors, each of which somebody has to take over."""
-    return [_address(capsule, None) for capsule in _aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
+    return [_address(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
 
 
 def _tensor(handle: int) -> Tensor:
     """The tensor of a reference, which is taken over."""
-    # of several: that of one keeps its reference
-    return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])[0]
+    # PyTorch's function for a single handle does not take its reference over, which would leak it
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])[0]
 
 
 def _last_error(library: ctypes.CDLL) -> str:

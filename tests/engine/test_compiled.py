@@ -32,7 +32,7 @@ OPTIONS, GUIDED = SamplingOptions(STEPS), SamplingOptions(STEPS, guidance=2.0)
 
 
 class Interpreted:
-    """In place of a compiled program: the step as Python runs it, over the weights that it was bound to last."""
+    """In place of a compiled program: the step as Python runs it."""
 
     steps: ClassVar[dict[Path, Step]] = {}
     calls = 0
@@ -124,6 +124,11 @@ def test_follows_the_model(interpreted: type[Interpreted]) -> None:
     assert relative_error(before, check(programmed=True)) > 1e-3
     tower.proj.weight = nn.Parameter(tower.proj.weight.detach() * 3)
     check(programmed=True)
+    # the old one's memory, which then gets other data
+    old = tower.proj.weight
+    tower.proj.weight = nn.Parameter(old.data)
+    old.data = torch.zeros_like(old)
+    check(programmed=True)
     model.load_state_dict({name: 1.05 * tensor for name, tensor in model.state_dict().items()}, assign=True)
     check(programmed=True)
     hook = tower.proj.register_forward_hook(lambda _, __, output: 2 * output)
@@ -147,6 +152,31 @@ def test_follows_the_model(interpreted: type[Interpreted]) -> None:
     plan.settle(Sampler(model, DDIMScheduler()), plan.schedule, OPTIONS)
     check(programmed=False)
     assert not isinstance(plan.passes, CompiledPasses)
+
+
+def test_tied_weights(interpreted: type[Interpreted]) -> None:
+    """Before and after they are; those of one layer are another one's too."""
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    towers = [layer.tower("noise") for layer in model.layers[-2:]]  # type: ignore[operator]
+    for tied in (False, True):
+        if tied:
+            towers[0].proj.weight = towers[1].proj.weight
+        plan = plan_of(model)
+        interpreted.calls = 0
+        assert relative_error(plan_of(model, compiles=False).run(noise), plan.run(noise)) < 1e-5
+        assert interpreted.calls > 0
+
+
+def test_nothing_is_kept_without_a_program(interpreted: type[Interpreted]) -> None:
+    model = make_model(PLAIN)
+    plan = Sampler(model, DDIMScheduler(), compile_step=True).plan(BATCH, OPTIONS)
+    plan.run(draw_noise(PLAIN, BATCH))
+    assert isinstance(plan.passes, CompiledPasses)
+    assert not plan.passes._weights
+    plan.warmup()
+    assert plan.passes._weights
+    plan.rest()
+    assert not plan.passes._weights
 
 
 def test_a_fault_is_not_remembered(interpreted: type[Interpreted]) -> None:
@@ -239,7 +269,7 @@ def test_the_command_line(interpreted: type[Interpreted], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Pictures, in shares too; weights by reference; a kept program is loaded and not made again."""
+    """Pictures, in shares too; of weights as they lie; a kept program is loaded and not made again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, prompt = make_model(RICH), draw_prompt(RICH, BATCH, guided=True)
     noise, tower = draw_noise(RICH, BATCH), model.layers[-1].tower("noise")  # type: ignore[operator]
@@ -261,7 +291,17 @@ def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             assert relative_error(expected, drawing.run(noise, prompt)) < 1e-5
             assert isinstance(drawing.passes, CompiledPasses)
             assert drawing.passes.program is not None
-    path = next(compiled.folder().glob("*.pt2"))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # a part of a larger tensor: its strides are in the program
+    wide = torch.cat([tower.proj.weight.detach(), torch.ones_like(tower.proj.weight)], dim=1)
+    tower.proj.weight = nn.Parameter(wide[:, : wide.shape[1] // 2])
+    expected = plan_of(model, GUIDED, compiles=False).run(noise, prompt)
+    drawing = plan_of(model, GUIDED)
+    assert isinstance(drawing.passes, CompiledPasses)
+    assert isinstance(drawing.passes.program, compiled.Program)
+    assert relative_error(expected, drawing.run(noise, prompt)) < 1e-5
+    path = Path(compiled.folder(), f"{drawing.passes._key}.pt2")
     path.write_bytes(path.read_bytes()[:1000])
     broken = Sampler(model, DDIMScheduler(), compile_step=True).plan(BATCH, GUIDED)
     assert relative_error(expected, broken.run(noise, prompt)) < 1e-5

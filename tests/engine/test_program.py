@@ -24,12 +24,17 @@ class Stack(nn.Module):
         return sum((a - b for a, b in others), x)
 
 
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x * 2
+
+
 def arguments(seed: int) -> tuple[dict[str, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(seed)
     x, *others = torch.randn(5, ROWS, WIDTH, generator=generator)
     weights = {
-        "bias": torch.randn(WIDTH, generator=generator),
         "weight": torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5,
+        "bias": torch.randn(WIDTH, generator=generator),
     }
     return weights, x, [(others[0], others[1]), (others[2], others[3])]
 
@@ -98,8 +103,10 @@ def test_what_is_not_called(package: Path, tmp_path: Path) -> None:
         program(weights, x, others[:1])
     with torch.inference_mode(mode=False):
         linear = compiled(nn.Linear(4, 4), (torch.zeros(2, 4),), tmp_path / "linear.pt2")
-    with pytest.raises(RuntimeError, match="tensors of its own"):
-        Program(linear)
+    pair = compiled(Pair(), (torch.zeros(2, 4),), tmp_path / "pair.pt2")
+    for path, message in ((linear, "tensors of its own"), (pair, "one tensor")):
+        with pytest.raises(RuntimeError, match=message):
+            Program(path)
 
 
 def test_what_is_no_package(tmp_path: Path) -> None:
@@ -111,7 +118,8 @@ def test_what_is_no_package(tmp_path: Path) -> None:
         Program(tmp_path / "missing.pt2")
     for number, (names, error, message) in enumerate(
         [
-            ([], RuntimeError, "only PyTorch's loader can call"),
+            ([], RuntimeError, "no library for this system"),
+            (["a.wrapper.so", "a.wrapper_metadata.json", "b.so"], RuntimeError, "no library for this system"),
             (["a.wrapper.so"], OSError, "a.wrapper.so"),
             (["a.wrapper.so", "a.wrapper.json"], RuntimeError, "only PyTorch's loader can call"),
         ]
