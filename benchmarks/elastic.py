@@ -311,7 +311,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         for elastic, style, legend in ((False, "s", "fixed"), (True, "o-", "elastic")):
             rows = [row for row in record["rows"] if (row["model"] == ELASTIC) == elastic]
             cost = [row["seconds_per_image"]["median"] for row in rows]
-            values = [{**row, **row["retrieval"]}[quality] for row in rows]
+            values = [_number({**row, **row["retrieval"]}[quality]) for row in rows]
             axis.plot(cost, values, style, label=legend)
             for row, x, y in zip(rows, cost, values, strict=True):
                 axis.annotate(str(row["diffusion_layers"]), (x, y), xytext=(4, 4), textcoords="offset points")
@@ -322,6 +322,11 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
+
+
+def _number(figure: Any) -> float:
+    """Without its interval; older records have none."""
+    return figure["value"] if isinstance(figure, Mapping) else figure
 
 
 def run(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

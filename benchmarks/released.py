@@ -194,7 +194,7 @@ def sample_released(model: Any, shape: Shape) -> Tensor:
 
 
 def sample_ours(plan: Plan, shape: Shape) -> Tensor:
-    """Draws the noise as the released ``sample`` does, a block's after the other's, and gives all of it as our pipeline."""
+    """Draws the noise as the released ``sample`` does, block after block, and gives it whole, as our pipeline does."""
     generator = torch.Generator().manual_seed(SEED)
     images, blocks, latents, channels = shape.latents
     drawn = [torch.randn(images, 1, latents, channels, generator=generator) for _ in range(blocks)]
