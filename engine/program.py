@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 _FUNCTIONS = "CreateWithDevice", "Delete", "GetNumConstants", "GetNumInputs", "GetNumOutputs", "RunSingleThreaded"
+# PyTorch's own, between its tensors and the handles of AOTInductor
+_GIVE, _TAKE = "unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"
 # prototypes of its own: those of ctypes.pythonapi are the whole process's
 _address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -102,20 +104,22 @@ def _loaded_library(path: Path, *_: int) -> ctypes.CDLL:
             library = ctypes.CDLL(package.extract(libraries[0], folder))
     except (zipfile.BadZipFile, zlib.error) as error:
         raise OSError(str(error)) from None
-    if missing := [name for name in _FUNCTIONS if not hasattr(library, f"AOTInductorModelContainer{name}")]:
+    missing = [name for name in _FUNCTIONS if not hasattr(library, f"AOTInductorModelContainer{name}")]
+    missing += [name for name in (_GIVE, _TAKE) if not hasattr(getattr(torch._C, "_aoti", None), name)]
+    if missing:
         raise RuntimeError(f"AOTInductor of this PyTorch has no {missing[0]}")
     return library
 
 
 def _handles(tensors: list[Tensor]) -> list[int]:
     """New references to tensors, each of which somebody has to take over."""
-    return [_address(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
+    return [_address(capsule, None) for capsule in getattr(torch._C._aoti, _GIVE)(tensors)]
 
 
 def _tensor(handle: int) -> Tensor:
     """The tensor of a reference, which is taken over."""
     # PyTorch's function for a single handle does not take its reference over, which would leak it
-    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])[0]
+    return getattr(torch._C._aoti, _TAKE)([_capsule(handle, None, None)])[0]
 
 
 def _last_error(library: ctypes.CDLL) -> str:

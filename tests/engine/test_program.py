@@ -29,6 +29,12 @@ class Pair(nn.Module):
         return x + 1, x * 2
 
 
+class Checked(nn.Module):
+    def forward(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        torch.ops.aten._assert_async.msg((x >= 0).all(), "a root of what is negative")
+        return x.sqrt() * weights["weight"]
+
+
 def arguments(seed: int) -> tuple[dict[str, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(seed)
     x, *others = torch.randn(5, ROWS, WIDTH, generator=generator)
@@ -109,6 +115,21 @@ def test_what_is_not_called(package: Path, tmp_path: Path) -> None:
             Program(path)
 
 
+@pytest.mark.slow
+def test_failure(tmp_path: Path) -> None:
+    """A program that fails raises what it says, keeps nothing of the call, and computes again after it."""
+    weights, x = {"weight": torch.ones(4)}, torch.full((2, 4), 4.0)
+    program = Program(compiled(Checked(), (weights, x), tmp_path / "checked.pt2"))
+    bad = -x
+    storage = weakref.ref(bad.untyped_storage())
+    with pytest.raises(RuntimeError, match="RunSingleThreaded of a compiled program failed: ") as raised:
+        program(weights, bad)
+    del bad, raised
+    gc.collect()
+    assert storage() is None
+    assert program(weights, x).eq(2).all()
+
+
 def test_what_is_no_package(tmp_path: Path) -> None:
     text = tmp_path / "text.pt2"
     text.write_text("no archive")
@@ -131,6 +152,16 @@ def test_what_is_no_package(tmp_path: Path) -> None:
                 archive.writestr(f"x/data/aotinductor/model/{name}", "no library")
         with pytest.raises(error, match=message):
             Program(path)
+
+
+@pytest.mark.slow
+def test_another_pytorch(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What this PyTorch lacks is said when a package is loaded, not in the middle of a picture."""
+    path = tmp_path / "stack.pt2"
+    path.write_bytes(package.read_bytes())
+    monkeypatch.delattr(torch._C._aoti, "alloc_tensors_by_stealing_from_void_ptrs")
+    with pytest.raises(RuntimeError, match="has no alloc_tensors_by_stealing_from_void_ptrs"):
+        Program(path)
 
 
 @pytest.mark.slow
