@@ -8,7 +8,7 @@ draw pictures for captions of the emoji, from the same seeds, which are held aga
 quality rises, a metric that sees it has Spearman's correlation -1 with steps where less is better, 1 where more is.
 The model sees the reference while it is trained, which takes nothing from the order of early checkpoints.
 
-The last line on stdout is the metrics as JSON. Exit status 1: the data are missing.
+The last line on stdout is the metrics as JSON. Exit status 1: the data are missing, or the run was stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import scipy.stats
 import torch
 
 from benchmarks import ROOT
-from benchmarks.record import environment, finish
+from benchmarks.record import CannotCompare, environment, finish, train_whole
 from madformer.bulk import Prompts, Settings
 from madformer.engine.options import SamplingOptions
 from madformer.evaluation import DrawnImages, StoredImages, evaluate, extract, load_extractor, open_reference
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             return record
 
         trainer._train_step = watched  # type: ignore[method-assign]
-        trainer.run()
+        train_whole(trainer)
     steps = [row["step"] for row in rows]
     values = {name: [row["scores"][name]["value"] for row in rows] for name in rows[0]["scores"]}
     # of figures that are all the same there is none
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--extractor", default="efficientnet-lite0")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    return finish("metric_over_training", lambda: measure(args), args.out, errors=(ValueError, OSError))
+    return finish("metric_over_training", lambda: measure(args), args.out, errors=(CannotCompare, ValueError, OSError))
 
 
 if __name__ == "__main__":

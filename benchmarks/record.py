@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from benchmarks.visit import PIPE, emit
 from madformer.files.atomic import write_json
 from madformer.machine import device_name, environment, git_commit
 
+if TYPE_CHECKING:
+    from madformer.training.trainer import Trainer
+
 __all__ = [
     "RESULTS",
     "CannotCompare",
@@ -26,6 +29,7 @@ __all__ = [
     "git_commit",
     "results_folder",
     "save",
+    "train_whole",
     "write_json",
 ]
 
@@ -34,6 +38,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 class CannotCompare(Exception):
     """Why there is nothing to report, in one line."""
+
+
+def train_whole(trainer: Trainer) -> None:
+    """Train to the last step.
+
+    Raises:
+        CannotCompare: a signal ended it before, in good order, so that figures of a part would stand for all.
+    """
+    trainer.run()
+    if trainer.step < trainer.config.steps:
+        raise CannotCompare(f"it was stopped at step {trainer.step} of {trainer.config.steps}")
 
 
 def finish(

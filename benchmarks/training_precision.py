@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import CannotCompare, environment, finish
+from benchmarks.record import CannotCompare, environment, finish, train_whole
 from benchmarks.released import positive
 from madformer.machine import device_of
 from madformer.training.config import PRESETS, TrainingConfig
@@ -38,7 +38,7 @@ MAX_DIFFERENCE = 0.01
 
 def losses_of(config: TrainingConfig, precision: str, folder: Path) -> list[float]:
     """The loss of every step of a run into ``folder``."""
-    Trainer(dataclasses.replace(config, precision=precision), folder).run()
+    train_whole(Trainer(dataclasses.replace(config, precision=precision), folder))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
@@ -47,7 +47,7 @@ def compare(config: TrainingConfig) -> dict[str, Any]:
     """What the record says of the two runs.
 
     Raises:
-        CannotCompare: the means differ by more than :data:`MAX_DIFFERENCE`, or are no numbers.
+        CannotCompare: the means differ by more than :data:`MAX_DIFFERENCE`, or are no numbers; a run was stopped.
     """
     config = dataclasses.replace(config, log_every=1, save_every=config.steps, sample_every=0)
     with tempfile.TemporaryDirectory() as folder:

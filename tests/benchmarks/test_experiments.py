@@ -1,4 +1,4 @@
-"""What the page of experiments says of tables whose figures are known."""
+"""What the page of experiments says of tables whose figures are known, and what its figures lie between."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import scipy.stats
+from PIL import Image
 
-from benchmarks.experiments import page
+from benchmarks.experiments import limits, page
+from benchmarks.record import CannotCompare
 from madformer.evaluation import Estimate
 from madformer.sweeps.folder import COSTS, flat_row
 
@@ -93,3 +96,35 @@ def test_a_baseline_that_is_not_there_is_named(tables: Path) -> None:
 
 def test_the_page_is_what_the_tables_make_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert page.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_limits(tmp_path: Path) -> None:
+    """The set itself is at no distance from itself; coding it, and one image for all, cost something."""
+    (tmp_path / "pictures").mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 3), dtype=np.uint8)
+    for index, pixels in enumerate(values):
+        Image.fromarray(pixels).resize((16, 16), Image.Resampling.NEAREST).save(tmp_path / "pictures" / f"{index}.png")
+    judging = f'[evaluate]\nreference = "{tmp_path}/pictures"\nnum_images = 16\nmetrics = ["fd"]\n'
+    file = tmp_path / "sweep.toml"
+    file.write_text(f'[train]\npreset = "emoji64"\n{judging}')
+    record = limits.measure(file)
+    assert any("no full rank" in warning for warning in record["warnings"])
+    figures = record["metrics"]
+    itself, decoded, mean = (figures[name]["fd"] for name in ("training images", "encoded and decoded", "their mean"))
+    assert itself == pytest.approx(0, abs=1e-6)
+    assert decoded > 1
+    assert mean > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no sweep", "Expected '='"),
+        ('models = ["assets/emoji64"]\n[evaluate]\nreference = "emoji:64"\n', "trains no model"),
+    ],
+)
+def test_what_has_no_limits(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(text)
+    with pytest.raises(CannotCompare, match=message):
+        limits.measure(file)

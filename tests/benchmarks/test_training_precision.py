@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import training_precision
+from benchmarks.record import CannotCompare
 from madformer.training import trainer
 from madformer.training.config import TrainingConfig
 from tests.helpers.training_run import make_config
@@ -41,6 +42,19 @@ def test_losses_that_differ_are_one_line(
 def test_no_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert training_precision.main(["--data", str(tmp_path / "nowhere"), "--steps", "2"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_that_was_stopped_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "matmul_rate", lambda device, dtype: 1.0)
+    stopping = trainer.Trainer._report
+
+    def report(self: trainer.Trainer, *arguments: object) -> None:
+        stopping(self, *arguments)  # type: ignore[arg-type]
+        self.stop()
+
+    monkeypatch.setattr(trainer.Trainer, "_report", report)
+    with pytest.raises(CannotCompare, match=r"it was stopped at step 1 of \d+$"):
+        training_precision.compare(make_config(tmp_path))
 
 
 @pytest.mark.slow
