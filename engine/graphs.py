@@ -189,7 +189,7 @@ class Prepared:
         signature: of the model that they were captured or compiled for; empty where Python runs whatever the model is
             by then, None where it may change without being seen, so that they are good for one look at it.
         first_block, next_block, denoise: of the passes of these names. reuse: a step without diffusion layers.
-        loop: all whole rounds of steps of a block.
+        rounds: so many rounds of ``refresh_every`` steps, which Python runs. loop: all whole ones of a block.
     """
 
     signature: Signature | None
@@ -197,6 +197,7 @@ class Prepared:
     next_block: Launchable
     denoise: Launchable
     reuse: Launchable
+    rounds: Callable[[int], None]
     loop: Launchable
 
     @classmethod
@@ -221,7 +222,10 @@ class Prepared:
         if every > 1:
             reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
             step_round = prepare("round of steps", passes.denoise_round)
-        loop = (launcher or EagerLauncher()).loop(step_round, steps // every)
+        rounds = functools.partial(passes.denoise_rounds, None)
+        loop: Launchable = functools.partial(rounds, steps // every)
+        if launcher is not None and launcher.captures:
+            loop = launcher.loop(step_round, steps // every)
         if launcher is not None:
             logger.info("plan for batch %d ready in %.2f s", batch, time.perf_counter() - started)
-        return cls(signature, first_block, next_block, denoise, reuse, loop)
+        return cls(signature, first_block, next_block, denoise, reuse, rounds, loop)

@@ -127,6 +127,11 @@ class Passes:
         for index in range(self.refresh_every):
             self.denoise(rows_B, refresh=index == 0)
 
+    def denoise_rounds(self, rows_B: Tensor | None, rounds: int) -> None:
+        """So many of them."""
+        for _ in range(rounds):
+            self.denoise_round(rows_B)
+
     def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
         """One step of every sample, each at its own block and step.
 

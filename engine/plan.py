@@ -28,12 +28,15 @@ from madformer.engine.running import (
     places_to_draw,
 )
 from madformer.engine.schedule import Schedule
+from madformer.engine.sharing import SharedPasses
 
 if TYPE_CHECKING:
     from madformer.engine.sampler import Sampler
 
 NoiseSource = Callable[[int], Tensor]
 """Gives a block's standard normal noise, ``(B, L, C)``."""
+LOOKS = 5
+"""How often a block's steps are reported where threads share the images: they meet for it."""
 
 
 class Plan(Following):
@@ -82,8 +85,9 @@ class Plan(Following):
                 It may give a :class:`Change`.
             on_block: called with the place of a block that was drawn and its latents ``(B, L, C)``. On a GPU the next
                 one is mostly under way by then, and the call is made on another stream, which does not wait for it.
-            progress: told how many steps were launched since it was called last: one where Python launches each, else
-                those of a block. It must leave the model alone, and may give a :class:`Change` that stops.
+            progress: told how many steps were launched since it was called last: one where Python launches each, some
+                where threads share the images, else those of a block. It must leave the model alone, and may give a
+                :class:`Change` that stops.
             out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
             check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
@@ -247,11 +251,11 @@ class Plan(Following):
         target.copy_(drawn, non_blocking=True)
         target *= self.schedule.init_noise_sigma
 
-    def _launch(self, name: str) -> None:
+    def _launch(self, name: str, *arguments: int) -> None:
         """A pass, of the model as it is now."""
         if self._touched:
             self._follow()
-        getattr(self.prepared, name)()
+        getattr(self.prepared, name)(*arguments)
 
     def _denoise(
         self,
@@ -261,14 +265,21 @@ class Plan(Following):
         progress: Callable[[int], object] | None,
     ) -> bool:
         """The step loop of one block; whether the callback wants it to be the last."""
-        steps, done = len(self.timesteps), 0
-        if self.schedule.table is not None and callback is None and (progress is None or self.launcher.captures):
-            self._launch("loop")
-            # steps that make no whole round
-            done = steps - steps % self.key.refresh_every
-            self._steps_made += done
-            if progress is not None and stops(progress(done)):
-                return True
+        steps, every, done = len(self.timesteps), self.key.refresh_every, 0
+        if self.schedule.table is not None and callback is None:
+            rounds = steps // every
+            at_once = self._rounds_at_once(rounds, told=progress is not None)
+            # but for steps that make no whole round
+            while at_once and done < rounds * every:
+                now = min(at_once, rounds - done // every)
+                if now == rounds:
+                    self._launch("loop")
+                else:
+                    self._launch("rounds", now)
+                done += now * every
+                self._steps_made += now * every
+                if progress is not None and stops(progress(now * every)):
+                    return True
         step = self._steps(generator)
         for index in range(done, steps):
             step(index)
@@ -283,6 +294,14 @@ class Plan(Following):
             if ends:
                 return True
         return False
+
+    def _rounds_at_once(self, rounds: int, *, told: bool) -> int:
+        """After how many rounds of steps of a block Python looks again; 0: after each step."""
+        if not told or self.launcher.captures:
+            return rounds
+        if isinstance(self.passes, SharedPasses) and self.passes.is_at_work:
+            return max(1, rounds // LOOKS)
+        return 0
 
     def _change(self, change: Change, place: int) -> None:
         """Go on as a callback wants it."""

@@ -1,7 +1,8 @@
 """A batch shared out among threads: on a processor each of them passes a few of the images, on cores of its own.
 
 PyTorch's threads share every single operator. Most operators of a denoising step are too short for that, and images
-need nothing of each other: here threads meet at the end of a pass alone.
+need nothing of each other: here threads meet at the end of a pass alone, and of a block's steps where nobody looks at
+them on the way.
 
 A share is some neighbouring images. Its slots and its rows of the cache are those of the whole batch, in the same
 memory, so that whatever a plan does besides its passes (noise, callbacks, checks, the ``step`` of a scheduler without a
@@ -167,6 +168,11 @@ class SharedPasses(Passes):
             for share, part in zip(slots.shares, slots.parts, strict=True)
         ]
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether each share is passed by a thread of its own."""
+        return self._workers is not None and not self.in_turn
+
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         if self._workers is not None:
@@ -198,8 +204,16 @@ class SharedPasses(Passes):
     def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
         self.each(f"denoise {refresh}", lambda index: self.parts[index].denoise(None, refresh=refresh))
 
-    def denoise_round(self, rows_B: Tensor | None) -> None:
-        self.each("denoise_round", lambda index: self.parts[index].denoise_round(None))
+    def denoise_rounds(self, rows_B: Tensor | None, rounds: int) -> None:
+        def of_share(index: int) -> None:
+            self.parts[index].denoise_rounds(None, at_once)
+
+        while rounds:
+            # threads that meet after every round wait for the slower one each time; but the first packs weights
+            packs = self._uneven and "denoise_rounds" not in self._packed
+            at_once = rounds if self.is_at_work and not packs else 1
+            self.each("denoise_rounds", of_share)
+            rounds -= at_once
 
     def predict(
         self,
@@ -225,8 +239,9 @@ class SharedPasses(Passes):
             with computing(device):
                 return work(index)
 
-        if self._workers is None or self.in_turn:
+        if not self.is_at_work:
             return list(map(work, shares))
+        assert self._workers is not None
         # weights are packed for the number of images that comes first: always that of the same share
         alone = 1 if self._uneven and name not in self._packed else 0
         self._packed.add(name)

@@ -149,6 +149,37 @@ def test_what_a_run_calls() -> None:
     assert all(relative_error(one[2], two[2]) < 1e-5 for one, two in zip(told[1], told[2], strict=True))
 
 
+def test_threads_meet_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's steps in one go, or some at a time with a report after them; never where steps are to be in order."""
+    steps, told = 11, list[int]()
+    model, options = make_model(PLAIN), SamplingOptions(steps)
+    plan, noise = plan_of(model, 2, batch=4, options=options), draw_noise(PLAIN, 4)
+    expected = plan_of(model, 1, batch=4, options=options).run(noise)
+    made, ahead, original = [0, 0], threading.Event(), Passes.denoise_round
+
+    def denoise_round(self: Passes, rows_B: Tensor | None) -> None:
+        index = plan.passes.parts.index(self)  # type: ignore[attr-defined]
+        if index == 0 and made[0] == 0:
+            assert ahead.wait(60), "the other thread waits for this one"
+        original(self, rows_B)
+        made[index] += 1
+        if made[1] == 2:
+            ahead.set()
+
+    monkeypatch.setattr(Passes, "denoise_round", denoise_round)
+    assert relative_error(plan.run(noise), expected) < 1e-5
+    assert made == [2 * steps, 2 * steps]
+
+    made[:] = [0, 0]
+    assert relative_error(plan.run(noise, progress=told.append), expected) < 1e-5
+    assert told == [2, 2, 2, 2, 2, 1] * BLOCKS
+    assert made == [2 * steps, 2 * steps]
+
+    made[:] = [0, 0]
+    plan.run(noise, progress=lambda _: Change(stop=made[0] >= 4))
+    assert made == [4, 4]
+
+
 def test_given_blocks() -> None:
     model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
     given = draw_noise(PLAIN, BATCH, 7)
@@ -303,6 +334,17 @@ def test_a_hook_from_within() -> None:
     assert called == [(threading.main_thread(), size) for _ in range(STEPS - 1) for size in (1, 2)]
     handles[0].remove()
     assert torch.equal(plan.run(noise), expected)
+
+    def on_block(place: int, _: Tensor) -> None:
+        if place == 0:
+            callback(Progress(1, 0, noise[:, 0], noise))
+
+    # nobody looks at the steps of a block, which are in order all the same
+    for reported in ({}, {"progress": lambda _: None}):
+        called.clear()
+        assert relative_error(expected, plan.run(noise, on_block=on_block, **reported)) < 1e-5
+        assert called == [(threading.main_thread(), size) for _ in range(STEPS) for size in (1, 2)]
+        handles.pop().remove()
 
 
 def test_warmup_measures(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
