@@ -205,14 +205,28 @@ class SharedPasses(Passes):
         self.each(f"denoise {refresh}", lambda index: self.parts[index].denoise(None, refresh=refresh))
 
     def denoise_rounds(self, rows_B: Tensor | None, rounds: int) -> None:
+        ended = threading.Event()
+
         def of_share(index: int) -> None:
-            self.parts[index].denoise_rounds(None, at_once)
+            try:
+                for _ in range(at_once):
+                    if ended.is_set():
+                        return
+                    self.parts[index].denoise_round(None)
+            except BaseException:
+                ended.set()
+                raise
 
         while rounds:
             # threads that meet after every round wait for the slower one each time; but the first packs weights
             packs = self._uneven and "denoise_rounds" not in self._packed
             at_once = rounds if self.is_at_work and not packs else 1
-            self.each("denoise_rounds", of_share)
+            try:
+                self.each("denoise_rounds", of_share)
+            except BaseException:
+                # of the caller's thread, too: Ctrl-C waits for a step, not for a block
+                ended.set()
+                raise
             rounds -= at_once
 
     def predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +247,30 @@ def test_an_error_of_a_share(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     noise[2, 1, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="image 2, block 1"):
         plan.run(lambda place: noise[:, place])
+
+
+@pytest.mark.parametrize("error", [_Broken, KeyboardInterrupt])
+def test_a_block_ends_with_an_error(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one thread, or Ctrl-C in the caller's: the others leave after the step that they are at."""
+    steps, made, original = 200, [0, 0], Passes.denoise_round
+    plan = plan_of(make_model(PLAIN), 2, batch=4, options=SamplingOptions(steps))
+
+    def denoise_round(self: Passes, rows_B: Tensor | None) -> None:
+        index = plan.passes.parts.index(self)  # type: ignore[attr-defined]
+        made[index] += 1
+        if (index, made[1]) == (1, 5):
+            if error is _Broken:
+                raise _Broken
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        original(self, rows_B)
+
+    monkeypatch.setattr(Passes, "denoise_round", denoise_round)
+    with pytest.raises(error):
+        plan.run(draw_noise(PLAIN, 4))
+    assert max(made) < steps // 2
+    monkeypatch.undo()
+    noise = draw_noise(PLAIN, 4, 3)
+    assert torch.equal(plan.run(noise), plan_of(plan.sampler.source, 2, 4, SamplingOptions(steps)).run(noise))
 
 
 def test_threads_of_others() -> None:
