@@ -42,12 +42,13 @@ test-slow: install
 	$(BIN)/pytest -m slow
 
 # The page of `madformer serve` in Debian's Chromium (or CHROMIUM=PATH), and axe-core's rules, which npm fetches where it is.
+# BROWSER_CHECK="-k history" make browser-check  looks at that alone.
 BROWSER := build/browser
 browser-check: install
 	$(PIP_INSTALL) playwright
 	@test -f $(BROWSER)/node_modules/axe-core/axe.min.js || { mkdir -p $(BROWSER) && { command -v npm >/dev/null \
 		&& npm install --silent --no-save --prefix $(BROWSER) axe-core@4 || echo 'browser-check: no npm here: axe-core does NOT look at it'; }; }
-	$(BIN)/pytest -m browser -rs tests/serving/test_page.py
+	$(BIN)/pytest -m browser -rs $(BROWSER_CHECK) tests/serving/test_page.py
 
 # pytest-benchmark's table of what sampling is made of.
 bench: install
