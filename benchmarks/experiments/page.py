@@ -3,9 +3,9 @@
     python -m benchmarks.experiments.page [--check]
 
 A place is ``<!-- cells NAME [OTHER ...] against LABEL -->`` to ``<!-- end -->``: a row a model, a column a number of
-steps, each with its interval over trainings; below it the differences from the model of that label, with Welch's
-interval, and the cells of ``NAME.toml`` that were not run. ``<!-- noise NAME -->`` shows what the variance of one
-model's figure consists of, and the least difference that seeds can resolve. Names are those of tables in
+steps, each with its interval over trainings; below it the differences from the model of that label
+(:func:`differences`), and the cells of ``NAME.toml`` that were not run. ``<!-- noise NAME -->`` shows what the variance
+of one model's figure consists of, and the least difference that seeds can resolve. Names are those of tables in
 ``benchmarks/results/experiments``; OTHER are tables whose models are compared as well.
 
 ``--check`` changes nothing, and ends with status 1 where the page is not what the tables make of it.
@@ -16,15 +16,18 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import scipy.stats
+
 from benchmarks import ROOT
 from madformer.evaluation import Estimate
 from madformer.evaluation.uncertainty import student
-from madformer.sweeps import Line, Point, Sweep, comparisons, lines, plot, read_table
+from madformer.sweeps import Line, Point, Sweep, lines, plot, read_table
 
 PAGE = ROOT / "docs" / "experiments.md"
 IMAGES = ROOT / "docs" / "images" / "experiments"
@@ -98,18 +101,53 @@ def cells(rows: Rows, base: str | None) -> list[str]:
         return text
     if base not in {line.model for line in shown}:
         raise ValueError(f"no model is called {base!r}: there are {', '.join(line.label for line in shown)}")
-    found: dict[str, dict[int, str]] = {}
-    for one in comparisons(rows, FIGURE):
-        if base in (one.first, one.second):
-            other, sign = (one.second, 1) if one.first == base else (one.first, -1)
-            label = f"{other}, {one.settings}" if one.settings else other
-            found.setdefault(label, {})[one.steps] = _difference(one.difference, sign)
-    if found:
+    if found := differences(shown, base):
         heads = [f"less *{base}*", *heads[1:]]
         told = [[label, *(by.get(number, "") for number in steps)] for label, by in found.items()]
-        text += ["Differences (below 0 is better than it; **bold** where the interval leaves 0 out):", ""]
-        text += [*_table(heads, told), ""]
+        text += [
+            "Differences (below 0 is better than it; **bold** where the interval leaves 0 out). Intervals hold for all of",
+            "a column together, by the deviation of trainings that its models have in common:",
+            "",
+            *_table(heads, told),
+            "",
+        ]
     return text
+
+
+def differences(shown: Sequence[Line], base: str) -> dict[str, dict[int, str]]:
+    """Of every other model from the one called ``base`` and sampled alike, by its label and number of steps.
+
+    Two or three trainings of one model say little of how far its trainings scatter. All models of a column together say
+    enough, where they are taken to scatter alike: Student's interval by their common variance, at 95 % for all models
+    of the column (Bonferroni).
+    """
+    columns: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for line in shown:
+        for point in line.points:
+            columns.setdefault((line.settings, point.steps), {})[line.model] = _trainings(point)
+    found: dict[str, dict[int, str]] = {}
+    for (settings, steps), values in columns.items():
+        degrees = sum(len(own) - 1 for own in values.values())
+        if base not in values or len(values) == 1 or not degrees:
+            continue
+        variance = sum(statistics.pvariance(own) * len(own) for own in values.values()) / degrees
+        quantile = float(scipy.stats.t.ppf(1 - 0.025 / (len(values) - 1), degrees))
+        for model, own in values.items():
+            if model == base:
+                continue
+            value = statistics.fmean(own) - statistics.fmean(values[base])
+            half = quantile * math.sqrt(variance * (1 / len(own) + 1 / len(values[base])))
+            label = f"{model}, {settings}" if settings else model
+            found.setdefault(label, {})[steps] = _difference(value, half)
+    return found
+
+
+def _trainings(point: Point) -> list[float]:
+    """The figure of each training, over its draws."""
+    values: dict[int, list[float]] = {}
+    for row in point.rows:
+        values.setdefault(row["training_seed"], []).append(row["scores"][FIGURE]["value"])
+    return list(map(statistics.fmean, values.values()))
 
 
 def noise(rows: Rows) -> list[str]:
@@ -171,10 +209,9 @@ def _shown(estimate: Estimate) -> str:
     return f"{SCALE * estimate.value:.1f}" + ("" if math.isnan(half) else f" ± {SCALE * half:.1f}")
 
 
-def _difference(estimate: Estimate, sign: int) -> str:
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    text = f"{SCALE * sign * estimate.value:+.1f} [{SCALE * low:+.1f}, {SCALE * high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+def _difference(value: float, half: float) -> str:
+    text = f"{SCALE * value:+.1f} ± {SCALE * half:.1f}"
+    return f"**{text}**" if abs(value) > half else text
 
 
 def _of_what(shown: Sequence[Line]) -> str:
