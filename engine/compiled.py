@@ -248,8 +248,10 @@ def _twin(model: MADFormer) -> MADFormer:
 def _loaded(path: Path) -> tuple[Program | None, str | None]:
     try:
         return Program(path), None
-    except (RuntimeError, OSError) as error:
+    except OSError as error:
         return None, f"{path} does not load, remove it: {_line(error)}"
+    except RuntimeError as error:
+        return None, f"{path} cannot be called: {_line(error)}"
 
 
 def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str | None:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("madformer.engine")
 
-TRIALS = 6
-"""Steps by which ways to share a batch are compared, of which the fastest counts."""
+TRIALS, TRIAL_STEPS = 3, 3
+"""How often ways to share a batch are tried, of which the fastest counts, and over how many steps."""
 
 
 class Following:
@@ -133,14 +133,20 @@ class Following:
             self._measured = torch.get_num_threads(), shares
             self._follow(try_out=True)
             assert self.prepared is not None
-            self.prepared.first_block()
             with self.passes.at_work():
-                times[shares] = min(_seconds(self.prepared.denoise) for _ in range(TRIALS))
+                times[shares] = min(self._step_seconds() for _ in range(TRIALS))
         best = min(times, key=times.__getitem__)
         self._measured = torch.get_num_threads(), best
         self._follow(try_out=True)
         listed = ", ".join(f"{shares}: {1e3 * time:.1f} ms" for shares, time in times.items())
         logger.info("batch %d is drawn in %d shares; a step in each number of shares: %s", self.batch, best, listed)
+
+    def _step_seconds(self) -> float:
+        assert self.prepared is not None
+        self.prepared.first_block()
+        count = min(TRIAL_STEPS, len(self.timesteps))
+        # as a run launches them
+        return _seconds(partial(self.prepared.steps, 0, count)) / count
 
     def _compiles(self, kind: ModelKind) -> bool:
         """Whether steps are to be compiled: of a processor, and the paper's."""

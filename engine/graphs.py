@@ -34,7 +34,7 @@ class Launcher(Protocol):
         """A launch of ``work``, which may be run a few times to get there, each time after ``reset``."""
 
     def loop(self, step: Launchable, num_steps: int) -> Launchable:
-        """A launch of ``num_steps`` launches of a prepared ``step``."""
+        """A launch of ``num_steps`` launches of a prepared ``step``, of a launcher that captures."""
 
 
 class EagerLauncher:
@@ -189,7 +189,7 @@ class Prepared:
         signature: of the model that they were captured or compiled for; empty where Python runs whatever the model is
             by then, None where it may change without being seen, so that they are good for one look at it.
         first_block, next_block, denoise: of the passes of these names. reuse: a step without diffusion layers.
-        rounds: so many rounds of ``refresh_every`` steps, which Python runs. loop: all whole ones of a block.
+        steps: of a block from one on, so many, which Python runs. loop: all whole rounds of ``refresh_every`` steps.
     """
 
     signature: Signature | None
@@ -197,7 +197,7 @@ class Prepared:
     next_block: Launchable
     denoise: Launchable
     reuse: Launchable
-    rounds: Callable[[int], None]
+    steps: Callable[[int, int], None]
     loop: Launchable
 
     @classmethod
@@ -222,10 +222,9 @@ class Prepared:
         if every > 1:
             reuse = prepare("step without layers", functools.partial(passes.denoise, refresh=False))
             step_round = prepare("round of steps", passes.denoise_round)
-        rounds = functools.partial(passes.denoise_rounds, None)
-        loop: Launchable = functools.partial(rounds, steps // every)
+        loop: Launchable = functools.partial(passes.denoise_steps, 0, steps - steps % every)
         if launcher is not None and launcher.captures:
             loop = launcher.loop(step_round, steps // every)
         if launcher is not None:
             logger.info("plan for batch %d ready in %.2f s", batch, time.perf_counter() - started)
-        return cls(signature, first_block, next_block, denoise, reuse, rounds, loop)
+        return cls(signature, first_block, next_block, denoise, reuse, passes.denoise_steps, loop)

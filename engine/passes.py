@@ -127,10 +127,10 @@ class Passes:
         for index in range(self.refresh_every):
             self.denoise(rows_B, refresh=index == 0)
 
-    def denoise_rounds(self, rows_B: Tensor | None, rounds: int) -> None:
-        """So many of them."""
-        for _ in range(rounds):
-            self.denoise_round(rows_B)
+    def denoise_steps(self, first: int, count: int) -> None:
+        """Steps of all rows from this one of a block on, of which those that begin a round run the diffusion layers."""
+        for index in range(first, first + count):
+            self.denoise(None, refresh=index % self.refresh_every == 0)
 
     def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
         """One step of every sample, each at its own block and step.

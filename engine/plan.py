@@ -6,6 +6,7 @@ Shape legend: B batch, M blocks, L latents of a block, C channels, T rows of a s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 NoiseSource = Callable[[int], Tensor]
 """Gives a block's standard normal noise, ``(B, L, C)``."""
 LOOKS = 5
-"""How often a block's steps are reported where threads share the images: they meet for it."""
+"""How often a block's steps are reported at most where threads share the images: they meet for it."""
 
 
 class Plan(Following):
@@ -86,8 +87,8 @@ class Plan(Following):
             on_block: called with the place of a block that was drawn and its latents ``(B, L, C)``. On a GPU the next
                 one is mostly under way by then, and the call is made on another stream, which does not wait for it.
             progress: told how many steps were launched since it was called last: one where Python launches each, some
-                where threads share the images, else those of a block. It must leave the model alone, and may give a
-                :class:`Change` that stops.
+                of a block where threads share the images, else all of it. It must leave the model alone, and may give a
+                :class:`Change` that stops there.
             out: fp32 ``(B, M, L, C)`` to write to; None for a new tensor.
             check: wait for the images and look for numbers that are not finite; without it call :meth:`check`.
 
@@ -265,21 +266,19 @@ class Plan(Following):
         progress: Callable[[int], object] | None,
     ) -> bool:
         """The step loop of one block; whether the callback wants it to be the last."""
-        steps, every, done = len(self.timesteps), self.key.refresh_every, 0
+        steps, done = len(self.timesteps), 0
         if self.schedule.table is not None and callback is None:
-            rounds = steps // every
-            at_once = self._rounds_at_once(rounds, told=progress is not None)
-            # but for steps that make no whole round
-            while at_once and done < rounds * every:
-                now = min(at_once, rounds - done // every)
-                if now == rounds:
+            at_once = self._steps_at_once(steps, told=progress is not None)
+            while at_once:
+                if self.launcher.captures:
                     self._launch("loop")
                 else:
-                    self._launch("rounds", now)
-                done += now * every
-                self._steps_made += now * every
-                if progress is not None and stops(progress(now * every)):
+                    self._launch("steps", done, at_once)
+                done += at_once
+                self._steps_made += at_once
+                if progress is not None and stops(progress(at_once)):
                     return True
+                at_once = 0 if self.launcher.captures else min(at_once, steps - done)
         step = self._steps(generator)
         for index in range(done, steps):
             step(index)
@@ -295,13 +294,14 @@ class Plan(Following):
                 return True
         return False
 
-    def _rounds_at_once(self, rounds: int, *, told: bool) -> int:
-        """After how many rounds of steps of a block Python looks again; 0: after each step."""
-        if not told or self.launcher.captures:
-            return rounds
-        if isinstance(self.passes, SharedPasses) and self.passes.is_at_work:
-            return max(1, rounds // LOOKS)
-        return 0
+    def _steps_at_once(self, steps: int, *, told: bool) -> int:
+        """After how many steps of a block Python looks again; 0: after each, launched one by one."""
+        if self.launcher.captures:
+            return steps - steps % self.key.refresh_every
+        if not told:
+            return steps
+        shared = isinstance(self.passes, SharedPasses) and self.passes.is_at_work
+        return math.ceil(steps / LOOKS) if shared else 0
 
     def _change(self, change: Change, place: int) -> None:
         """Go on as a callback wants it."""

@@ -19,7 +19,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
@@ -53,6 +53,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._threads: list[ThreadPoolExecutor] = []
+        self._at: list[Future[Any]] = []
 
     def __enter__(self) -> Self:
         mine = torch.get_num_threads()
@@ -62,9 +63,17 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        late: BaseException | None = None
+        while not all(future.done() for future in self._at):
+            try:
+                wait(self._at)
+            except BaseException as error:  # another Ctrl-C: none may be left in what the next run writes to
+                late = error
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
-        self._threads = []
+        self._threads, self._at = [], []
+        if late is not None:
+            raise late
 
     def each(self, work: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
         """``work`` of the threads of these numbers, at a time; when all are done, what they gave.
@@ -72,7 +81,9 @@ class Workers:
         Raises:
             Whatever the first of them raised that did.
         """
-        futures = [self._threads[number].submit(work, number) for number in numbers]
+        self._at = futures = []
+        for number in numbers:
+            futures.append(self._threads[number].submit(work, number))
         wait(futures)
         return [future.result() for future in futures]
 
@@ -204,30 +215,31 @@ class SharedPasses(Passes):
     def denoise(self, rows_B: Tensor | None, *, refresh: bool = True) -> None:
         self.each(f"denoise {refresh}", lambda index: self.parts[index].denoise(None, refresh=refresh))
 
-    def denoise_rounds(self, rows_B: Tensor | None, rounds: int) -> None:
+    def denoise_steps(self, first: int, count: int) -> None:
         ended = threading.Event()
 
         def of_share(index: int) -> None:
+            part = self.parts[index]
             try:
-                for _ in range(at_once):
+                for step in range(first, first + at_once):
                     if ended.is_set():
                         return
-                    self.parts[index].denoise_round(None)
+                    part.denoise(None, refresh=step % part.refresh_every == 0)
             except BaseException:
                 ended.set()
                 raise
 
-        while rounds:
-            # threads that meet after every round wait for the slower one each time; but the first packs weights
-            packs = self._uneven and "denoise_rounds" not in self._packed
-            at_once = rounds if self.is_at_work and not packs else 1
+        while count:
+            # threads that meet after every step wait for the slower one each time; but the first packs weights
+            packs = self._uneven and "denoise steps" not in self._packed
+            at_once = count if self.is_at_work and not packs else 1
             try:
-                self.each("denoise_rounds", of_share)
+                self.each("denoise steps", of_share)
             except BaseException:
                 # of the caller's thread, too: Ctrl-C waits for a step, not for a block
                 ended.set()
                 raise
-            rounds -= at_once
+            first, count = first + at_once, count - at_once
 
     def predict(
         self,

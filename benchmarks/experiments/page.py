@@ -105,8 +105,8 @@ def cells(rows: Rows, base: str | None) -> list[str]:
         heads = [f"less *{base}*", *heads[1:]]
         told = [[label, *(by.get(number, "") for number in steps)] for label, by in found.items()]
         text += [
-            "Differences (below 0 is better than it; **bold** where the interval leaves 0 out). Intervals hold for all of",
-            "a column together, by the deviation of trainings that its models have in common:",
+            "Differences (below 0 is better than it; **bold** where the interval leaves 0 out). Intervals hold for all",
+            "of a column together, by the deviation of trainings that its models have in common:",
             "",
             *_table(heads, told),
             "",

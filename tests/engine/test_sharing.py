@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -150,35 +151,48 @@ def test_what_a_run_calls() -> None:
     assert all(relative_error(one[2], two[2]) < 1e-5 for one, two in zip(told[1], told[2], strict=True))
 
 
-def test_threads_meet_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block's steps in one go, or some at a time with a report after them; never where steps are to be in order."""
-    steps, told = 11, list[int]()
-    model, options = make_model(PLAIN), SamplingOptions(steps)
-    plan, noise = plan_of(model, 2, batch=4, options=options), draw_noise(PLAIN, 4)
-    expected = plan_of(model, 1, batch=4, options=options).run(noise)
-    made, ahead, original = [0, 0], threading.Event(), Passes.denoise_round
+def counting(plan: Plan, monkeypatch: pytest.MonkeyPatch, before: Callable[[int, int], object]) -> list[int]:
+    """How many steps each share has made; ``before`` one of them is told of share and number."""
+    made, original = [0] * plan.shares, Passes.denoise
 
-    def denoise_round(self: Passes, rows_B: Tensor | None) -> None:
+    def denoise(self: Passes, rows_B: Tensor | None, *, refresh: bool = True) -> None:
         index = plan.passes.parts.index(self)  # type: ignore[attr-defined]
-        if index == 0 and made[0] == 0:
-            assert ahead.wait(60), "the other thread waits for this one"
-        original(self, rows_B)
+        before(index, made[index])
+        original(self, rows_B, refresh=refresh)
         made[index] += 1
-        if made[1] == 2:
+
+    monkeypatch.setattr(Passes, "denoise", denoise)
+    return made
+
+
+@pytest.mark.parametrize(("batch", "refresh_every"), [(4, 1), (3, 1), (3, 4)])
+def test_threads_meet_where_somebody_looks(batch: int, refresh_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's steps in one go, or a fifth at a time with a report after them."""
+    steps, told, ahead = 11, list[int](), threading.Event()
+    model, options = make_model(PLAIN), SamplingOptions(steps, refresh_every=refresh_every)
+    plan, noise = plan_of(model, 2, batch, options), draw_noise(PLAIN, batch)
+    expected = plan_of(model, 1, batch, options).run(noise)
+
+    def before(share: int, number: int) -> None:
+        # of uneven shares the first makes the first step alone
+        if (share, number) == (0, 1):
+            assert ahead.wait(60), "the other thread waits for this one"
+        if (share, number) == (1, 3):
             ahead.set()
 
-    monkeypatch.setattr(Passes, "denoise_round", denoise_round)
+    made = counting(plan, monkeypatch, before)
     assert relative_error(plan.run(noise), expected) < 1e-5
-    assert made == [2 * steps, 2 * steps]
+    assert made == [BLOCKS * steps] * 2
 
     made[:] = [0, 0]
+    ahead.set()
     assert relative_error(plan.run(noise, progress=told.append), expected) < 1e-5
-    assert told == [2, 2, 2, 2, 2, 1] * BLOCKS
-    assert made == [2 * steps, 2 * steps]
+    assert told == [3, 3, 3, 2] * BLOCKS
+    assert made == [BLOCKS * steps] * 2
 
     made[:] = [0, 0]
-    plan.run(noise, progress=lambda _: Change(stop=made[0] >= 4))
-    assert made == [4, 4]
+    plan.run(noise, progress=lambda _: Change(stop=made[0] >= 6))
+    assert made == [6, 6]
 
 
 def test_given_blocks() -> None:
@@ -249,28 +263,53 @@ def test_an_error_of_a_share(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
         plan.run(lambda place: noise[:, place])
 
 
-@pytest.mark.parametrize("error", [_Broken, KeyboardInterrupt])
-def test_a_block_ends_with_an_error(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one thread, or Ctrl-C in the caller's: the others leave after the step that they are at."""
-    steps, made, original = 200, [0, 0], Passes.denoise_round
-    plan = plan_of(make_model(PLAIN), 2, batch=4, options=SamplingOptions(steps))
+def interrupt() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    def denoise_round(self: Passes, rows_B: Tensor | None) -> None:
-        index = plan.passes.parts.index(self)  # type: ignore[attr-defined]
-        made[index] += 1
-        if (index, made[1]) == (1, 5):
+
+@pytest.mark.parametrize("refresh_every", [1, 100])
+@pytest.mark.parametrize("error", [_Broken, KeyboardInterrupt])
+def test_a_block_ends_with_an_error(
+    error: type[BaseException], refresh_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one thread, or Ctrl-C in the caller's: the others leave after the step that they are at."""
+    options = SamplingOptions(200, refresh_every=refresh_every)
+    plan = plan_of(make_model(PLAIN), 2, 4, options)
+
+    def before(share: int, number: int) -> None:
+        if (share, number) == (1, 5):
             if error is _Broken:
                 raise _Broken
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        original(self, rows_B)
+            interrupt()
 
-    monkeypatch.setattr(Passes, "denoise_round", denoise_round)
+    made = counting(plan, monkeypatch, before)
     with pytest.raises(error):
         plan.run(draw_noise(PLAIN, 4))
-    assert max(made) < steps // 2
+    assert max(made) < 100
     monkeypatch.undo()
     noise = draw_noise(PLAIN, 4, 3)
-    assert torch.equal(plan.run(noise), plan_of(plan.sampler.source, 2, 4, SamplingOptions(steps)).run(noise))
+    assert torch.equal(plan.run(noise), plan_of(plan.sampler.source, 2, 4, options).run(noise))
+
+
+def test_no_thread_outlasts_a_second_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to what the next run draws in."""
+    plan, noise = plan_of(make_model(PLAIN), 2, 4), draw_noise(PLAIN, 4)
+    expected, interrupted = plan.run(noise), threading.Event()
+
+    def before(share: int, number: int) -> None:
+        if (share, number) == (1, 1):
+            for _ in range(3):
+                interrupt()
+                time.sleep(0.1)
+            interrupted.set()
+
+    counting(plan, monkeypatch, before)
+    with pytest.raises(KeyboardInterrupt):
+        plan.run(noise)
+    assert interrupted.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("madformer-share")]
+    monkeypatch.undo()
+    assert torch.equal(plan.run(noise), expected)
 
 
 def test_threads_of_others() -> None:

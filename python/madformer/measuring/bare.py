@@ -81,6 +81,16 @@ class BareModel:
         tokens_BSC, skips = self.model.embed(self.latents_B1LC, self.down_BT)
         return self.model.decode(tokens_BSC, self.up_BT, skips, self.modulation_BC)
 
+    def steps(self, block: int, count: int) -> None:
+        """So many steps, one after the other as a plan launches them; of shares they meet after the last."""
+        for _ in range(count):
+            self.denoise(block)
+
+    def unets(self, count: int) -> None:
+        """As :meth:`steps`, of the part of each that is not the Transformer's."""
+        for _ in range(count):
+            self.unet()
+
     def _layers(
         self, stream: str, tokens_BSC: Tensor, block: int, layers: range, *, needs_output: bool = True
     ) -> Tensor:
@@ -124,10 +134,16 @@ class SharedBareModel:
         self.passes.each("bare AR pass", lambda share: self.parts[share].ar(block))
 
     def denoise(self, block: int) -> None:
-        self.passes.each("bare step", lambda share: self.parts[share].denoise(block))
+        self.steps(block, 1)
 
     def unet(self) -> None:
-        self.passes.each("bare U-Net", lambda share: self.parts[share].unet())
+        self.unets(1)
+
+    def steps(self, block: int, count: int) -> None:
+        self.passes.each("bare steps", lambda share: self.parts[share].steps(block, count))
+
+    def unets(self, count: int) -> None:
+        self.passes.each("bare U-Net", lambda share: self.parts[share].unets(count))
 
 
 def bare_model(plan: Plan) -> BareModel | SharedBareModel:

@@ -41,7 +41,7 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine import memory
-from madformer.engine.graphs import launcher_for
+from madformer.engine.graphs import Launchable, Launcher, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
@@ -185,7 +185,7 @@ def measure(plan: Plan, roof: Roof, work: Work, *, vae: Any = None, repeats: int
     noise = torch.randn(plan.slots.canvas_RMLC.shape, device=device)
     with torch.inference_mode():
         bare = bare_model(plan)
-        unet = plan.launcher.loop(plan.launcher.prepare("U-Net alone", bare.unet, no_reset), steps)
+        unet = _loop(plan.launcher, "U-Net alone", bare.unet, partial(bare.unets, steps), steps)
         unet_watch, rounds = Stopwatch(device), []
         with plan.passes.at_work(), watched(plan, vae) as (watches, draw):
             for _ in range(repeats + 1):
@@ -246,13 +246,19 @@ def any_prompt(config: MADFormerConfig, *batch: int) -> Prompt:
     return Prompt(text, label=torch.zeros(batch, dtype=torch.int64) if config.num_classes else None)
 
 
+def _loop(launcher: Launcher, name: str, step: Launchable, steps: Launchable, count: int) -> Launchable:
+    """A launch of ``count`` of a step: of captured ones, or of ``steps``, which runs so many."""
+    prepared = launcher.prepare(name, step, no_reset)
+    return launcher.loop(prepared, count) if launcher.captures else steps
+
+
 def block_pairs(plan: Plan, bare: BareModel | SharedBareModel, count: int) -> list[tuple[float, float]]:
     """Seconds of one block by the plan's launches and by the bare passes, ``count`` times at most."""
     device, block = plan.model.device, min(1, plan.config.num_blocks - 1)
     launcher = launcher_for(device)
     bare_ar = launcher.prepare("bare AR pass", partial(bare.ar, block), no_reset)
-    bare_step = launcher.prepare("bare step", partial(bare.denoise, block), no_reset)
-    bare_loop = launcher.loop(bare_step, len(plan.timesteps))
+    steps = len(plan.timesteps)
+    bare_loop = _loop(launcher, "bare step", partial(bare.denoise, block), partial(bare.steps, block, steps), steps)
 
     prepared = plan.prepared
     assert prepared is not None
