@@ -267,13 +267,13 @@ def interrupt() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-@pytest.mark.parametrize("refresh_every", [1, 100])
+@pytest.mark.parametrize("refresh_every", [1, 50])
 @pytest.mark.parametrize("error", [_Broken, KeyboardInterrupt])
 def test_a_block_ends_with_an_error(
     error: type[BaseException], refresh_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one thread, or Ctrl-C in the caller's: the others leave after the step that they are at."""
-    options = SamplingOptions(200, refresh_every=refresh_every)
+    options = SamplingOptions(50, refresh_every=refresh_every)
     plan = plan_of(make_model(PLAIN), 2, 4, options)
 
     def before(share: int, number: int) -> None:
@@ -285,7 +285,7 @@ def test_a_block_ends_with_an_error(
     made = counting(plan, monkeypatch, before)
     with pytest.raises(error):
         plan.run(draw_noise(PLAIN, 4))
-    assert max(made) < 100
+    assert max(made) < 40
     monkeypatch.undo()
     noise = draw_noise(PLAIN, 4, 3)
     assert torch.equal(plan.run(noise), plan_of(plan.sampler.source, 2, 4, options).run(noise))
