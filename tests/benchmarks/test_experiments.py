@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from benchmarks.experiments import limits, page
+from benchmarks.experiments import advised, limits, page
 from benchmarks.record import CannotCompare
 from madformer.evaluation import Estimate
 from madformer.sweeps.folder import COSTS, flat_row
@@ -126,3 +126,15 @@ def test_what_has_no_limits(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(CannotCompare, match=message):
         limits.measure(file)
+
+
+def test_advice_is_held_against_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the tables that are there: their models' blocks and layers are the sweeps' files'."""
+    by_steps, config = advised.measured(["emoji-split", "emoji-blocks"])
+    assert config.num_layers == 4
+    assert set(by_steps[8]) == {(1, 2), (4, 1), (4, 2), (4, 3), (4, 4), (16, 2)}
+    rows = page.read_table(page.TABLES / "emoji-blocks.parquet")
+    own = [row["scores"]["kid"]["value"] for row in rows if row["model"] == "1 block" and row["steps"] == 8]
+    assert by_steps[8][1, 2] == pytest.approx(float(np.mean(own)))
+    assert advised.main(["emoji-split", "--steps", "5", "--data", "nowhere"]) == 1
+    assert capsys.readouterr().err == "advised: 0 candidates were measured at 5 steps, and it takes 3\n"
