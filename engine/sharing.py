@@ -47,13 +47,16 @@ _BEGINNING = threading.Lock()
 class Workers:
     """Threads that compute, each with an equal part of the threads that PyTorch has for their caller.
 
-    A context: they begin with it, and none is left when it ends, which waits for what they are at.
+    A context: they begin with it, and none is left when it ends.
+
+    Attributes:
+        ended: whether work that was given out last is to be left early, for it cannot succeed any more.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._threads: list[ThreadPoolExecutor] = []
-        self._at: list[Future[Any]] = []
+        self.ended = threading.Event()
 
     def __enter__(self) -> Self:
         mine = torch.get_num_threads()
@@ -63,28 +66,43 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        late: BaseException | None = None
-        while not all(future.done() for future in self._at):
-            try:
-                wait(self._at)
-            except BaseException as error:  # another Ctrl-C: none may be left in what the next run writes to
-                late = error
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
-        self._threads, self._at = [], []
-        if late is not None:
-            raise late
+        self._threads = []
 
     def each(self, work: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
         """``work`` of the threads of these numbers, at a time; when all are done, what they gave.
 
+        ``ended`` is set as soon as one of them raises, or the caller's thread is interrupted: long work then leaves.
+
         Raises:
-            Whatever the first of them raised that did.
+            Whatever the first of them raised that did; an interruption, however many there were, when all are done.
         """
-        self._at = futures = []
-        for number in numbers:
-            futures.append(self._threads[number].submit(work, number))
-        wait(futures)
+        futures: list[Future[T]] = []
+        late: BaseException | None = None
+        self.ended.clear()
+
+        def guarded(number: int) -> T:
+            try:
+                return work(number)
+            except BaseException:
+                self.ended.set()
+                raise
+
+        try:
+            for number in numbers:
+                futures.append(self._threads[number].submit(guarded, number))
+            wait(futures)
+        except BaseException as error:
+            self.ended.set()
+            late = error
+        while not all(future.done() for future in futures):
+            try:
+                wait(futures)
+            except BaseException as error:  # another Ctrl-C: none may be left in what the next run writes to
+                late = error
+        if late is not None:
+            raise late
         return [future.result() for future in futures]
 
 
@@ -216,29 +234,19 @@ class SharedPasses(Passes):
         self.each(f"denoise {refresh}", lambda index: self.parts[index].denoise(None, refresh=refresh))
 
     def denoise_steps(self, first: int, count: int) -> None:
-        ended = threading.Event()
-
         def of_share(index: int) -> None:
             part = self.parts[index]
-            try:
-                for step in range(first, first + at_once):
-                    if ended.is_set():
-                        return
-                    part.denoise(None, refresh=step % part.refresh_every == 0)
-            except BaseException:
-                ended.set()
-                raise
+            for step in range(first, first + at_once):
+                if workers is not None and workers.ended.is_set():
+                    return
+                part.denoise(None, refresh=step % part.refresh_every == 0)
 
+        workers = self._workers if self.is_at_work else None
         while count:
             # threads that meet after every step wait for the slower one each time; but the first packs weights
             packs = self._uneven and "denoise steps" not in self._packed
-            at_once = count if self.is_at_work and not packs else 1
-            try:
-                self.each("denoise steps", of_share)
-            except BaseException:
-                # of the caller's thread, too: Ctrl-C waits for a step, not for a block
-                ended.set()
-                raise
+            at_once = count if workers is not None and not packs else 1
+            self.each("denoise steps", of_share)
             first, count = first + at_once, count - at_once
 
     def predict(

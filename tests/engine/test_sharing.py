@@ -311,6 +311,16 @@ def test_no_thread_outlasts_a_second_interruption(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     assert torch.equal(plan.run(noise), expected)
 
+    # nor where threads stay for more than one run
+    interrupted.clear()
+    with plan.passes.at_work():  # type: ignore[attr-defined]
+        counting(plan, monkeypatch, before)
+        with pytest.raises(KeyboardInterrupt):
+            plan.run(noise)
+        assert interrupted.is_set()
+        monkeypatch.undo()
+        assert torch.equal(plan.run(noise), expected)
+
 
 def test_threads_of_others() -> None:
     """Each worker has its part of the caller's threads; those of a thread that begins later are the caller's."""
