@@ -8,8 +8,10 @@ einops``. Nothing is timed before both implementations agree on samples, outputs
 What is timed, interleaved in one process:
 
 * sampling: the released ``sample`` in fp32, in which its ``sample.py`` runs it; our engine in fp32, and with bf16
-  weights. Our plan is made and used once outside the timed region; what a first call takes is reported by itself, and
-  so is what the engine takes beyond the network's passes called directly (madformer.measuring.sampling says how).
+  weights, each with steps that Python calls and, on a CPU with a compiler, with compiled ones (``Sampler(...,
+  compile_step=True)``), which are those of the metrics. Our plan is made and used once outside the timed region; what a
+  first call and compiling take is reported by itself, and so is what the engine takes beyond the network's passes
+  called directly (madformer.measuring.sampling says how).
 * a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
   which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
   which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one. That one in bf16 as well, by
@@ -31,6 +33,7 @@ import copy
 import functools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +51,7 @@ from benchmarks.timing import Run, Spread, interleaved, seconds
 from madformer.engine.options import SamplingOptions
 from madformer.engine.plan import Plan
 from madformer.engine.sampler import Sampler
+from madformer.engine.sharing import SharedPasses
 from madformer.files.atomic import check_writable
 from madformer.machine import matmul_rate
 from madformer.measuring.bare import BareModel, Work
@@ -181,17 +185,36 @@ def with_best_attention(run: Run, backends: Mapping[str, Context], device: torch
     return best, runs[best]
 
 
+def compiled_plan(model: nn.Module, shape: released.Shape) -> tuple[Plan | None, float]:
+    """One whose steps are compiled, and the seconds that took; None where they are not (the log says why)."""
+    sampler = Sampler(model, released.make_scheduler(), compile_step=True)
+    plan = sampler.plan(shape.batch, SamplingOptions(shape.steps))
+    started = time.perf_counter()
+    plan.warmup()
+    passes = plan.passes.parts if isinstance(plan.passes, SharedPasses) else (plan.passes,)
+    made = all(getattr(part, "program", None) is not None for part in passes)
+    return (plan if made else None), time.perf_counter() - started
+
+
 def time_sampling(
     models: released.Models, plan: Plan, shape: released.Shape, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """Sampling of all three by name, and what a first call and half precision cost: seconds and relative error."""
+    """Sampling of all by name, and what a first call, compiling and half precision cost: seconds and relative error."""
     half = copy.deepcopy(models.native).to(torch.bfloat16)
     half_plan = Sampler(half, released.make_scheduler()).plan(shape.batch, SamplingOptions(shape.steps))
-    runs: dict[str, Run] = {
-        "released fp32": lambda: released.sample_released(models.released, shape),
-        "ours fp32": lambda: released.sample_ours(plan, shape),
-        "ours bf16": lambda: released.sample_ours(half_plan, shape),
-    }
+    plans = {"ours fp32": plan, "ours bf16": half_plan}
+    compile_seconds: dict[str, float] = {}
+    for name, model in (("ours fp32", models.native), ("ours bf16", half)) if device.type == "cpu" else ():
+        compiled, compile_seconds[name] = compiled_plan(model, shape)
+        if compiled is not None:
+            plans[f"{name}, compiled"] = compiled
+    runs: dict[str, Run] = {"released fp32": lambda: released.sample_released(models.released, shape)}
+    runs |= {name: functools.partial(released.sample_ours, each, shape) for name, each in plans.items()}
+    samples = {name: run() for name, run in runs.items() if name != "released fp32"}
+    exact = samples.pop("ours fp32")
+    errors = {name: released.relative_error([drawn], [exact]) for name, drawn in samples.items()}
+    released.check({name: error for name, error in errors.items() if "bf16" not in name} or {"ours fp32": 0.0})
+    released.check({name: error for name, error in errors.items() if "bf16" in name}, 2 * errors["ours bf16"])
     return {
         "spreads": interleaved(runs, repeats, device),
         "first_call_seconds": seconds(
@@ -200,9 +223,15 @@ def time_sampling(
             ),
             device,
         ),
-        "bf16_relative_error": released.relative_error([runs["ours bf16"]()], [runs["ours fp32"]()]),
+        "compile_seconds": compile_seconds,
+        "errors_from_ours_fp32": errors,
         "overhead": {"fp32": overhead(plan, repeats), "bf16": overhead(half_plan, repeats)},
     }
+
+
+def way_of(spreads: Mapping[str, Spread], name: str) -> str:
+    """The run of ours that stands for it: with compiled steps, where there is one."""
+    return f"{name}, compiled" if f"{name}, compiled" in spreads else name
 
 
 @torch.inference_mode()
@@ -223,7 +252,8 @@ def fractions_of_roof(
     """Of our sampling: the model's own operations a second over those of large products."""
     flops = shape.batch * Work.of(model).flops(shape.steps)
     highest = {"fp32": roof["fp32"], "bf16": max(roof.values())}
-    return {name: flops / spreads[f"ours {name}"].median / rate for name, rate in highest.items()}
+    medians = {name: spreads[way_of(spreads, f"ours {name}")].median for name in highest}
+    return {name: flops / medians[name] / rate for name, rate in highest.items()}
 
 
 def too_slow_in_bf16(model: Any, shape: released.Shape, roof: Mapping[str, float]) -> str | None:
@@ -286,7 +316,7 @@ def metrics(sampling: Mapping[str, Any], training: Mapping[str, Any], error: flo
         "training_compat_vs_released_fp32": gains(training["spreads"], {"": "ours fp32, drop-in"})[""],
         **gains(
             sampling["spreads"],
-            {"sampling_vs_released_bf16": "ours bf16", "sampling_vs_released_fp32": "ours fp32"},
+            {f"sampling_vs_released_{name}": way_of(sampling["spreads"], f"ours {name}") for name in ("bf16", "fp32")},
         ),
         "sampling_fraction_of_roof_bf16": sampling["fractions_of_roof"]["bf16"],
         **gains(
@@ -338,7 +368,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sampling = time_sampling(models, plan, shape, options.repeats, device)
     print(table(f"sampling, {shape.steps} steps", sampling["spreads"]))
     print(f"  our first call, plan and packed weights included, takes {sampling['first_call_seconds']:.3f} s;", end=" ")
-    print(f"bf16 samples differ by {sampling['bf16_relative_error']:.1e};")
+    print(f"bf16 samples differ by {sampling['errors_from_ours_fp32']['ours bf16']:.1e};")
+    for name, taken in sampling["compile_seconds"].items():
+        print(f"  steps of {name} took {taken:.0f} s to compile, or to load;")
     beyond = ", ".join(f"{value:+.1%} in {dtype}" for dtype, value in sampling["overhead"].items())
     print(f"  the engine takes beyond the network's passes: {beyond}", flush=True)
     roof = measure_roof(device)

@@ -3,8 +3,8 @@
 At small batches a step is hundreds of operators of a few microseconds each, and most of its time is what calls them.
 Here the step (:class:`Step`) is exported once, compiled by Inductor ahead of time (AOTInductor) to one C++ library,
 and kept in ``$XDG_CACHE_HOME/madformer/steps`` under a hash of everything that it was made of but the values of the
-weights: those it reads where they lie. It runs without Python's lock, so that threads that share a batch
-(:mod:`.sharing`) do not wait for each other.
+weights: those it is given at every call, packed for oneDNN where Python's step has them packed (:mod:`.packing`). It
+runs without Python's lock, so that threads that share a batch (:mod:`.sharing`) do not wait for each other.
 
 What is compiled is the model as it is built, of plain parts alone (:func:`.structure.signature`). A model that may
 change without being seen, one that reads what its own last step wrote to the cache, and a machine without a C++
@@ -27,7 +27,7 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from madformer.engine.packing import PackedConv2d, PackedLinear
 from madformer.engine.passes import Passes
 from madformer.engine.program import Program
 from madformer.engine.structure import Placed, Signature, UnknownPartError, signature
@@ -45,6 +46,9 @@ from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections, set_backend
 
 logger = logging.getLogger("madformer.engine")
+
+LEAST_LENGTH = 2
+"""Of a cache whose length changes: a compiler takes 0 and 1 for constants."""
 
 
 class _Traced(Passes):
@@ -125,7 +129,7 @@ class _Network(nn.Module):
         if config.modulated:
             time_NC = traced._for_branches(time_BC)
             modulation_NC = F.silu(time_NC + class_NC if config.num_classes else time_NC)
-        # all of the cache, whose length does not change, and a mask: one program for every block
+        # as much of the cache as the longest row has, and a mask: one program for every block
         num_cached, size = cached[0][0].shape[2], config.block_size
         place_T = torch.arange(num_cached + size, device=lengths_N.device)
         seen_NT = (place_T < lengths_N[:, None]) | (place_T >= num_cached)
@@ -151,6 +155,8 @@ class CompiledPasses(Passes):
         # as what the model was seen, and its weights, which the program reads
         self._seen: object = None
         self._weights: dict[str, Tensor] = {}
+        # packed layers that a step does not call
+        self._not_called: frozenset[str] = frozenset()
 
     def rest(self) -> None:
         super().rest()
@@ -165,25 +171,53 @@ class CompiledPasses(Passes):
         """
         # at every look: a signature tells where tensors lie, and a tensor may since have been given other memory
         self._weights = weights_of(model)
-        if self._seen == (built, threads):
+        layers = self._packed_layers()
+        seen_as = built, threads, frozenset(layers)
+        if self._seen == seen_as:
+            self._give_packed(layers)
             return
         why = built if isinstance(built, str) else _refusal(self, model)
-        inputs = self._inputs(self.slots.latents_RLC, *self.slots.schedule(None)[:3])
-        key = why or key_of(built, tree_leaves(inputs), self.branches, self.dtype, threads)
+        longest = self._longest()
+        # packed weights have no strides, and a program must never be made to copy one as if it had
+        self._weights |= {f"model.{name}.weight": layer.weight.contiguous() for name, layer in layers.items()}
+        columns = self.slots.latents_RLC, *self.slots.schedule(None)[:3]
+        inputs = self._inputs(*columns, length=longest and longest // 2)
+        key = why or key_of((built, sorted(layers)), tree_leaves(inputs), self.branches, self.dtype, threads)
         if key != self._key:
             self._key, self.program = "", None
             path = folder() / f"{key}.pt2"
             if why is None and not path.exists() and try_out:
-                why = _compile(Step(_twin(model), self.branches, self.dtype), inputs, path, threads)
+                step = Step(_twin(model, layers), self.branches, self.dtype)
+                why = _compile(step, inputs, path, threads, longest)
             if why is None and path.exists():
                 self.program, why = _loaded(path)
             if why is not None or self.program is not None:
                 self._key = key  # else there may be a program by the next time
             if why is not None:
                 logger.warning("a denoising step is not compiled: %s", why)
-        self._seen = None if self.program is None else (built, threads)
         if self.program is None:
-            self._weights = {}
+            self._seen, self._weights = None, {}
+        else:
+            self._seen = seen_as
+            self._give_packed(layers)
+
+    def _packed_layers(self) -> dict[str, PackedConv2d | PackedLinear]:
+        """Those of the passes' own model that a program may be given the weights of, by their names in it."""
+        return {
+            name: module
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, (PackedConv2d, PackedLinear)) and f"model.{name}.weight" in self._weights
+        }
+
+    def _give_packed(self, layers: Mapping[str, PackedConv2d | PackedLinear]) -> None:
+        """Put the packed weights, as they are now, in the place of others."""
+        if new := {name for name, layer in layers.items() if layer.met is None} - self._not_called:
+            # a step by Python shows each what it is to be packed for; it leaves nothing behind that a step does not
+            super().predict(None, self.slots.latents_RLC, *self.slots.schedule(None)[:3])
+            self._not_called |= {name for name in new if layers[name].met is None}
+        for name, layer in layers.items():
+            packed = layer.packed_weight()
+            self._weights[f"model.{name}.weight"] = layer.weight.contiguous() if packed is None else packed
 
     def first_block(self, rows_B: Tensor | None) -> None:
         # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
@@ -209,9 +243,20 @@ class CompiledPasses(Passes):
             output_NLC = output_NLC.float()  # the latents are fp32
         return output_NLC.chunk(self.branches)
 
-    def _inputs(self, latents_BLC: Tensor, *time: Tensor) -> tuple[Any, ...]:
+    def _longest(self) -> int | None:
+        """Of the part of the cache that a program is given, where that is as much as there is; else it is given all."""
+        # never all of it: a step's own block lies behind, and a compiler would ask whether this is the whole
+        longest = self.cache.keys_RHSD[-1].shape[2] - 1
+        return longest if self.config.cross_block_attention and longest >= 2 * LEAST_LENGTH else None
+
+    def _inputs(self, latents_BLC: Tensor, *time: Tensor, length: int | None = None) -> tuple[Any, ...]:
+        """What a program is called with; the first ``length`` tokens of the cache, or as many as there are."""
         cache, ar_layers = self.cache, self.config.ar_layers
         cached = list(zip(cache.keys_RHSD[ar_layers:], cache.values_RHSD[ar_layers:], strict=True))
+        if longest := self._longest():
+            length = length or max(LEAST_LENGTH, int(cache.lengths_R.max()))
+            assert length <= longest
+            cached = [(keys[:, :, :length], values[:, :, :length]) for keys, values in cached]
         parts = self.slots.class_NC, cache.condition_RLC, self.cos_RSD, self.sin_RSD, cache.lengths_R
         return self._weights, latents_BLC.contiguous(), *(column.contiguous() for column in time), *parts, cached
 
@@ -236,12 +281,18 @@ def _refusal(passes: Passes, model: MADFormer) -> str | None:
     return None
 
 
-def _twin(model: MADFormer) -> MADFormer:
-    """A tree of its own over the same tensors, computing with the reference kernels."""
+def _twin(model: MADFormer, packed: Mapping[str, PackedConv2d | PackedLinear]) -> MADFormer:
+    """A tree of its own over the same tensors, computing with the reference kernels, and these layers as they do."""
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
     set_backend(twin, "reference")
     twin.attention_backend = "reference"
+    if packed:
+        # loads Inductor, which few need
+        from madformer.engine.given import given
+
+        for name in packed:
+            twin.set_submodule(name, given(twin.get_submodule(name)))
     return twin
 
 
@@ -254,9 +305,12 @@ def _loaded(path: Path) -> tuple[Program | None, str | None]:
         return None, f"{path} cannot be called: {_line(error)}"
 
 
-def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str | None:
-    """Write a package; or why there is none, in one line."""
+def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int, longest: int | None) -> str | None:
+    """Write a package, for up to ``longest`` tokens of a cache or just these; or why there is none, in one line."""
     started = time.perf_counter()
+    length = {2: torch.export.Dim("cached", min=LEAST_LENGTH, max=longest)} if longest else None
+    weights, *others, cached = inputs
+    dynamic = dict.fromkeys(weights), (*[None] * len(others), [(length, length) for _ in cached])
     options = {"cpp.threads": threads}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +321,8 @@ def _compile(step: Step, inputs: Sequence[Any], path: Path, threads: int) -> str
             torch.no_grad(),
         ):
             warnings.simplefilter("ignore")
-            exported = torch.export.export(step, tuple(tree_map(_like, inputs)), strict=False)
+            given = tuple(tree_map(_like, inputs))
+            exported = torch.export.export(step, given, dynamic_shapes=dynamic, strict=False)
             if exported.constants:
                 return f"it holds tensors that are no weights: {', '.join(sorted(exported.constants))}"
             package = Path(scratch) / path.name

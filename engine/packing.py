@@ -134,6 +134,7 @@ class PackedConv2d(nn.Module):
         self.geometry = self.geometry_of(conv)
         self.weights, self.name = weights or PackedWeights(), name
         self.ready: tuple[torch.Size, Tensor] | None = None
+        self.met: torch.Size | None = None
 
     @staticmethod
     def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
@@ -151,27 +152,32 @@ class PackedConv2d(nn.Module):
         return same and self.geometry == self.geometry_of(conv)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        weight = self._packed_for(x_NCHW)
+        weight = self._packed_for(x_NCHW.shape)
         return torch.ops.mkldnn._convolution_pointwise.default(
             x_NCHW, weight, self.bias, *self.geometry, "none", [], ""
         )
 
     def plus(self, x_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
         """``other_NCHW + self(x_NCHW)``: a residual block's last addition, which is none of its own then."""
-        weight, add = self._packed_for(x_NCHW), ("add", None, None, (), None)
+        weight, add = self._packed_for(x_NCHW.shape), ("add", None, None, (), None)
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x_NCHW, other_NCHW, weight, self.bias, *self.geometry, *add
         )
 
-    def _packed_for(self, x_NCHW: Tensor) -> Tensor:
+    def packed_weight(self) -> Tensor | None:
+        """The weight as it is now, packed for the images that it met last; None before it met any."""
+        return None if self.met is None else self._packed_for(self.met)
+
+    def _packed_for(self, images: torch.Size) -> Tensor:
         # not where the batch does: in-flight batching changes it at every step, and the layout is the same
-        ready, shape = self.ready, x_NCHW.shape[1:]
+        ready, shape = self.ready, images[1:]
         if ready is None or ready[0] != shape:
             how = shape, tuple(tuple(numbers) for numbers in self.geometry[:3])
             with self.weights.lock:
-                packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(x_NCHW.shape))
+                packed = self.weights.get(self.name, self.weight, how, lambda: self._pack(images))
             # in one assignment: several threads may be here
             ready = self.ready = shape, packed
+            self.met = images
         return ready[1]
 
     def _pack(self, shape: torch.Size) -> Tensor:
@@ -187,6 +193,7 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.weights, self.name = weights or PackedWeights(), name
         self.packed: Tensor | None = None
+        self.met: torch.Size | None = None
 
     @staticmethod
     def fits(linear: nn.Linear) -> bool:
@@ -200,12 +207,19 @@ class PackedLinear(nn.Module):
         return self.weight is linear.weight and self.bias is linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed_for(x.shape), self.bias, "none", [], "")
+
+    def packed_weight(self) -> Tensor | None:
+        """As that of :class:`PackedConv2d`."""
+        return None if self.met is None else self._packed_for(self.met)
+
+    def _packed_for(self, inputs: torch.Size) -> Tensor:
         packed = self.packed
         if packed is None:
-            rows = x.numel() // x.shape[-1]
+            self.met, rows = inputs, inputs[:-1].numel()
             with self.weights.lock:
                 packed = self.packed = self.weights.get(self.name, self.weight, rows, lambda: self._pack(rows))
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, self.bias, "none", [], "")
+        return packed
 
     def _pack(self, rows: int) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)

@@ -17,6 +17,7 @@ from madformer.config import MADFormerConfig
 from madformer.engine import compiled
 from madformer.engine.compiled import CompiledPasses, Step
 from madformer.engine.options import SamplingOptions
+from madformer.engine.packing import can_pack
 from madformer.engine.plan import Plan
 from madformer.engine.running import NonFiniteError
 from madformer.engine.sampler import Sampler
@@ -35,19 +36,22 @@ class Interpreted:
     """In place of a compiled program: the step as Python runs it."""
 
     steps: ClassVar[dict[Path, Step]] = {}
-    calls = 0
+    calls, packed = 0, 0
+    lengths: ClassVar[list[int]] = []
 
     def __init__(self, path: Path) -> None:
         self.step = self.steps[path]
 
     def __call__(self, *inputs: Any) -> Tensor:
         type(self).calls += 1
+        type(self).packed = sum(weight.is_mkldnn for weight in inputs[0].values())
+        self.lengths.append(inputs[-1][0][0].shape[2])
         return self.step(*inputs)
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Interpreted]:
-    def compile_(step: Step, _: object, path: Path, __: int) -> None:
+    def compile_(step: Step, _: object, path: Path, *__: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         Interpreted.steps[path] = step
@@ -56,6 +60,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Interpr
     monkeypatch.setattr(compiled, "_compile", compile_)
     monkeypatch.setattr(compiled, "Program", Interpreted)
     Interpreted.calls = 0
+    Interpreted.lengths.clear()
     return Interpreted
 
 
@@ -95,6 +100,18 @@ def test_pictures(config: MADFormerConfig, options: SamplingOptions, interpreted
         assert interpreted.calls == STEPS * config.num_blocks
 
 
+def test_what_a_program_is_given(interpreted: type[Interpreted]) -> None:
+    """Packed weights, where Python's step has them; of the cache as much as the longest row has."""
+    model, prompt = make_model(RICH), draw_prompt(RICH, BATCH, guided=True)
+    for packs in (True, False):
+        plan = plan_of(model, GUIDED, pack_weights=packs, shares=1)
+        interpreted.lengths.clear()
+        plan.run(draw_noise(RICH, BATCH), prompt)
+        assert (interpreted.packed > 0) == (packs and can_pack(model))
+        first = RICH.text_length
+        assert interpreted.lengths == [first] * STEPS + [first + RICH.block_size] * STEPS
+
+
 def test_in_shares_and_by_other_schedulers(interpreted: type[Interpreted]) -> None:
     model, noise, prompt = make_model(RICH), draw_noise(RICH, BATCH), draw_prompt(RICH, BATCH, guided=True)
     expected = plan_of(model, GUIDED, compiles=False, scheduler=HeunDiscreteScheduler).run(noise, prompt)
@@ -123,6 +140,9 @@ def test_follows_the_model(interpreted: type[Interpreted]) -> None:
     tower.qkv.weight.detach().numpy()[...] *= 2
     assert relative_error(before, check(programmed=True)) > 1e-3
     tower.proj.weight = nn.Parameter(tower.proj.weight.detach() * 3)
+    check(programmed=True)
+    convolution: Any = model.downsampler.conv_in
+    convolution.weight.detach().numpy()[...] *= 1.5
     check(programmed=True)
     # the old one's memory, which then gets other data
     old = tower.proj.weight
@@ -296,6 +316,8 @@ def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     # a part of a larger tensor: its strides are in the program
     wide = torch.cat([tower.proj.weight.detach(), torch.ones_like(tower.proj.weight)], dim=1)
     tower.proj.weight = nn.Parameter(wide[:, : wide.shape[1] // 2])
+    convolution: Any = model.downsampler.conv_in
+    convolution.weight = nn.Parameter(convolution.weight.detach().repeat(1, 2, 1, 1)[:, : convolution.in_channels])
     expected = plan_of(model, GUIDED, compiles=False).run(noise, prompt)
     drawing = plan_of(model, GUIDED)
     assert isinstance(drawing.passes, CompiledPasses)
