@@ -14,8 +14,10 @@ What is timed, interleaved in one process:
   called directly (madformer.measuring.sampling says how).
 * a training step (forward, image loss + 0.1 hidden loss, backward) in fp32: the released model; our drop-in class,
   which computes all that the released one does; our native model with the released quirks, as our trainer runs it,
-  which leaves out what no loss reads. ``training_vs_released_fp32`` is the native one. That one in bf16 as well, by
-  autocast over fp32 weights, unless a step would take minutes here: then ``left_out`` of the record says so.
+  which leaves out what no loss reads. That one in bf16 as well, by autocast over fp32 weights, unless a step would take
+  minutes here: then ``left_out`` of the record says so. On a CPU both once more with layers and U-Net passed through
+  ``torch.compile``, as ``madformer train --compile`` does: ``training_vs_released_fp32`` and ``_bf16`` are the compiled
+  native ones where there is a compiler.
 * large matrix products, the roof. ``sampling_fraction_of_roof_bf16`` is our model's own operations a second over
   theirs in bf16, or in fp32 where these are faster: a processor without bf16 units computes in fp32.
 
@@ -270,6 +272,19 @@ def bf16_step(model: nn.Module, batch: Batch) -> Tensor:
         return native_step(model, batch)
 
 
+def compiled_copy(model: nn.Module, batch: Batch) -> nn.Module | None:
+    """A copy whose parts are compiled as the trainer does it on a processor, which has passed a step; or None."""
+    copied: Any = copy.deepcopy(model)
+    for part in (*copied.layers, copied.downsampler, copied.upsampler):
+        part.compile()
+    try:
+        native_step(copied, batch)
+    except RuntimeError as error:  # Dynamo's and Inductor's, of a machine without a compiler for one
+        print(f"  a training step is not compiled: {str(error).partition(chr(10))[0]}")
+        return None
+    return copied
+
+
 def time_training(
     models: released.Models, batch: Batch, repeats: int, device: torch.device, *, bf16: bool
 ) -> dict[str, Any]:
@@ -287,17 +302,37 @@ def time_training(
         "ours fp32, drop-in": (lambda: released_step(models.compat, batch), ours),
         "ours fp32, native": (lambda: native_step(models.native, batch), ours),
     }
-    errors: dict[str, float] = {}
     if bf16:
         candidates["ours bf16, native"] = (lambda: bf16_step(models.native, batch), ours)
-        losses = [step(models.native, batch) for step in (bf16_step, native_step)]
-        errors["bf16_loss_relative_error"] = released.relative_error(losses[:1], losses[1:])
-        released.check(errors, MAX_BF16_ERROR)
-    # As the released train.py sets it; a CPU does not care.
+    # As the released train.py sets it; a CPU does not care, but what is compiled under one setting is for that alone.
     with released.tf32(matmul=True, convolution=True):
+        started = time.perf_counter()
+        compiled = compiled_copy(models.native, batch) if device.type == "cpu" else None
+        if compiled is not None:
+            default: dict[str, Context] = {"fused": contextlib.nullcontext}
+            candidates["ours fp32, native, compiled"] = (lambda: native_step(compiled, batch), default)
+            if bf16:
+                candidates["ours bf16, native, compiled"] = (lambda: bf16_step(compiled, batch), default)
+        losses = {name: run() for name, (run, _) in candidates.items() if "native" in name}
+        compile_seconds = time.perf_counter() - started
+        exact = losses.pop("ours fp32, native")
+        errors = {f"loss of {name}": released.relative_error([loss], [exact]) for name, loss in losses.items()}
+        if compiled is not None:
+            for model in (compiled, models.native):
+                native_step(model, batch)
+            errors["gradients of ours fp32, native, compiled"] = released.relative_error(
+                gradients(compiled), gradients(models.native)
+            )
+        for name, error in errors.items():
+            released.check({name: error}, MAX_BF16_ERROR if "bf16" in name else released.MAX_RELATIVE_ERROR)
         best = {name: with_best_attention(run, backends, device) for name, (run, backends) in candidates.items()}
         spreads = interleaved({name: run for name, (_, run) in best.items()}, repeats, device)
-    return {"spreads": spreads, "attention": {name: backend for name, (backend, _) in best.items()}, **errors}
+    return {
+        "spreads": spreads,
+        "attention": {name: backend for name, (backend, _) in best.items()},
+        "loss_errors": errors,
+        "compile_seconds": compile_seconds if compiled is not None else None,
+    }
 
 
 # The record
@@ -322,20 +357,20 @@ def metrics(sampling: Mapping[str, Any], training: Mapping[str, Any], error: flo
         **gains(
             training["spreads"],
             {
-                "training_vs_released_fp32": "ours fp32, native",
-                "training_vs_released_bf16": "ours bf16, native",
+                "training_vs_released_fp32": way_of(training["spreads"], "ours fp32, native"),
+                "training_vs_released_bf16": way_of(training["spreads"], "ours bf16, native"),
             },
         ),
     }
 
 
 def table(title: str, spreads: Mapping[str, Spread], attention: Mapping[str, str] | None = None) -> str:
-    rows = [f"{title:<22}{'median s':>10}{'quartiles':>20}{'speed':>8}"]
+    rows = [f"{title:<30}{'median s':>10}{'quartiles':>20}{'speed':>8}"]
     for name, spread in spreads.items():
         quartiles = f"{spread.first_quartile:.3f} - {spread.third_quartile:.3f}"
         gain = f"{spreads['released fp32'].median / spread.median:.2f}x"
         backend = f"  {attention[name]} attention" if attention else ""
-        rows.append(f"  {name:<20}{spread.median:>10.3f}{quartiles:>20}{gain:>8}{backend}")
+        rows.append(f"  {name:<28}{spread.median:>10.3f}{quartiles:>20}{gain:>8}{backend}")
     return "\n".join(rows)
 
 

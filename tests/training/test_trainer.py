@@ -313,7 +313,7 @@ def test_layers_are_compiled_as_asked(config: TrainingConfig, tmp_path: Path, mo
     for mode in ("default", "reduce-overhead"):
         with contextlib.nullcontext() if mode == "default" else pytest.warns(UserWarning, match="no CUDA graphs"):
             trainer = Trainer(dataclasses.replace(config, compile_mode=mode), tmp_path / mode)
-        assert compiled == [{"mode": mode}] * config.model.num_layers
+        assert compiled == [{"mode": mode}] * (config.model.num_layers + 2)  # and the halves of the U-Net
         compiled.clear()
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda run=trainer: begun.append(run.step))
         trainer.run()

@@ -120,7 +120,8 @@ class TrainingConfig:
     # dtype of the layers' products; kept weights, gradients' sums and the optimiser stay fp32. auto is bf16 where the
     # device multiplies it in hardware: a processor without takes 65 times as long as in fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False  # pass every layer through torch.compile: faster steps after a minute or more
+    # pass every layer through torch.compile, on a processor the U-Net too: faster steps after a minute or more
+    compile: bool = False
     # reduce-overhead: have PyTorch capture what it compiled as CUDA graphs, for steps that wait for Python (small
     # batches); neither with accumulated gradients nor with sharded weights, and of no effect on a CPU
     compile_mode: Literal["default", "reduce-overhead"] = "default"
