@@ -327,3 +327,17 @@ def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:1000])
     broken = Sampler(model, DDIMScheduler(), compile_step=True).plan(BATCH, GUIDED)
     assert relative_error(expected, broken.run(noise, prompt)) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_in_bf16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far from fp32 as what Python calls in bf16."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    exact = plan_of(model, compiles=False).run(noise)
+    model.to(torch.bfloat16)
+    called = relative_error(exact, plan_of(model, compiles=False).run(noise))
+    plan = plan_of(model, shares=1)
+    assert isinstance(plan.passes, CompiledPasses)
+    assert isinstance(plan.passes.program, compiled.Program)
+    assert 0 < relative_error(exact, plan.run(noise)) < 2 * called

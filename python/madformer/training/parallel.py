@@ -156,7 +156,7 @@ def make_model(config: TrainingConfig, world: World, unread: frozenset[str]) -> 
     for layer in model.layers:
         _keep_less(layer, config.activation_checkpointing)
     if config.compile:
-        # on a GPU the U-Net's own kernels were written for what Inductor does on a processor, and sharding comes later
+        # not the U-Net on a GPU, where it calls Triton's kernels and nobody has tried it, nor one that is sharded later
         halves = [model.downsampler, model.upsampler] if world.device.type == "cpu" and not sharded else []
         for part in [*model.layers, *halves]:
             part.compile(mode=config.compile_mode)
