@@ -6,7 +6,7 @@ A place is ``<!-- cells NAME [OTHER ...] against LABEL -->`` to ``<!-- end -->``
 steps, each with its interval over trainings; below it the differences from the model of that label
 (:func:`differences`), and the cells of ``NAME.toml`` that were not run. ``<!-- noise NAME -->`` shows what the variance
 of one model's figure consists of, and the least difference that seeds can resolve. Names are those of tables in
-``benchmarks/results/experiments``; OTHER are tables whose models are compared as well.
+``benchmarks/results/experiments``; OTHER are tables whose models are compared as well, at the numbers of steps of NAME.
 
 ``--check`` changes nothing, and ends with status 1 where the page is not what the tables make of it.
 """
@@ -80,6 +80,10 @@ def filled(text: str) -> str:
         names = match["names"].split()
         files = [file for name in names if (file := TABLES / f"{name}.parquet").is_file()]
         rows = read_table(*files) if files else []
+        if len(files) > 1:
+            # of other tables what stands beside the first one's
+            steps = {row["steps"] for row in read_table(files[0])}
+            rows = [row for row in rows if row["steps"] in steps]
         if match["kind"] == "noise":
             return match[1] + "\n".join(noise(rows)) + "\n" + match[5]
         text = cells(rows, match["base"]) + not_run(names[0], rows) + figure(names[0], rows)
