@@ -8,7 +8,6 @@ want of shapes and one since it is compiled for constants alone, so these two st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,10 +16,7 @@ from torch._inductor import mkldnn_ir
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import register_lowering
 
-from madformer.engine.packing import PackedConv2d
-
-_ADD: Sequence[Any] = "add", None, None, [], None
-"""What a convolution does beside its own, in PyTorch's terms: another tensor is added."""
+from madformer.engine.packing import ALONE, PLUS, PackedConv2d, convolution, linear
 
 # for every backend: of packed weights and of plain ones
 library.define("madformer::given_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -30,9 +26,7 @@ library.define(
 )
 
 
-@library.impl("madformer::given_linear", "CompositeExplicitAutograd")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+library.impl("madformer::given_linear", "CompositeExplicitAutograd", linear)
 
 
 @library.register_fake("madformer::given_linear")
@@ -42,15 +36,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @register_lowering(torch.ops.madformer.given_linear.default, type_promotion_kind=None)
 def _(x: Any, weight: Any, bias: Any) -> Any:
-    return TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, "none", [], ""))
+    return TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, *ALONE))
 
 
 @library.impl("madformer::given_conv2d", "CompositeExplicitAutograd")
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *geometry, other = rest
-    if other is None:
-        return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, 1, "none", [], "")
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, other, weight, bias, *geometry, 1, *_ADD)
+    padding, stride, dilation, other = rest
+    return convolution(x, weight, bias, (padding, stride, dilation, 1), other)
 
 
 @library.register_fake("madformer::given_conv2d")
@@ -65,8 +57,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
 def _(x: Any, weight: Any, bias: Any, padding: Any, stride: Any, dilation: Any, other: Any) -> Any:
     geometry = padding, stride, dilation, 1
     if other is None:
-        return TensorBox.create(mkldnn_ir.ConvolutionUnary.create(x, weight, bias, *geometry, "none", [], ""))
-    return TensorBox.create(mkldnn_ir.ConvolutionBinary.create(x, other, weight, bias, *geometry, *_ADD))
+        return TensorBox.create(mkldnn_ir.ConvolutionUnary.create(x, weight, bias, *geometry, *ALONE))
+    return TensorBox.create(mkldnn_ir.ConvolutionBinary.create(x, other, weight, bias, *geometry, *PLUS))
 
 
 class GivenConv2d(nn.Module):

@@ -125,6 +125,27 @@ def packed(model: MADFormer, weights: PackedWeights | None = None) -> MADFormer:
     return result
 
 
+ALONE: tuple[Any, ...] = "none", [], ""
+PLUS: tuple[Any, ...] = "add", None, None, [], None
+"""What oneDNN does with a result, in PyTorch's terms: nothing, or add another tensor to it."""
+
+Geometry = tuple[list[int], list[int], list[int], int]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` by oneDNN, of a weight that is packed or not."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *ALONE)
+
+
+def convolution(
+    x_NCHW: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, other_NCHW: Tensor | None = None
+) -> Tensor:
+    """A convolution by oneDNN, of a weight that is packed or not, plus another tensor if there is one."""
+    if other_NCHW is None:
+        return torch.ops.mkldnn._convolution_pointwise.default(x_NCHW, weight, bias, *geometry, *ALONE)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x_NCHW, other_NCHW, weight, bias, *geometry, *PLUS)
+
+
 class PackedConv2d(nn.Module):
     """``nn.Conv2d`` on weights packed for the image size that it meets first, and again where that changes."""
 
@@ -137,7 +158,7 @@ class PackedConv2d(nn.Module):
         self.met: torch.Size | None = None
 
     @staticmethod
-    def geometry_of(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+    def geometry_of(conv: nn.Conv2d) -> Geometry:
         return list(map(int, conv.padding)), list(conv.stride), list(conv.dilation), 1
 
     @staticmethod
@@ -152,17 +173,11 @@ class PackedConv2d(nn.Module):
         return same and self.geometry == self.geometry_of(conv)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        weight = self._packed_for(x_NCHW.shape)
-        return torch.ops.mkldnn._convolution_pointwise.default(
-            x_NCHW, weight, self.bias, *self.geometry, "none", [], ""
-        )
+        return convolution(x_NCHW, self._packed_for(x_NCHW.shape), self.bias, self.geometry)
 
     def plus(self, x_NCHW: Tensor, other_NCHW: Tensor) -> Tensor:
         """``other_NCHW + self(x_NCHW)``: a residual block's last addition, which is none of its own then."""
-        weight, add = self._packed_for(x_NCHW.shape), ("add", None, None, (), None)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x_NCHW, other_NCHW, weight, self.bias, *self.geometry, *add
-        )
+        return convolution(x_NCHW, self._packed_for(x_NCHW.shape), self.bias, self.geometry, other_NCHW)
 
     def packed_weight(self) -> Tensor | None:
         """The weight as it is now, packed for the images that it met last; None before it met any."""
@@ -207,7 +222,7 @@ class PackedLinear(nn.Module):
         return self.weight is linear.weight and self.bias is linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed_for(x.shape), self.bias, "none", [], "")
+        return linear(x, self._packed_for(x.shape), self.bias)
 
     def packed_weight(self) -> Tensor | None:
         """As that of :class:`PackedConv2d`."""
