@@ -316,6 +316,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "max_waiting": options.max_waiting,
         "steps": options.steps,
         "guidance": options.guidance,
+        "compiled": options.compile,
         "alone": alone,
         "images_per_second": throughput,
         "streamed_images_per_second": capacity,
@@ -370,6 +371,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji64"), help="model folder (assets/emoji64)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--compile", action="store_true", help="compile the denoising steps, of server and pipeline")
     parser.add_argument("--slots", type=int, default=8, help="images at once (8)")
     parser.add_argument("--max-waiting", type=int, default=4, help="images that may wait (4)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of a block (10)")

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from benchmarks.record import CannotCompare
+from madformer.engine.options import SamplingOptions
 from madformer.engine.precision import apply
 from madformer.pipeline import MADFormerPipeline
 
@@ -30,7 +31,7 @@ class Server:
             "--slots", str(options.slots), "--max-waiting", str(options.max_waiting),
             "--max-per-client", str(options.slots + options.max_waiting), "--max-images", "1",
             "--guidance", str(options.guidance), "--steps", str(options.steps), "--device", options.device,
-            "--precision", "exact",
+            "--precision", "exact", *(["--compile"] if options.compile else []),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "madformer.cli.main", *words], stdout=subprocess.PIPE, text=True
@@ -82,6 +83,10 @@ class _Caller:
         cls.pipeline = MADFormerPipeline.from_pretrained(options.model, dtype=torch.float32, device=options.device)
         cls.pipeline.transformer = apply(cls.pipeline.transformer, "exact")
         cls.pipeline.set_progress_bar_config(disable=True)
+        if options.compile:
+            for images in (options.slots, 1):
+                sampling = SamplingOptions(options.steps, options.guidance)
+                cls.pipeline.warmup(images, sampling, compile_step=True, measure_shares=False)
 
     @classmethod
     def seconds(cls, images: int, seed: int, threads: int | None) -> float:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from madformer.arguments import floats, function, whole_number
 from madformer.conditioning.prompt import Prompt, check_guidable
 from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
+from madformer.engine.compiled import may_compile
+from madformer.engine.compiled_rows import CompiledRows, sizes_to
 from madformer.engine.graphs import Launchable, launcher_for
 from madformer.engine.jobs import Job, OnBlock, OnStep
 from madformer.engine.options import SamplingOptions
@@ -105,7 +108,8 @@ class InFlightBatcher:
         self.slots, self.cache = memory.largest_fit(self._allocate, slots, per_slot, self.device)
         self.packed = PackedWeights()
         with torch.inference_mode():
-            self.passes = sampler.passes(sampler.current_model(), self.cache, self.slots, self.clip, sampler.backend)
+            passes: Any = partial(CompiledRows, self.kind) if may_compile(sampler, self.kind) else sampler.passes
+            self.passes = passes(sampler.current_model(), self.cache, self.slots, self.clip, sampler.backend)
         # of passes that were captured, none where Python runs them
         self._launches: dict[tuple[str, int], Captured] = {}
         self._prepared_for: Signature | None = None
@@ -347,16 +351,19 @@ class InFlightBatcher:
     def warmup(self) -> InFlightBatcher:
         """Make ready what the first steps would: pack weights, compile, capture each batch size.
 
+        With a sampler's ``compile_step`` a program is made for every batch size that a step may have, in minutes, and
+        kept for the next process: within :meth:`at_work` where steps are to be shared out.
+
         Raises:
             RuntimeError: images are being drawn, whose state it would overwrite.
         """
         with self._alone, computing(self.device):
             if self._running:
                 raise RuntimeError(f"warmup() while {len(self._running)} images are being drawn")
-            self._follow()
+            self._follow(try_out=True)
         return self
 
-    def _follow(self) -> None:
+    def _follow(self, *, try_out: bool = False) -> None:
         """Make the passes those of the model as it is now."""
         sampler = self.sampler
         if (kind := sampler.kind()) != self.kind:
@@ -376,6 +383,8 @@ class InFlightBatcher:
         prepare = built is not None and not self._running
         model = sampler.lasting_model() if prepare else sampler.current_model(None if lasting else self.packed)
         self._look_through(model)
+        if isinstance(self.passes, CompiledRows):
+            self._look_for_programs(self.passes, try_out=try_out)
         self._launches = {}
         if prepare and self.launcher.captures:
             for size in self._sizes():
@@ -390,9 +399,14 @@ class InFlightBatcher:
             self.slots.tabulate(job.schedule, model, job.row)
             self.slots.condition_on(job.prompt, model, job.row)
 
+    def _look_for_programs(self, passes: CompiledRows, *, try_out: bool) -> None:
+        workers = self._workers.count if self._workers is not None and self._shareable else 1
+        threads = max(1, torch.get_num_threads() // workers)
+        passes.look_at(self.sampler.current_model(), workers, threads, try_out=try_out)
+
     def _sizes(self) -> list[int]:
         """The batch sizes that are captured: powers of two, and all slots."""
-        return sorted({*(2**power for power in range(self.num_slots.bit_length())), self.num_slots})
+        return sizes_to(self.num_slots)
 
     def _prepare(self, name: str, size: int) -> Captured:
         """A launch of a pass over ``size`` rows."""

@@ -29,7 +29,7 @@ import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,10 @@ from madformer.kernels import dispatch
 from madformer.machine import cache_folder, device_name
 from madformer.model import MADFormer
 from madformer.model.layer import Attention, Projections, set_backend
+
+if TYPE_CHECKING:
+    from madformer.engine.pool import ModelKind
+    from madformer.engine.sampler import Sampler
 
 logger = logging.getLogger("madformer.engine")
 
@@ -259,6 +263,13 @@ class CompiledPasses(Passes):
             cached = [(keys[:, :, :length], values[:, :, :length]) for keys, values in cached]
         parts = self.slots.class_NC, cache.condition_RLC, self.cos_RSD, self.sin_RSD, cache.lengths_R
         return self._weights, latents_BLC.contiguous(), *(column.contiguous() for column in time), *parts, cached
+
+
+def may_compile(sampler: Sampler, kind: ModelKind) -> bool:
+    """Whether a sampler's steps are to be compiled: of a processor, and the paper's."""
+    captures = sampler.launcher is not None and sampler.launcher.captures
+    other = captures or sampler.compile_unet or sampler.passes is not Passes
+    return sampler.compile_step and kind.device.type == "cpu" and not other
 
 
 def seen(model: MADFormer) -> Signature | str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from madformer.conditioning.prompt import Prompt
 from madformer.config import MADFormerConfig
 from madformer.engine.cache import ConditioningCache
-from madformer.engine.compiled import CompiledPasses, seen
+from madformer.engine.compiled import CompiledPasses, may_compile, seen
 from madformer.engine.graphs import EagerLauncher, Launchable, Launcher, Prepared, launcher_for
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
@@ -89,7 +89,7 @@ class Following:
 
     def _allocate(self, key: PlanKey, shares: int) -> None:
         self.key, self.shares, kind = key, shares, key.kind
-        self.compiled = self._compiles(kind)
+        self.compiled = may_compile(self.sampler, kind)
         # of one kind with what passes make, or a compiled one would be compiled for both
         with torch.inference_mode():
             self.slots, self.cache = kind.allocate(key.batch, key.num_steps, guided=key.guided, shares=shares)
@@ -148,16 +148,9 @@ class Following:
         # as a run launches them
         return _seconds(partial(self.prepared.steps, 0, count)) / count
 
-    def _compiles(self, kind: ModelKind) -> bool:
-        """Whether steps are to be compiled: of a processor, and the paper's."""
-        sampler = self.sampler
-        captures = sampler.launcher is not None and sampler.launcher.captures
-        other = captures or sampler.compile_unet or sampler.passes is not Passes
-        return sampler.compile_step and kind.device.type == "cpu" and not other
-
     def _shares(self, kind: ModelKind) -> int:
         """In how many shares the next run draws."""
-        compiled, threads = self._compiles(kind), torch.get_num_threads()
+        compiled, threads = may_compile(self.sampler, kind), torch.get_num_threads()
         of_choice = self.sampler.shares is None and not compiled
         if of_choice and self._measured is not None and self._measured[0] == threads:
             return min(self._measured[1], most_shares(self.sampler, self.key, kind))
@@ -180,7 +173,7 @@ class Following:
             if kind != self.key.kind:
                 raise RuntimeError("the model's configuration, dtype, device or backend changed while it was drawing")
         else:
-            shares, compiled = self._shares(kind), self._compiles(kind)
+            shares, compiled = self._shares(kind), may_compile(self.sampler, kind)
             if (kind, shares, compiled) != (self.key.kind, self.shares, self.compiled):
                 self._allocate(replace(self.key, kind=kind), shares)
         if isinstance(self.passes, SharedPasses):

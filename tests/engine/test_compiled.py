@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from madformer.cli.main import main
 from madformer.config import MADFormerConfig
 from madformer.engine import compiled
-from madformer.engine.compiled import CompiledPasses, Step
+from madformer.engine.compiled import CompiledPasses
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import can_pack
 from madformer.engine.plan import Plan
@@ -24,6 +24,7 @@ from madformer.engine.sampler import Sampler
 from madformer.model import MADFormer
 from madformer.pipeline import MADFormerPipeline
 from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model
+from tests.helpers.interpreted import Interpreted, interpret
 from tests.helpers.testing import relative_error
 
 BATCH, STEPS = 2, 2
@@ -32,36 +33,9 @@ PLAIN = CASES["both"].replace(num_blocks=2, block_grid=(1, 2))
 OPTIONS, GUIDED = SamplingOptions(STEPS), SamplingOptions(STEPS, guidance=2.0)
 
 
-class Interpreted:
-    """In place of a compiled program: the step as Python runs it."""
-
-    steps: ClassVar[dict[Path, Step]] = {}
-    calls, packed = 0, 0
-    lengths: ClassVar[list[int]] = []
-
-    def __init__(self, path: Path) -> None:
-        self.step = self.steps[path]
-
-    def __call__(self, *inputs: Any) -> Tensor:
-        type(self).calls += 1
-        type(self).packed = sum(weight.is_mkldnn for weight in inputs[0].values())
-        self.lengths.append(inputs[-1][0][0].shape[2])
-        return self.step(*inputs)
-
-
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Interpreted]:
-    def compile_(step: Step, _: object, path: Path, *__: object) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        Interpreted.steps[path] = step
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "_compile", compile_)
-    monkeypatch.setattr(compiled, "Program", Interpreted)
-    Interpreted.calls = 0
-    Interpreted.lengths.clear()
-    return Interpreted
+    return interpret(monkeypatch, tmp_path)
 
 
 def plan_of(model: MADFormer, options: SamplingOptions = OPTIONS, *, compiles: bool = True, **how: Any) -> Plan:

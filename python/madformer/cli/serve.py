@@ -29,6 +29,7 @@ class Serve(ServerSettings, SamplingOptions, Request):
     examples:
       madformer serve --model assets/emoji64 --guidance 3
       madformer serve --model MODEL --slots 32 --port 8000
+      madformer serve --model assets/emoji64 --compile             # without a GPU
       madformer serve --model MODEL --host 0.0.0.0 --api-key-file keys.txt
       madformer serve --model MODEL --ray --max-replicas 8
       curl -H 'Content-Type: application/json' -d '{"prompt": "red apple"}' -H 'Accept: image/png' \\
@@ -136,7 +137,8 @@ def _make_app(request: DrawingOptions, settings: ServerSettings, **options: Any)
     recorded = Settings.of(
         pipeline, request.sampling, precision=request.precision, batch_size=settings.slots, lora=lora
     )
-    prepare(pipeline, request)
+    # the steps of images in flight are what is compiled, and theirs are the server's
+    prepare(pipeline, dataclasses.replace(request, compile=False))
     return create_app(pipeline, settings, recorded=recorded, **options)
 
 

@@ -77,6 +77,7 @@ class Service:
             self.pipeline.transformer,
             self.pipeline.scheduler,
             slots=settings.slots,
+            compile_step=settings.compile,
             max_steps=settings.max_steps,
             # the desk refuses long before
             max_waiting=2 * (settings.slots + settings.max_waiting),

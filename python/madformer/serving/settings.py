@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from madformer.arguments import number, whole_number
+from madformer.arguments import number, truth_value, whole_number
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class ServerSettings:
     """
 
     slots: int = 8  # images that are drawn at once, each at a step of its own
+    compile: bool = False  # on a processor, compile the denoising steps first: minutes once, then kept and faster
     max_waiting: int = 64  # images that may wait; requests beyond are answered 429, with the time to try again
     max_per_client: int = 32  # images of one client, by key or address, that may wait and be drawn
     max_images: int = 8  # images of one request
@@ -32,6 +33,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()  # origins of other pages that may use the server from a browser
 
     def __post_init__(self) -> None:
+        truth_value("compile", self.compile)
         for name in ("slots", "max_waiting", "max_per_client", "max_images", "max_steps", "max_prompt", "max_body",
                      "max_pixels", "keep_bytes"):  # fmt: skip
             whole_number(name, getattr(self, name), 1)

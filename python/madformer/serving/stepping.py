@@ -50,6 +50,7 @@ class Stepper:
 
     Args:
         model: what every batcher computes with; nobody changes it.
+        compile_step: as :class:`~madformer.engine.sampler.Sampler` has it; it is ready when all are compiled.
         on_death: called, in that thread, when something ended it that was not :meth:`stop`.
 
     Raises:
@@ -62,6 +63,7 @@ class Stepper:
         scheduler: Any,
         *,
         slots: int,
+        compile_step: bool = False,
         max_steps: int,
         max_waiting: int,
         on_death: Callable[[BaseException], object],
@@ -69,7 +71,7 @@ class Stepper:
         self.num_slots, self.on_death = slots, on_death
         self.batchers: Mapping[Kind, InFlightBatcher] = {
             kind: InFlightBatcher(
-                Sampler(with_split(model, kind.diffusion_layers), scheduler),
+                Sampler(with_split(model, kind.diffusion_layers), scheduler, compile_step=compile_step),
                 slots,
                 max_steps=max_steps,
                 max_waiting=max_waiting,
