@@ -4,3 +4,10 @@ madformer sweep benchmarks/experiments/emoji-split.toml --out runs/emoji-split -
 cp runs/emoji-split/table.parquet benchmarks/results/experiments/emoji-split.parquet
 python -m benchmarks.experiments.page
 """
+
+from benchmarks import ROOT
+
+TABLES = ROOT / "benchmarks" / "results" / "experiments"
+SWEEPS = ROOT / "benchmarks" / "experiments"
+FIGURE = "kid"
+"""What the page shows of a table's figures."""

@@ -21,7 +21,7 @@ from typing import Any
 import scipy.stats
 import torch
 
-from benchmarks.experiments.page import FIGURE, SWEEPS, TABLES
+from benchmarks.experiments import FIGURE, SWEEPS, TABLES
 from benchmarks.record import CannotCompare, environment, finish
 from madformer.advice import advise
 from madformer.config import MADFormerConfig

@@ -5,8 +5,9 @@
 A place is ``<!-- cells NAME [OTHER ...] against LABEL -->`` to ``<!-- end -->``: a row a model, a column a number of
 steps, each with its interval over trainings; below it the differences from the model of that label
 (:func:`differences`), and the cells of ``NAME.toml`` that were not run. ``<!-- noise NAME -->`` shows what the variance
-of one model's figure consists of, and the least difference that seeds can resolve. Names are those of tables in
-``benchmarks/results/experiments``; OTHER are tables whose models are compared as well, at the numbers of steps of NAME.
+of one model's figure consists of, and the least difference that seeds can resolve. ``<!-- modes NAME -->`` shows the
+record of ``benchmarks.experiments.modes``. Names are those of tables in ``benchmarks/results/experiments``; OTHER are
+tables whose models are compared as well, at the numbers of steps of NAME.
 
 ``--check`` changes nothing, and ends with status 1 where the page is not what the tables make of it.
 """
@@ -14,32 +15,35 @@ of one model's figure consists of, and the least difference that seeds can resol
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import statistics
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import scipy.stats
 
 from benchmarks import ROOT
+from benchmarks.experiments import FIGURE, SWEEPS, TABLES
+from benchmarks.experiments.modes import less_exact
+from benchmarks.precision import EXACT
 from madformer.evaluation import Estimate
 from madformer.evaluation.uncertainty import student
 from madformer.sweeps import Line, Point, Sweep, lines, plot, read_table
 
 PAGE = ROOT / "docs" / "experiments.md"
 IMAGES = ROOT / "docs" / "images" / "experiments"
-TABLES = ROOT / "benchmarks" / "results" / "experiments"
-SWEEPS = ROOT / "benchmarks" / "experiments"
-FIGURE = "kid"
 SCALE = 1000
 """Numbers are shown times this."""
 FEW = 2
 """Numbers of steps that need no figure."""
 PLACE = re.compile(
-    r"(<!-- (?P<kind>cells|noise) (?P<names>[\w -]+?)(?: against (?P<base>[^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>cells|noise|modes) (?P<names>[\w -]+?)(?: against (?P<base>[^>]+?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -78,6 +82,8 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         names = match["names"].split()
+        if match["kind"] == "modes":
+            return match[1] + "\n".join(compared_modes(TABLES / f"{names[0]}.json")) + "\n" + match[5]
         files = [file for name in names if (file := TABLES / f"{name}.parquet").is_file()]
         rows = read_table(*files) if files else []
         if len(files) > 1:
@@ -182,6 +188,37 @@ def _draws(point: Point) -> int:
     return len({row["sampling_seed"] for row in point.rows})
 
 
+def compared_modes(file: Path) -> list[str]:
+    """The engine's modes, each beside ``exact``."""
+    if not file.is_file():
+        return ["*Not run yet.*", ""]
+    record = json.loads(file.read_text())
+    rows = record["rows"]
+    heads = ["mode", "steps", "KID", "less exact", "PSNR, dB", "worst picture", "SSIM", "features", "time"]
+    told = []
+    for steps in sorted({row["steps"] for row in rows}):
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            own = [row for row in rows if (row["mode"], row["steps"]) == (mode, steps)]
+            mean = {
+                name: statistics.fmean(row[name] for row in own) for name, value in own[0].items() if name != "mode"
+            }
+            cells = [mode, str(steps), f"{SCALE * mean[FIGURE]:.1f}"]
+            if mode == EXACT:
+                exact = mean["seconds_per_image"]
+                cells += [""] * 5
+            else:
+                less = less_exact(rows, mode, steps, FIGURE)
+                # of one training there is no interval
+                half = student(len(less) - 1) * statistics.stdev(less) / math.sqrt(len(less)) if less[1:] else math.nan
+                cells += [_difference(statistics.fmean(less), half), f"{mean['picture_psnr_db']:.1f}"]
+                cells += [f"{min(row['worst_picture_psnr_db'] for row in own):.1f}", f"{mean['ssim']:.4f}"]
+                cells += [f"{mean['feature_distance']:.4f}"]
+            told.append([*cells, f"{mean['seconds_per_image'] / exact:.2f}"])
+    trainings, draws = (len({row[name] for row in rows}) for name in ("training_seed", "sampling_seed"))
+    what = f"*{record['label']}* of `{record['sweep']}`, {trainings} trainings, {draws} draws"
+    return [f"KID x {SCALE}; {what} of {record['num_images']} images.", "", *_table(heads, told), ""]
+
+
 def not_run(name: str, rows: Rows) -> list[str]:
     """Cells of a sweep's file that no table has."""
     sweep = Sweep.of(tomllib.loads((SWEEPS / f"{name}.toml").read_text()))
@@ -214,7 +251,7 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _difference(value: float, half: float) -> str:
-    text = f"{SCALE * value:+.1f} ± {SCALE * half:.1f}"
+    text = f"{SCALE * value:+.1f}" + ("" if math.isnan(half) else f" ± {SCALE * half:.1f}")
     return f"**{text}**" if abs(value) > half else text
 
 
