@@ -28,6 +28,7 @@ from benchmarks.ops.case import Case, leaves_of, tensors_of
 from benchmarks.record import finish
 from madformer.kernels import dispatch
 from madformer.kernels.adaln import adaln, adaln_ref
+from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention
 from madformer.kernels.cached_attention import cached_attention
 from madformer.kernels.conv3x3 import conv3x3, conv3x3_ref
 from madformer.kernels.denoise_step import denoise_step, denoise_step_ref
@@ -47,6 +48,7 @@ TOKENS, HIDDEN, HEADS, MLP = 16, 192, 3, 384
 OURS_AND_EAGER = {"cpp": "cpp", "eager": "reference"}
 CACHED, SEEN = 112, 96
 """Keys of a row of the cache, and how many of them are there."""
+BLOCKS, TEXT = 4, 48
 PIXEL_HEADS, PIXEL_HEAD_DIM = 8, 12
 MAPS = ((48, 8), (96, 8), (96, 4), (192, 4))
 """Channels and sides of the demonstration model's maps."""
@@ -154,6 +156,22 @@ def _model_cases(label: str, samples: int, dtype: torch.dtype) -> Iterator[Case]
         "cached_attention", f"{label}: {samples} x {TOKENS} to {SEEN} keys x {HEADS} heads of {head_dim}",
         lambda _: [torch.randn(samples, HEADS, length, head_dim).to(dtype) for length in (TOKENS, CACHED, CACHED)],
         attend, 2 * samples * (TOKENS + SEEN) * HIDDEN * dtype.itemsize, peers={"eager": attend},
+    )  # fmt: skip
+
+    layout = BlockLayout(TOKENS, BLOCKS, BLOCKS, text_length=TEXT)
+
+    def train(*qkv: Tensor, backend: str = "reference") -> Tensor:
+        return block_causal_attention(*qkv, layout, backend="sdpa" if backend == "reference" else backend)
+
+    def streams(_: torch.device) -> list[Tensor]:
+        lengths = layout.query_length, layout.key_length, layout.key_length
+        made = (torch.randn(samples, length, HEADS, head_dim).to(dtype).transpose(1, 2) for length in lengths)
+        return [x.requires_grad_() for x in made]
+
+    num_bytes = 4 * samples * layout.key_length * HIDDEN * dtype.itemsize
+    yield Case(
+        "block_causal_attention", f"{label}: {samples} x {BLOCKS} blocks of {TOKENS} behind {TEXT}",
+        streams, train, num_bytes, 2 * num_bytes, peers={"eager": train},
     )  # fmt: skip
 
     def step(*tensors: Tensor, **how: str) -> None:

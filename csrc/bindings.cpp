@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY_IMPL(madformer, CPU, library) {
   library.impl("group_norm_silu_backward_cpp", TORCH_BOX(&madformer::group_norm_silu_backward_cpu));
   library.impl("cached_attention_cpp", TORCH_BOX(&madformer::cached_attention_cpu));
   library.impl("self_attention_cpp", TORCH_BOX(&madformer::self_attention_cpu));
+  library.impl("block_causal_attention_cpp", TORCH_BOX(&madformer::block_causal_attention_cpu));
+  library.impl("block_causal_attention_backward_cpp",
+               TORCH_BOX(&madformer::block_causal_attention_backward_cpu));
   library.impl("winograd_spread_cpp", TORCH_BOX(&madformer::winograd_spread_cpu));
   library.impl("winograd_spread_backward_cpp", TORCH_BOX(&madformer::winograd_spread_backward_cpu));
   library.impl("winograd_gather_cpp", TORCH_BOX(&madformer::winograd_gather_cpu));

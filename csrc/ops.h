@@ -82,6 +82,17 @@ Tensor cached_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor
 // As kernels/self_attention.py.
 Tensor self_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads);
 
+// (B, L, H, D) and the log-sum-exp (B, H, L) in float32, as kernels/block_causal_attention/compiled.py.
+std::tuple<Tensor, Tensor> block_causal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                      const std::vector<int64_t>& readers, double scale);
+
+// The gradients of q, k and v, (B, L, H, D).
+std::tuple<Tensor, Tensor, Tensor> block_causal_attention_backward_cpu(const Tensor& grad, const Tensor& q,
+                                                                       const Tensor& k, const Tensor& v,
+                                                                       const Tensor& out, const Tensor& lse,
+                                                                       const std::vector<int64_t>& readers,
+                                                                       double scale);
+
 // Maps (N, C, H, W) to tiles (S, T, C) and back, as kernels/conv3x3.py: S is 16, doubled 9.
 Tensor winograd_spread_cpu(const Tensor& maps, bool doubled);
 

@@ -11,6 +11,7 @@
 #endif
 
 #include "attention_vectors.h"
+#include "block_causal_attention_vectors.h"
 #include "group_norm_silu_vectors.h"
 #include "residual_norm_vectors.h"
 #include "swiglu_vectors.h"
@@ -53,6 +54,9 @@ VectorKernels kernels(const char* target) {
           .attention_keys = kTileKeys,
           .attention_queries = attention_queries,
           .attention = attention,
+          .block_attention_panel = kPanel,
+          .block_attention = block_attention,
+          .block_attention_backward = block_attention_backward,
           .winograd_spread = winograd_spread,
           .winograd_spread_backward = winograd_spread_backward,
           .winograd_gather = winograd_gather,

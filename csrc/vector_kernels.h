@@ -18,6 +18,9 @@ struct GroupNorm;
 struct GroupNormBackward;
 struct GroupNormChannels;
 struct Attention;
+struct BlockAttention;
+struct BlockAttentionBackward;
+struct BlockScratch;
 struct WinogradTiles;
 struct TokenSums;
 
@@ -45,6 +48,12 @@ struct VectorKernels {
   int64_t attention_keys;                             // of a tile
   int64_t (*attention_queries)(int64_t num_queries);  // of a tile, of so many
   void (*attention)(const Attention& op, int64_t begin, int64_t end, float* scratch);
+
+  int64_t block_attention_panel;  // columns that a product of matrices has at once
+  void (*block_attention)(const BlockAttention& op, const BlockScratch& sizes, int64_t begin, int64_t end,
+                          float* scratch);
+  void (*block_attention_backward)(const BlockAttentionBackward& op, const BlockScratch& sizes, int64_t begin,
+                                   int64_t end, float* scratch);
 
   void (*winograd_spread)(const WinogradTiles& op, int64_t begin, int64_t end);
   void (*winograd_spread_backward)(const WinogradTiles& op, int64_t begin, int64_t end);

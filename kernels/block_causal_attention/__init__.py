@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from madformer.kernels import dispatch
+from madformer.kernels.block_causal_attention.compiled import block_causal_attention_cpp
 from madformer.kernels.block_causal_attention.layout import BlockLayout
 from madformer.kernels.block_causal_attention.op import MAX_HEAD_DIM as MAX_TRITON_HEAD_DIM
 from madformer.kernels.block_causal_attention.op import block_causal_attention_triton
@@ -31,16 +32,18 @@ MAX_HEAD_DIM = 256
 
 _DTYPES = {
     "triton": DTYPES,
+    "cpp": DTYPES,
     "sdpa": (*DTYPES, torch.float64),
     "flex": DTYPES,
     "flash_attn": (torch.bfloat16, torch.float16),
     "xformers": DTYPES,
     "reference": (*DTYPES, torch.float64),
 }
-_GIVE_LSE = ("triton", "flex", "flash_attn", "reference")
+_GIVE_LSE = ("triton", "cpp", "flex", "flash_attn", "reference")
 
 dispatch.register(OP, "reference")
 dispatch.register(OP, "triton", auto=("cuda",))
+dispatch.register(OP, "cpp", ("cpu",), kernel="block_causal_attention_cpp")
 dispatch.register(OP, "sdpa")
 dispatch.register(OP, "flex", ("cpu", "cuda"), auto=())
 dispatch.register(OP, "flash_attn", ("cuda",), auto=())
@@ -76,9 +79,10 @@ def block_causal_attention(
         layout: who attends to whom.
         scale: of the scores; ``1 / sqrt(D)`` if None.
         return_lse: also return the natural logarithm of every query's sum of exponentiated scores.
-        backend: ``"auto"``, ``"triton"``, ``"sdpa"``, ``"flex"`` (on a CPU without gradients), ``"flash_attn"``
-            (halves only), ``"xformers"`` or ``"reference"``. ``"auto"`` takes Triton on CUDA and SDPA elsewhere, and
-            what they cannot give (float64, wide heads, the log-sum-exp) from SDPA and the reference.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"``, ``"sdpa"``, ``"flex"`` (on a CPU without gradients),
+            ``"flash_attn"`` (halves only), ``"xformers"`` or ``"reference"``. ``"auto"`` takes Triton on CUDA, C++ on
+            CPUs where it is built, SDPA elsewhere, and what they cannot give (float64, heads that are too wide for
+            Triton, the log-sum-exp) from SDPA and the reference.
 
     Returns:
         ``(B, H, layout.query_length, D)`` in the dtype of q; with ``return_lse`` also ``(B, H, layout.query_length)``
@@ -114,6 +118,8 @@ def _attend(
     is_ours = backend in (dispatch.AUTO, "triton")
     kind = plain_kind((q, k, v, layout, scale, return_lse, backend)) if is_ours else None
     chosen = _choose(kind, q, k, v, layout, scale, return_lse, backend)
+    if chosen == "cpp" and backend == dispatch.AUTO and not return_lse and _sdpa_is_faster(q, k, v):
+        chosen = "sdpa"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     lse: Tensor | None
     if q.numel() == 0:
@@ -147,10 +153,17 @@ def _can(backend: str, q: Tensor, scale: float | None, return_lse: bool) -> bool
     return backend != "triton" or (q.shape[-1] <= MAX_TRITON_HEAD_DIM and (scale is None or scale > 0))
 
 
+def _sdpa_is_faster(*tensors: Tensor) -> bool:
+    """Where no gradient is asked for PyTorch multiplies halves as such, and C++ as fp32."""
+    return tensors[0].dtype != torch.float32 and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
 def _run(
     backend: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     match backend:
+        case "cpp":
+            return block_causal_attention_cpp(q, k, v, layout, scale)
         case "sdpa":
             return block_causal_attention_sdpa(q, k, v, layout, scale), None
         case "flex":

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from madformer.kernels.adaln import adaln_ref
+from madformer.kernels.block_causal_attention import BlockLayout
+from madformer.kernels.block_causal_attention.compiled import readers_of
+from madformer.kernels.block_causal_attention.reference import block_causal_attention_ref
 from madformer.kernels.cached_attention import cached_attention_ref
 from madformer.kernels.denoise_step import denoise_step_ref
 from madformer.kernels.group_norm_silu import group_norm_silu_ref
@@ -147,6 +150,26 @@ def attention_cases() -> Iterator[Case]:
         yield "attention", numbers, (q, *cache, k, v, attended.transpose(1, 2))
 
 
+def block_attention_cases() -> Iterator[Case]:
+    # One token and channel; parts of a panel; a text, whole panels and more; two tiles of queries.
+    layouts = (
+        (BlockLayout(1, 1), 1), (BlockLayout(3, 3, 2, text_length=5), 12),
+        (BlockLayout(32, 2, 2, text_length=33, text_queries=False), 32), (BlockLayout(67, 1, 1), 40),
+        (BlockLayout(4, 2, 3, cross_block=False, text_length=9, clean_queries=False), 7),
+    )  # fmt: skip
+    for dtype, (layout, size) in itertools.product(DTYPES[:3], layouts):
+        lengths = layout.query_length, layout.key_length, layout.key_length, layout.query_length
+        q, k, v, grad = (draw(2, 2, length, size, dtype=dtype) for length in lengths)
+        inputs = {"q_BHLD": q, "k_BHLD": k, "v_BHLD": v}
+        exact = {name: x.double().requires_grad_() for name, x in inputs.items()}
+        out, lse = block_causal_attention_ref(**exact, layout=layout)
+        out.backward(grad.double())
+        truth = (x.transpose(1, 2) for x in (out, *(x.grad for x in exact.values() if x.grad is not None)))
+        attended, *grads = truth
+        numbers = 2, 2, *lengths[:2], size, *readers_of(layout)
+        yield "block_causal_attention", numbers, (q, k, v, grad, attended, lse, *grads)
+
+
 def winograd_cases() -> Iterator[Case]:
     # arXiv:1509.09308, section 4.1
     spread = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).double()
@@ -189,7 +212,8 @@ def denoise_cases() -> Iterator[Case]:
 def every_case() -> Iterator[Case]:
     torch.manual_seed(0)
     for cases in (
-        swiglu_cases, norm_cases, group_norm_cases, rope_cases, attention_cases, winograd_cases, denoise_cases,
+        swiglu_cases, norm_cases, group_norm_cases, rope_cases, attention_cases, block_attention_cases,
+        winograd_cases, denoise_cases,
     ):  # fmt: skip
         yield from cases()
 

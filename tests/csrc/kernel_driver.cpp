@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "block_causal_attention.h"
 #include "denoise_step.h"
 #include "group_norm_silu.h"
 #include "half_types.h"
@@ -372,9 +373,78 @@ Results run_attention(const Case& c, int64_t num_threads) {
   return out;
 }
 
+Results run_block_attention(const Case& c, int64_t num_threads) {
+  const auto& n = c.numbers;  // batch, heads, queries, keys, head dim, seven of each reader
+  // q, k, v and the gradient of the result; the result, the log-sum-exp, the gradients
+  const auto& a = c.arrays;
+  const int64_t batch = n[0], heads = n[1], queries = n[2], keys = n[3], head_dim = n[4];
+  std::vector<BlockReader> readers;
+  for (size_t i = 5; i < n.size(); i += 7) {
+    readers.push_back(
+        {n[i], n[i + 1], {n[i + 2], n[i + 4]}, {n[i + 3], n[i + 5]}, static_cast<bool>(n[i + 6])});
+  }
+  const auto of = [&](const void* data, int64_t length) -> AttentionHeads {
+    return {data, heads * length * head_dim, length * head_dim, head_dim};
+  };
+  const Dtype dtype = a[0].kind();
+  Results out;
+  out.push_back({Result(a[4].size, dtype), &a[4], dtype});
+  // Of what was rounded before nothing is left: sums are float.
+  out.push_back({Result(a[5].size, Dtype::kFloat), &a[5], Dtype::kFloat});
+  for (size_t i = 6; i < 9; ++i) out.push_back({Result(a[i].size, dtype), &a[i], dtype});
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  const VectorKernels& kernels = vector_kernels();
+  const BlockScratch sizes = block_scratch(readers, keys, head_dim, kernels.block_attention_panel);
+  const BlockAttention forward{.q = of(a[0].data(), queries),
+                               .k = of(a[1].data(), keys),
+                               .v = of(a[2].data(), keys),
+                               .out = out[0].result.data(),
+                               .lse = out[1].result.as<float>(),
+                               .dtype = dtype,
+                               .num_heads = heads,
+                               .num_queries = queries,
+                               .num_keys = keys,
+                               .head_dim = head_dim,
+                               .readers = readers,
+                               .scale = scale};
+  // Each thread has memory of its own, all NaN.
+  const auto each = [&](int64_t size, auto run) {
+    threads_of(num_threads)(batch * heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(size, std::numeric_limits<float>::quiet_NaN());
+      run(begin, end, scratch.data());
+    });
+  };
+  each(sizes.forward(keys, head_dim), [&](int64_t begin, int64_t end, float* scratch) {
+    kernels.block_attention(forward, sizes, begin, end, scratch);
+  });
+  const BlockAttentionBackward backward{
+      .q = forward.q,
+      .k = forward.k,
+      .v = forward.v,
+      .out = {out[0].result.data(), heads * queries * head_dim, head_dim, heads * head_dim},
+      .grad = of(a[3].data(), queries),
+      .lse = forward.lse,
+      .dq = out[2].result.data(),
+      .dk = out[3].result.data(),
+      .dv = out[4].result.data(),
+      .dtype = dtype,
+      .num_heads = heads,
+      .num_queries = queries,
+      .num_keys = keys,
+      .head_dim = head_dim,
+      .readers = readers,
+      .scale = scale};
+  each(sizes.backward(queries, keys, head_dim), [&](int64_t begin, int64_t end, float* scratch) {
+    kernels.block_attention_backward(backward, sizes, begin, end, scratch);
+  });
+  return out;
+}
+
 Results run_winograd(const Case& c, int64_t num_threads) {
-  const auto& n = c.numbers;  // maps, height and width of the convolution, channels, whether pixels count for four
-  // Maps, bias, gradient of their tiles, products and the gradient of their maps; then a result of each kernel.
+  const auto& n =
+      c.numbers;  // maps, height and width of the convolution, channels, whether pixels count for four
+  // Maps, bias, gradient of their tiles, products and the gradient of their maps; then a result of each
+  // kernel.
   const auto& a = c.arrays;
   Results out;
   for (size_t i = 5; i < 9; ++i) out.push_back({Result(a[i].size, Dtype::kFloat), &a[i], Dtype::kFloat});
@@ -436,6 +506,7 @@ Results run(const Case& c, int64_t num_threads) {
   if (c.name == "group_norm_silu") return run_group_norm_silu(c, num_threads);
   if (c.name == "qk_norm_rope") return MADFORMER_BY_TYPE(qk_norm_rope_of, c.arrays[0]);
   if (c.name == "attention") return run_attention(c, num_threads);
+  if (c.name == "block_causal_attention") return run_block_attention(c, num_threads);
   if (c.name == "winograd") return run_winograd(c, num_threads);
   if (c.name == "denoise_step") return MADFORMER_BY_TYPE(denoise_step_of, c.arrays[1]);
   std::fprintf(stderr, "no kernel is called %s\n", c.name.c_str());

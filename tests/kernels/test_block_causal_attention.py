@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from madformer.kernels import dispatch
 from madformer.kernels.block_causal_attention import BlockLayout, block_causal_attention, peers, reference
-from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget
+from tests.helpers.testing import COMPILER, DEVICE, assert_op_matches, assert_within_budget, needs_cpp
 
 FLAGS = [
     dict(zip(("cross_block", "text_queries", "clean_queries"), values, strict=True))
@@ -223,6 +223,7 @@ BACKENDS = {
     "reference": lambda: Backend("reference", (*Backend.dtypes, torch.float64)),
     "sdpa, masked": lambda: Backend("sdpa", (*Backend.dtypes, torch.float64), gives_lse=False),
     "sdpa, block by block": lambda: Backend("sdpa", (*Backend.dtypes, torch.float64), gives_lse=False),
+    "cpp": lambda: Backend("cpp"),
     "flex": lambda: Backend("flex", differentiable=DEVICE.type == "cuda"),
     "flash_attn": lambda: Backend("flash_attn", HALVES),
     "xformers": lambda: Backend("xformers", gives_lse=False),
@@ -496,15 +497,35 @@ def test_log_sum_exp_takes_no_gradient(backend: Backend) -> None:
 
 
 def test_auto_takes_what_can_do_it() -> None:
-    """On a CPU SDPA; the reference for the log-sum-exp, which SDPA keeps."""
+    """On a CPU SDPA of float64; the reference for the log-sum-exp, which SDPA keeps."""
     inputs = make_inputs(SOME_LAYOUTS[6], torch.float64)
-    assert dispatch.resolve("block_causal_attention", "auto", torch.device("cpu")) == "sdpa"
     assert torch.equal(attention(**inputs), attention(**inputs, backend="sdpa"))
     out, lse = attention(**inputs, return_lse=True)
     expected, expected_lse = attention(**inputs, return_lse=True, backend="reference")
     assert lse.dtype == torch.float64
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
+
+
+@needs_cpp
+def test_auto_takes_cpp_where_it_is_faster() -> None:
+    """In fp32; of halves for gradients, or for the log-sum-exp."""
+    inputs = make_inputs(SOME_LAYOUTS[6])
+    tensors = [inputs[name] for name in "qkv"]
+    halves, layout = [x.bfloat16() for x in tensors], inputs["layout"]
+    trained = [x.clone().requires_grad_() for x in halves]
+
+    def of(backend: str, *given: Tensor) -> Tensor:
+        return attention(*given, layout, backend=backend)
+
+    for given, chosen, other in (
+        (tensors, "cpp", "sdpa"), (halves, "sdpa", "cpp"), (trained, "cpp", "sdpa")
+    ):  # fmt: skip
+        assert torch.equal(of("auto", *given), of(chosen, *given))
+        assert not torch.equal(of("auto", *given), of(other, *given))
+    with torch.no_grad():
+        assert torch.equal(of("auto", *trained), of("sdpa", *trained))
+    assert torch.equal(attention(*halves, layout, return_lse=True)[0], of("cpp", *halves))
 
 
 # The decompositions for packages
@@ -604,8 +625,10 @@ def test_integers_and_unknown_backends_are_refused() -> None:
     inputs = make_inputs(BlockLayout(2, 3, 1), torch.int32)
     with pytest.raises(ValueError, match=r"q must be torch\.float32 or .*, got torch.int32"):
         attention(**inputs)
-    with pytest.raises(ValueError, match=r"backend='cpp' must be one of auto, .*sdpa, flex, flash_attn, xformers, ref"):
-        attention(**inputs, backend="cpp")
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' must be one of auto, .*cpp, sdpa, flex, flash_attn, xformers"
+    ):
+        attention(**inputs, backend="cuda")
 
 
 @pytest.mark.gpu

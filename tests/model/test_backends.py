@@ -99,7 +99,7 @@ def test_sampling(case: str) -> None:
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="backend='cuda' must be one of auto, triton, cpp, reference"):
         MADFormer(tiny()).set_backend("cuda")
-    with pytest.raises(ValueError, match="backend='fast' must be one of auto, triton, sdpa, flex"):
+    with pytest.raises(ValueError, match="backend='fast' must be one of auto, triton, cpp, sdpa, flex"):
         MADFormer(tiny()).set_backend("auto", attention="fast")
 
 
