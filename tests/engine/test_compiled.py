@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,35 @@ def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_surroundings", lambda: ("another machine",))
     others.add(key(model))
     assert len(others) == 7
+
+
+def test_another_thread_changes_weights(interpreted: type[Interpreted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a run draws: of that one nothing is promised but an end; the next computes with what they are by then."""
+    model, noise = make_model(PLAIN), draw_noise(PLAIN, BATCH)
+    plan = plan_of(model, shares=1)
+    before = plan.run(noise)
+    layer: Any = model.layers[-1]
+    call, calls = interpreted.__call__, []
+
+    def change() -> None:
+        with torch.no_grad():
+            layer.tower("noise").qkv.weight.mul_(2)
+        layer.tower("noise").proj.weight = nn.Parameter(layer.tower("noise").proj.weight.detach() * 3)
+
+    def meanwhile(self: Interpreted, *inputs: Any) -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join()
+        return call(self, *inputs)
+
+    monkeypatch.setattr(interpreted, "__call__", meanwhile)
+    assert plan.run(noise).isfinite().all()
+    after = plan.run(noise)
+    assert len(calls) == 2 * STEPS * PLAIN.num_blocks
+    assert relative_error(plan_of(model, compiles=False).run(noise), after) < 1e-5
+    assert relative_error(before, after) > 1e-3
 
 
 def test_a_pipeline(interpreted: type[Interpreted]) -> None:
