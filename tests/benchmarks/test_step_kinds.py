@@ -30,7 +30,19 @@ def test_kinds(operator: str, kind: str) -> None:
 
 def test_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "record.json"
-    words = ["--tiny", "--repeats", "2", "--no-compile", "--no-int8", "--dtype", "float32", "--out", str(out)]
+    words = [
+        "--tiny",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+        "--no-compile",
+        "--no-int8",
+        "--dtype",
+        "float32",
+        "--out",
+        str(out),
+    ]
     assert step_kinds.main(words) == 0
     record = json.loads(out.read_text())
     own = record["ways"]["called"]
