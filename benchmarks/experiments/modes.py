@@ -30,7 +30,16 @@ from benchmarks.precision import EXACT, MODES, compare, draw, load
 from benchmarks.record import CannotCompare, environment, finish
 from madformer.bulk import Prompts
 from madformer.engine.options import SamplingOptions
-from madformer.evaluation import Extractor, ImageSet, Statistics, evaluate, extract, load_extractor, open_reference
+from madformer.evaluation import (
+    Extractor,
+    FeatureSet,
+    ImageSet,
+    Statistics,
+    evaluate,
+    extract,
+    load_extractor,
+    open_reference,
+)
 from madformer.sweeps import Sweep
 from madformer.sweeps.checking import what_to_draw
 from madformer.sweeps.config import Model
@@ -57,14 +66,18 @@ def trainings(folder: SweepFolder, label: str) -> list[Model]:
 
 
 def rows_of(
-    folder: SweepFolder, model: Model, reference: ImageSet | Statistics, extractor: Extractor, device: torch.device
+    folder: SweepFolder,
+    model: Model,
+    reference: ImageSet | Statistics,
+    target: FeatureSet | Statistics,
+    extractor: Extractor,
+    device: torch.device,
 ) -> Iterator[Row]:
-    """Of one training: a row for each mode, number of steps and draw."""
+    """Of one training: a row for each mode, number of steps and draw; ``target`` is what there is of the reference."""
     sample, judging = folder.sweep.sample, folder.sweep.evaluate
     pipelines = {name: load(folder.model(model), precision, device) for name, (precision, _) in MODES.items()}
     exact = pipelines[EXACT]
     prompts = Prompts.of(exact.reader, *what_to_draw(exact.transformer.config, folder.sweep, reference))
-    target = reference if isinstance(reference, Statistics) else extract(reference, extractor)
     for steps, seed in itertools.product(sample.steps, sample.seeds):
         # the seeds that the sweep's draw of this number has
         first = seed * judging.num_images
@@ -101,9 +114,8 @@ def measure(options: argparse.Namespace) -> Row:
     models = trainings(folder, options.label)
     extractor = load_extractor(judging.extractor, judging.weights)
     reference = open_reference(judging.reference, judging.num_reference, holdout=judging.holdout)
-    rows: list[Row] = []
-    for model in models:
-        rows += rows_of(folder, model, reference, extractor, device)
+    target = reference if isinstance(reference, Statistics) else extract(reference, extractor)
+    rows = [row for model in models for row in rows_of(folder, model, reference, target, extractor, device)]
     metrics = {
         f"{mode}_{steps}_steps": statistics.fmean(less_exact(rows, mode, steps, FIGURE))
         for mode in MODES
