@@ -17,7 +17,6 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,16 +29,17 @@ from madformer.engine import memory
 from madformer.engine.cache import ConditioningCache
 from madformer.engine.compiled import may_compile
 from madformer.engine.compiled_rows import CompiledRows, sizes_to
-from madformer.engine.graphs import Launchable, launcher_for
+from madformer.engine.graphs import Captured, launcher_for
 from madformer.engine.jobs import Job, OnBlock, OnStep
 from madformer.engine.options import SamplingOptions
 from madformer.engine.packing import PackedWeights
 from madformer.engine.running import Exclusive, NonFiniteError, check_latents, computing, places_to_draw
 from madformer.engine.sampler import Sampler, bytes_per_image
 from madformer.engine.schedule import ScheduleTable, tabulate
-from madformer.engine.sharing import Workers, is_short, may_share, useful_shares
+from madformer.engine.sharing import is_short, may_share, useful_shares
 from madformer.engine.slots import ScheduleRows, Slots
 from madformer.engine.structure import Signature, UnknownPartError, signature
+from madformer.engine.ways import StepThreads
 from madformer.model.madformer import MADFormer
 
 logger = logging.getLogger("madformer.engine")
@@ -47,23 +47,6 @@ logger = logging.getLogger("madformer.engine")
 
 class QueueFullError(RuntimeError):
     """As many requests wait as were to be admitted."""
-
-
-@dataclass
-class Captured:
-    """A captured pass, and the rows that it works on: ``rows_B``, on the device, holds ``rows``."""
-
-    launch: Launchable
-    rows_B: Tensor
-    rows: list[int] = field(default_factory=list)
-
-    def run(self, rows: list[int]) -> None:
-        if rows != self.rows:
-            # Pinned, or the copy would wait; of its own, because the last one may still be read.
-            host = torch.tensor(rows, pin_memory=self.rows_B.is_cuda)
-            self.rows_B.copy_(host, non_blocking=True)
-            self.rows = rows
-        self.launch()
 
 
 class InFlightBatcher:
@@ -114,8 +97,8 @@ class InFlightBatcher:
         self._launches: dict[tuple[str, int], Captured] = {}
         self._prepared_for: Signature | None = None
         self._touched, self._alone = True, Exclusive("this batcher is at a step already")
-        self._trusting, self._shareable, self._short = False, False, False
-        self._workers: Workers | None = None
+        self._trusting, self._shareable = False, False
+        self._threads: StepThreads | None = None
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._lock, self._arrivals = threading.Lock(), itertools.count()
@@ -255,21 +238,24 @@ class InFlightBatcher:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within it, on a processor, the images of a step are shared out among PyTorch's threads (:mod:`.sharing`).
+        """Within it, on a processor, a step is computed by threads in the way that is best for its images:
+        :mod:`.ways`.
 
-        Where a model cannot be drawn so, steps are as without. The threads begin and end with it.
+        Which that is :meth:`warmup` measures, within it. Without, images are shared out among PyTorch's threads, and a
+        single one, where its operators are short, is left to one of them. Where a model cannot be drawn so, steps are
+        as without all this. The threads begin and end with it.
         """
-        useful = useful_shares(self.sampler, self.kind, self.num_slots, guided=self.guided)
-        count = min(torch.get_num_threads(), self.num_slots, useful)
-        if count < 2 or self._workers is not None or not may_share(self.sampler, self.kind):
+        threads = torch.get_num_threads()
+        if threads < 2 or self._threads is not None or not may_share(self.sampler, self.kind):
             yield
             return
-        self._short = is_short(self.sampler, self.kind, guided=self.guided)
-        with Workers(count) as self._workers:
+        useful = useful_shares(self.sampler, self.kind, self.num_slots, guided=self.guided)
+        short = is_short(self.sampler, self.kind, guided=self.guided)
+        with StepThreads(min(threads, self.num_slots, useful), short=short) as self._threads:
             try:
                 yield
             finally:
-                self._workers = None
+                self._threads = None
 
     def _step(self) -> int:
         joined: list[Job] = []
@@ -352,7 +338,8 @@ class InFlightBatcher:
         """Make ready what the first steps would: pack weights, compile, capture each batch size.
 
         With a sampler's ``compile_step`` a program is made for every batch size that a step may have, in minutes, and
-        kept for the next process: within :meth:`at_work` where steps are to be shared out.
+        kept for the next process. Within :meth:`at_work` steps of several sizes are then computed in each way, which
+        takes seconds for a small model, and logged as ``madformer.engine``: what is fastest is how they are drawn.
 
         Raises:
             RuntimeError: images are being drawn, whose state it would overwrite.
@@ -361,7 +348,18 @@ class InFlightBatcher:
             if self._running:
                 raise RuntimeError(f"warmup() while {len(self._running)} images are being drawn")
             self._follow(try_out=True)
+            if self._threads is not None and self._shareable:
+                self._measure(self._threads)
         return self
+
+    def _measure(self, threads: StepThreads) -> None:
+        """Of slots that nobody has: an image that is given one finds nothing of this."""
+        self.passes.reset()
+        for size in self._sizes():
+            rows = list(range(size))
+            threads.run(self._work("first_block"), rows)
+            threads.measure(self._work("denoise"), rows)
+        self.passes.reset()
 
     def _follow(self, *, try_out: bool = False) -> None:
         """Make the passes those of the model as it is now."""
@@ -394,15 +392,18 @@ class InFlightBatcher:
 
     def _look_through(self, model: MADFormer) -> None:
         self.passes.follow(model)
-        self._shareable = self._workers is not None and may_share(self.sampler, self.kind)
+        self._shareable = self._threads is not None and may_share(self.sampler, self.kind)
         for job in self._running:
             self.slots.tabulate(job.schedule, model, job.row)
             self.slots.condition_on(job.prompt, model, job.row)
 
     def _look_for_programs(self, passes: CompiledRows, *, try_out: bool) -> None:
-        workers = self._workers.count if self._workers is not None and self._shareable else 1
-        threads = max(1, torch.get_num_threads() // workers)
-        passes.look_at(self.sampler.current_model(), workers, threads, try_out=try_out)
+        model, mine = self.sampler.current_model(), torch.get_num_threads()
+        threads = self._threads if self._shareable else None
+        if threads is None:
+            passes.look_at(model, 1, mine, try_out=try_out)
+        else:
+            passes.look_at(model, threads.count, threads.threads_each, lone={1, mine}, try_out=try_out)
 
     def _sizes(self) -> list[int]:
         """The batch sizes that are captured: powers of two, and all slots."""
@@ -419,23 +420,22 @@ class InFlightBatcher:
     def _launch(self, name: str, jobs: list[Job]) -> None:
         rows = [job.row for job in jobs]
         if not self._launches:
-            self._share_out(getattr(self.passes, name), rows)
+            threads, work = self._threads if self._shareable else None, self._work(name)
+            if threads is None:
+                work(rows)
+            else:
+                threads.run(work, rows, watched=name == "denoise")
             return
         size = next(size for size in self._sizes() if size >= len(rows))
         rows += [self.num_slots] * (size - len(rows))
         self._launches[name, size].run(rows)
 
-    def _share_out(self, work: Callable[[Tensor], None], rows: list[int]) -> None:
-        """A pass over these rows, in threads where there are any."""
-        workers = self._workers if self._shareable else None
-        shares = 1 if workers is None else min(workers.count, len(rows))
+    def _work(self, name: str) -> Callable[[list[int]], None]:
+        """A pass of this name over some rows, in whichever thread."""
+        work: Callable[[Tensor], None] = getattr(self.passes, name)
 
-        def compute(share: int) -> None:
-            first, end = (len(rows) * edge // shares for edge in (share, share + 1))
+        def compute(rows: list[int]) -> None:
             with computing(self.device):
-                work(torch.tensor(rows[first:end], device=self.slots.block_R.device))
+                work(torch.tensor(rows, device=self.device))
 
-        if workers is None or (shares == 1 and not self._short):
-            compute(0)
-        else:
-            workers.each(compute, range(shares))
+        return compute

@@ -60,6 +60,17 @@ class ConditioningCache:
         else:
             self.lengths_R.index_fill_(0, rows_B, 0)
 
+    def clear(self, rows_B: Tensor | None, first_layer: int) -> None:
+        """Zeros for what the layers from this one on hold of these rows (all of them for None).
+
+        It lies behind every prefix then, where whoever reads under a mask would see a NaN through it.
+        """
+        for cached in (*self.keys_RHSD[first_layer:], *self.values_RHSD[first_layer:]):
+            if rows_B is None:
+                cached.zero_()
+            else:
+                cached.index_fill_(0, rows_B, 0)
+
     def advance(self, num_tokens: int, rows_B: Tensor | None = None) -> None:
         """Make the tokens that were written last part of the prefix."""
         if rows_B is None:

@@ -224,9 +224,8 @@ class CompiledPasses(Passes):
             self._weights[f"model.{name}.weight"] = layer.weight.contiguous() if packed is None else packed
 
     def first_block(self, rows_B: Tensor | None) -> None:
-        # what an earlier run left behind the prefix is masked, but a NaN would be seen through the mask
-        for cached in (*self.cache.keys_RHSD, *self.cache.values_RHSD):
-            cached.zero_()
+        # a program reads what an earlier run left behind the prefix, under a mask
+        self.cache.clear(self._cache_rows(rows_B), self.config.ar_layers)
         super().first_block(rows_B)
 
     def predict(

@@ -11,6 +11,7 @@ embedding.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ class CompiledRows(Passes):
     def __init__(self, kind: ModelKind, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kind = kind
-        # threads that compute, and how many of PyTorch's each has
-        self._made_for: tuple[int, int] | None = None
-        # by size, one for each thread that computes: whoever computes with one takes it out meanwhile
-        self._batches: dict[int, list[CompiledPasses]] = {}
+        # by how many of PyTorch's threads they are made for, and size, one for each thread that computes at a time:
+        # whoever computes with one takes it out meanwhile
+        self._batches: dict[tuple[int, int], list[CompiledPasses]] = {}
+        # how many of each there are
+        self._made_for: dict[tuple[int, int], int] = {}
         self._usable = False
 
     def follow(self, model: MADFormer) -> None:
@@ -43,33 +45,35 @@ class CompiledRows(Passes):
         for batch in self._all():
             batch.follow(model)
 
-    def look_at(self, model: MADFormer, workers: int, threads: int, *, try_out: bool) -> None:
+    def look_at(
+        self, model: MADFormer, workers: int, threads: int, *, lone: Collection[int] = (), try_out: bool
+    ) -> None:
         """Compute with the programs of a model that there are; it is the one that :meth:`follow` was given.
 
         Args:
             workers: threads that compute at a time, each up to its part of the slots. threads: of PyTorch's, that each
-                has. try_out: make programs that there are not, in minutes.
+                has. lone: of PyTorch's, other numbers that a single image may be computed by, while nobody else
+                computes. try_out: make programs that there are not, in minutes.
         """
-        if self._made_for != (workers, threads):
-            largest = -(-len(self.slots.block_R) // workers)
-            self._batches = {size: [self._batch(size) for _ in range(workers)] for size in sizes_to(largest)}
-            self._made_for = workers, threads
+        largest = -(-len(self.slots.block_R) // workers)
+        wanted = {(number, 1): 1 for number in sorted(lone)} | {(threads, size): workers for size in sizes_to(largest)}
+        if self._made_for != wanted:
+            self._batches = {
+                (number, size): [self._batch(size) for _ in range(count)] for (number, size), count in wanted.items()
+            }
+            self._made_for = wanted
         # all or none: of what was not looked at nobody knows what it computes with
         self._usable, built = False, seen(model)
-        for batch in self._all():
-            batch.look_at(model, built, threads, try_out=try_out)
-            if batch.program is None:
-                return  # nor would the others have one, and each would tell why
+        for (number, _), batches in self._batches.items():
+            for batch in batches:
+                batch.look_at(model, built, number, try_out=try_out)
+                if batch.program is None:
+                    return  # nor would the others have one, and each would tell why
         self._usable = True
 
     def first_block(self, rows_B: Tensor | None) -> None:
-        # as in CompiledPasses: what the slot's last image left lies behind the prefix
-        rows_N = self._cache_rows(rows_B)
-        for cached in self._cached(self):
-            if rows_N is None:
-                cached.zero_()
-            else:
-                cached.index_fill_(0, rows_N, 0)
+        # as in CompiledPasses: of the slot's last image
+        self.cache.clear(self._cache_rows(rows_B), self.config.ar_layers)
         super().first_block(rows_B)
 
     def predict(
@@ -83,15 +87,17 @@ class CompiledRows(Passes):
         refresh: bool = True,
     ) -> tuple[Tensor, ...]:
         count, given = len(latents_BLC), (latents_BLC, down_BE, up_BE, time_BC)
-        batch = self._taken(count)
-        if batch is None:
+        batches = self._fitting(count)
+        try:
+            batch = batches.pop()
+        except IndexError:  # there are none, or others compute with all of them
             return super().predict(rows_B, *given, refresh=refresh)
         try:
             filled_B = torch.arange(len(batch.slots.block_R)).clamp_(max=count - 1)
             self._copy(filled_B if rows_B is None else rows_B[filled_B], batch)
             outputs = batch.predict(None, *(tensor[filled_B] for tensor in given))
         finally:
-            self._batches[len(batch.slots.block_R)].append(batch)
+            batches.append(batch)
         return tuple(output[:count] for output in outputs)
 
     def _all(self) -> list[CompiledPasses]:
@@ -104,16 +110,12 @@ class CompiledRows(Passes):
         batch.follow(self.model)
         return batch
 
-    def _taken(self, count: int) -> CompiledPasses | None:
-        """A batch for so many images, with a program, which nobody else computes with meanwhile."""
-        # a step that PyTorch's threads share is not what the programs were made for
-        if not self._usable or self._made_for is None or torch.get_num_threads() != self._made_for[1]:
-            return None
-        batches = next((batches for size, batches in self._batches.items() if size >= count), [])
-        try:
-            return batches.pop()
-        except IndexError:
-            return None
+    def _fitting(self, count: int) -> list[CompiledPasses]:
+        """Batches for so many images, with programs that were made for the threads that the caller has."""
+        if not self._usable:
+            return []
+        threads = torch.get_num_threads()
+        return next((each for (made, size), each in self._batches.items() if made == threads and size >= count), [])
 
     def _copy(self, rows_B: Tensor, batch: CompiledPasses) -> None:
         """What a step reads of these rows."""

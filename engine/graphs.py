@@ -7,7 +7,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,23 @@ class OneLaunch:
     def launch(self, first: int) -> None:
         self.counter.fill_(first)
         self.loop.launch(torch.cuda.current_stream(self.counter.device).cuda_stream)
+
+
+@dataclass
+class Captured:
+    """A batcher's pass, and the rows that it works on: ``rows_B``, on the device, holds ``rows``."""
+
+    launch: Launchable
+    rows_B: Tensor
+    rows: list[int] = field(default_factory=list)
+
+    def run(self, rows: list[int]) -> None:
+        if rows != self.rows:
+            # Pinned, or the copy would wait; of its own, because the last one may still be read.
+            host = torch.tensor(rows, pin_memory=self.rows_B.is_cuda)
+            self.rows_B.copy_(host, non_blocking=True)
+            self.rows = rows
+        self.launch()
 
 
 class GraphLauncher:

@@ -49,20 +49,25 @@ class Workers:
 
     A context: they begin with it, and none is left when it ends.
 
+    Args:
+        threads: of PyTorch's, that each has in place of its part.
+
     Attributes:
+        threads_each: how many that is, once they have begun.
         ended: whether work that was given out last is to be left early, for it cannot succeed any more.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, threads: int | None = None) -> None:
+        self.count, self._asked, self.threads_each = count, threads, 0
         self._threads: list[ThreadPoolExecutor] = []
         self.ended = threading.Event()
 
     def __enter__(self) -> Self:
-        mine = torch.get_num_threads()
+        threads = max(1, torch.get_num_threads() // self.count) if self._asked is None else self._asked
         # of one thread each: a share stays on its core
         self._threads = [ThreadPoolExecutor(1, "madformer-share") for _ in range(self.count)]
-        self.each(lambda _: keep_to(max(1, mine // self.count)), range(self.count))
+        self.each(lambda _: keep_to(threads), range(self.count))
+        self.threads_each = threads
         return self
 
     def __exit__(self, *_: object) -> None:

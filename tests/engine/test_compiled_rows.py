@@ -167,7 +167,7 @@ def test_one_size_without_a_program(interpreted: type[Interpreted], caplog: pyte
     layer.tower("noise").input_norm.eps = 0.5
     expected = draw(batcher_of(model, compiles=False))
     # of the batch size that is looked at last there is one by now
-    (last,) = passes._batches[SLOTS]
+    (last,) = passes._batches[torch.get_num_threads(), SLOTS]
     with torch.inference_mode():
         last.look_at(model, compiled.seen(model), torch.get_num_threads(), try_out=True)
     assert last.program is not None
@@ -210,7 +210,7 @@ def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     batcher = batcher_of(model, slots=2, guided=True).warmup()
     passes: Any = batcher.passes
     for size in (1, 2):
-        (batch,) = passes._batches[size]
+        (batch,) = passes._batches[torch.get_num_threads(), size]
         assert isinstance(batch.program, compiled.Program)
         plan = Sampler(model, DDIMScheduler(), compile_step=True, shares=1).plan(size, SamplingOptions(2, guidance=2.0))
         plan.run(draw_noise(RICH, size), draw_prompt(RICH, size, guided=True))
