@@ -398,12 +398,12 @@ class InFlightBatcher:
             self.slots.condition_on(job.prompt, model, job.row)
 
     def _look_for_programs(self, passes: CompiledRows, *, try_out: bool) -> None:
-        model, mine = self.sampler.current_model(), torch.get_num_threads()
+        model = self.sampler.current_model()
         threads = self._threads if self._shareable else None
         if threads is None:
-            passes.look_at(model, 1, mine, try_out=try_out)
+            passes.look_at(model, 1, torch.get_num_threads(), try_out=try_out)
         else:
-            passes.look_at(model, threads.count, threads.threads_each, lone={1, mine}, try_out=try_out)
+            passes.look_at(model, threads.count, threads.threads_each, lone=threads.lone, try_out=try_out)
 
     def _sizes(self) -> list[int]:
         """The batch sizes that are captured: powers of two, and all slots."""

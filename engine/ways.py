@@ -29,8 +29,11 @@ TRIAL_SECONDS = 0.3
 """After so long there are no more of them, but for the second: the first may make something ready."""
 GAIN = 0.95
 """Of the time of the other ways, what operators that are shared must take at most to be worth their risk."""
-PATIENCE = 2.0
-"""How many steps' time of the other ways they may be behind these, a step at most for each step."""
+SLOW = 2.0
+"""How many times as long as by the best other way, when that was measured, a step takes that counts as slow. After a
+second of rest a processor may take 1.8 times as long for a while, by any way."""
+SLOW_STEPS, FORGOTTEN = 2.0, 0.25
+"""With so many slow steps operators are not shared any more; a step that is not slow takes away that much of one."""
 PAUSE, LONGEST_PAUSE = 5.0, 40.0
 """Seconds until they are tried again: at first, and after trials that failed, each of which doubles them."""
 
@@ -44,8 +47,8 @@ class Way(enum.Enum):
 class Ways:
     """Chooses for each step, by what was measured and how long steps took; for one thread at a time.
 
-    That steps by all threads have become slow is told by a cumulative sum (Page's CUSUM): of how much longer each took
-    than the best other way did when it was measured, at least 0. A single slow step does not matter.
+    Steps by all threads are left, for a while that doubles with each trial that fails, as soon as two are slow with few
+    others between them. A single one does not matter.
 
     Args:
         unmeasured: the way for a number of images, where none was measured.
@@ -54,7 +57,7 @@ class Ways:
     def __init__(self, unmeasured: Callable[[int], Way], clock: Callable[[], float] = time.monotonic) -> None:
         self._unmeasured, self._clock = unmeasured, clock
         self.seconds: dict[int, dict[Way, float]] = {}
-        self._behind, self._pause, self._away_until = 0.0, PAUSE, -math.inf
+        self._slow, self._pause, self._away_until = 0.0, PAUSE, -math.inf
 
     def of(self, count: int) -> Way:
         """The way of a step of so many images, by the times of the next size up that was measured."""
@@ -72,12 +75,12 @@ class Ways:
         other = None if times is None else _best_other(times)
         if way is not Way.ALL or times is None or other is None:
             return
-        self._behind = max(0.0, self._behind + min(1.0, seconds / times[other] - 1))
-        if self._behind >= PATIENCE:
+        self._slow = self._slow + 1 if seconds > SLOW * times[other] else max(0.0, self._slow - FORGOTTEN)
+        if self._slow >= SLOW_STEPS:
             self._away_until = self._clock() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._behind = PATIENCE - 1  # a single slow step is enough the next time
-        elif not self._behind:
+            self._slow = SLOW_STEPS - 1  # a single slow step is enough the next time
+        elif not self._slow:
             self._pause = PAUSE
 
     def _times(self, count: int) -> dict[Way, float] | None:
@@ -125,6 +128,11 @@ class StepThreads:
     def threads_each(self) -> int:
         """Threads of PyTorch's that each has."""
         return self._shared.threads_each
+
+    @property
+    def lone(self) -> set[int]:
+        """By how many of PyTorch's threads a single image may be computed, besides."""
+        return {torch.get_num_threads(), *([1] if self._short else [])}
 
     def run(self, work: Callable[[list[int]], object], rows: list[int], *, watched: bool = False) -> None:
         """``work`` on these rows, in the way for so many. watched: its time tells whether the way still is the best."""

@@ -18,6 +18,7 @@ from madformer.engine.batching import InFlightBatcher
 from madformer.engine.compiled_rows import CompiledRows, sizes_to
 from madformer.engine.options import SamplingOptions
 from madformer.engine.sampler import Sampler
+from madformer.engine.ways import Way, Ways
 from madformer.model import MADFormer
 from tests.helpers.engine_cases import CASES, draw_noise, draw_prompt, make_model, one_of
 from tests.helpers.interpreted import Interpreted, interpret
@@ -110,6 +111,63 @@ def test_shared_out_among_threads(interpreted: type[Interpreted]) -> None:
         interpreted.calls = 0
         assert same(expected, draw(batcher, guided=True))
         assert interpreted.calls == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
+def test_a_lone_image_by_as_many_threads_as_its_way_has(
+    way: Way, monkeypatch: pytest.MonkeyPatch, interpreted: type[Interpreted]
+) -> None:
+    """It has programs for one thread and for all, which follow the model as the others do."""
+    model = make_model(RICH)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain, batcher = (batcher_of(model, compiles=compiles, guided=True) for compiles in (False, True))
+    layer: Any = model.layers[-1]
+    tower = layer.tower("noise")
+
+    def change(number: int) -> None:
+        # in the last image's steps, when it is the only one
+        if number == 3:
+            tower.proj.weight.data.mul_(3)
+
+    def one_image(each: InFlightBatcher, between: Callable[[int], object]) -> Tensor:
+        prompt = one_of(draw_prompt(RICH, 1, guided=True), 0)
+        future = each.submit(draw_noise(RICH, 1)[0], SamplingOptions(3, guidance=2.0), prompt)
+        number = 0
+        while each.step():
+            between(number)
+            number += 1
+        model.load_state_dict(kept)
+        return future.result(timeout=0)
+
+    expected = [one_image(plain, between) for between in (lambda _: None, change)]
+    assert relative_error(*expected) > 1e-3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch, batcher.at_work():
+            patch.setattr(Ways, "of", lambda *_: way)
+            batcher.warmup()
+            passes: Any = batcher.passes
+            assert {key: len(each) for key, each in passes._batches.items()} == {(1, 1): 2, (1, 2): 2, (2, 1): 1}
+            used = 2 if way is Way.ALL else 1
+            with patch.context() as patch_of_others:
+                for key, each in passes._batches.items():
+                    for batch in each if key != (used, 1) else ():
+                        patch_of_others.setattr(batch, "predict", None)  # whoever calls it fails
+                for between, image in zip((lambda _: None, change), expected, strict=True):
+                    interpreted.calls = 0
+                    assert relative_error(one_image(batcher, between), image) < 1e-4
+                    assert interpreted.calls == 3 * RICH.num_blocks
+            # all or none: where only the program of all threads is missing, the others are not used, either
+            tower.input_norm.eps = 0.5
+            image, interpreted.calls = one_image(plain, lambda _: None), 0
+            with torch.inference_mode():
+                for batch in (*passes._batches[1, 1], *passes._batches[1, 2]):
+                    batch.look_at(model, compiled.seen(model), 1, try_out=True)
+            assert relative_error(one_image(batcher, lambda _: None), image) < 1e-4
+            assert interpreted.calls == 0
     finally:
         torch.set_num_threads(threads)
 
