@@ -116,13 +116,34 @@ def keep_to(threads: int) -> None:
     with _BEGINNING:
         # a thread that is new to PyTorch takes over the process's number when it first asks: now, not later
         torch.get_num_threads()
-        others = _in_new_thread(torch.get_num_threads)
+        others = in_new_thread(torch.get_num_threads)
         torch.set_num_threads(threads)
         # what a thread is given becomes the process's
-        _in_new_thread(lambda: torch.set_num_threads(others))
+        in_new_thread(lambda: torch.set_num_threads(others))
 
 
-def _in_new_thread(work: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def kept_to(threads: int) -> Iterator[None]:
+    """:func:`keep_to` within it."""
+    before = torch.get_num_threads()
+    keep_to(threads)
+    try:
+        yield
+    finally:
+        keep_to(before)
+
+
+def leave_room() -> None:
+    """Have the calling thread compute with half of the threads, beside those that draw; threads to come do not."""
+    keep_to(max(1, torch.get_num_threads() // 2))
+
+
+def in_new_thread(work: Callable[[], T]) -> T:
+    """``work()`` in a thread that ends with it, and with it the threads that operators were shared among.
+
+    GNU's OpenMP keeps those of each caller, and lets threads that wait for each other sleep at once, not spin for a
+    while, as soon as there are more of them than cores: then all threads together are no faster than one.
+    """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
 

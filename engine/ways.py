@@ -29,11 +29,13 @@ TRIAL_SECONDS = 0.3
 """After so long there are no more of them, but for the second: the first may make something ready."""
 GAIN = 0.95
 """Of the time of the other ways, what operators that are shared must take at most to be worth their risk."""
-SLOW = 2.0
-"""How many times as long as by the best other way, when that was measured, a step takes that counts as slow. After a
-second of rest a processor may take 1.8 times as long for a while, by any way."""
-SLOW_STEPS, FORGOTTEN = 2.0, 0.25
-"""With so many slow steps operators are not shared any more; a step that is not slow takes away that much of one."""
+TOLERATED = 1.25
+"""How many times as long as by the best other way a step by all threads may take for as long as one likes."""
+MOST_EXCESS, LIMIT = 4.0, 8.0
+"""Of what is beyond that a step counts so much at most; with so much in sum operators are not shared any more, which is
+after two steps of a busy machine. A processor that has rested takes up to 1.8 times as long for a while, by any way."""
+WEIGHT = 0.1
+"""Of the last step in what the other ways are thought to take."""
 PAUSE, LONGEST_PAUSE = 5.0, 40.0
 """Seconds until they are tried again: at first, and after trials that failed, each of which doubles them."""
 
@@ -47,8 +49,8 @@ class Way(enum.Enum):
 class Ways:
     """Chooses for each step, by what was measured and how long steps took; for one thread at a time.
 
-    Steps by all threads are left, for a while that doubles with each trial that fails, as soon as two are slow with few
-    others between them. A single one does not matter.
+    Steps by all threads are left, for a while that doubles with each trial that fails, as soon as they have been slower
+    than the best other way by too much in sum. A single one does not matter. What the others take is learnt meanwhile.
 
     Args:
         unmeasured: the way for a number of images, where none was measured.
@@ -57,7 +59,7 @@ class Ways:
     def __init__(self, unmeasured: Callable[[int], Way], clock: Callable[[], float] = time.monotonic) -> None:
         self._unmeasured, self._clock = unmeasured, clock
         self.seconds: dict[int, dict[Way, float]] = {}
-        self._slow, self._pause, self._away_until = 0.0, PAUSE, -math.inf
+        self._excess, self._pause, self._away_until = 0.0, PAUSE, -math.inf
 
     def of(self, count: int) -> Way:
         """The way of a step of so many images, by the times of the next size up that was measured."""
@@ -73,14 +75,17 @@ class Ways:
         """A step of so many images took so long."""
         times = self._times(count)
         other = None if times is None else _best_other(times)
-        if way is not Way.ALL or times is None or other is None:
+        if times is None or other is None or way not in times:
             return
-        self._slow = self._slow + 1 if seconds > SLOW * times[other] else max(0.0, self._slow - FORGOTTEN)
-        if self._slow >= SLOW_STEPS:
+        if way is not Way.ALL:
+            times[way] += WEIGHT * (seconds - times[way])
+            return
+        self._excess = max(0.0, self._excess + min(seconds / times[other] - TOLERATED, MOST_EXCESS))
+        if self._excess >= LIMIT:
             self._away_until = self._clock() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._slow = SLOW_STEPS - 1  # a single slow step is enough the next time
-        elif not self._slow:
+            self._excess = LIMIT - MOST_EXCESS  # a single step of a busy machine is enough the next time
+        elif not self._excess:
             self._pause = PAUSE
 
     def _times(self, count: int) -> dict[Way, float] | None:

@@ -89,7 +89,7 @@ def test_a_busy_machine_and_an_idle_one_again() -> None:
 
 
 def test_slow_steps_among_fast_ones() -> None:
-    """One is nothing, whatever it took, and every other one is too many; a machine that is slow on the whole is not."""
+    """One is nothing, whatever it took, and every other one is too many."""
     machine = Machine()
 
     def step(seconds: float) -> Way:
@@ -98,10 +98,26 @@ def test_slow_steps_among_fast_ones() -> None:
 
     for _ in range(20):
         assert step(1000.0) is Way.ALL
-        assert [step(0.8) for _ in range(6)] == [Way.ALL] * 6
-    assert sum(step(2.5 if index % 2 else 0.8) is Way.ALL for index in range(8)) == 6
+        assert [step(0.8) for _ in range(15)] == [Way.ALL] * 15
+    assert 10 < sum(step(2.5 if index % 2 else 0.8) is Way.ALL for index in range(24)) < 24
+
+
+def test_all_threads_without_a_gain() -> None:
+    """As where another pool of threads keeps them from spinning: not many times slower, and slower all the same."""
     machine = Machine()
-    assert {step(1.9) for _ in range(100)} == {Way.ALL}
+    machine.seconds[Way.ALL] = 1.6
+    taken = machine.steps(1000)
+    assert taken[:10] == [Way.ALL] * 10
+    assert set(taken[40:43]) == {Way.ONE}
+    assert taken.count(Way.ALL) < 300
+
+
+def test_a_machine_that_is_slower_on_the_whole() -> None:
+    """It goes back to all threads as soon as it has seen that the other way is slow now, too."""
+    machine = Machine()
+    machine.seconds = {way: 1.9 * seconds for way, seconds in IDLE.items()}
+    machine.steps(200)
+    assert set(machine.steps(1000)) == {Way.ALL}
 
 
 def test_shares_are_the_other_way_where_they_are_faster() -> None:

@@ -20,6 +20,8 @@ from madformer.serving.settings import ServerSettings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from madformer.pipeline import MADFormerPipeline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(ServerSettings, SamplingOptions, Request):
@@ -130,15 +132,21 @@ class Serve(ServerSettings, SamplingOptions, Request):
 
 def _make_app(request: DrawingOptions, settings: ServerSettings, **options: Any) -> FastAPI:
     from madformer.bulk.settings import Settings
+    from madformer.engine.sharing import in_new_thread
     from madformer.serving.app import create_app
 
-    pipeline, lora = load(request)
-    # of the weights as they are stored
-    recorded = Settings.of(
-        pipeline, request.sampling, precision=request.precision, batch_size=settings.slots, lora=lora
-    )
-    # the steps of images in flight are what is compiled, and theirs are the server's
-    prepare(pipeline, dataclasses.replace(request, compile=False))
+    def prepared() -> tuple[MADFormerPipeline, Settings]:
+        pipeline, lora = load(request)
+        # of the weights as they are stored
+        recorded = Settings.of(
+            pipeline, request.sampling, precision=request.precision, batch_size=settings.slots, lora=lora
+        )
+        # the steps of images in flight are what is compiled, and theirs are the server's
+        prepare(pipeline, dataclasses.replace(request, compile=False))
+        return pipeline, recorded
+
+    # the cores are for the thread that draws
+    pipeline, recorded = in_new_thread(prepared)
     return create_app(pipeline, settings, recorded=recorded, **options)
 
 

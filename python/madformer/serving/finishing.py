@@ -20,7 +20,7 @@ from torch import Tensor
 
 from madformer.bulk.records import png_text
 from madformer.config import MADFormerConfig
-from madformer.engine.sharing import keep_to
+from madformer.engine.sharing import leave_room
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode, finite, to_uint8
 
@@ -75,7 +75,7 @@ class Finisher:
         device = next(self.vae.parameters()).device
         if device.type == "cpu":
             # beside the threads that draw; large pictures take more than one, where there are more
-            keep_to(max(1, torch.get_num_threads() // 2))
+            leave_room()
         if device.type == "cuda":
             torch.cuda.set_device(device)
             self._stream = torch.cuda.Stream(device)

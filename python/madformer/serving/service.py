@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from madformer.engine.options import SamplingOptions
+from madformer.engine.sharing import in_new_thread, kept_to, leave_room
 from madformer.model.blocks import block_order
 from madformer.serving.desk import Desk
 from madformer.serving.drawing import FORMATS, Asked, Drawing, Reader
@@ -61,7 +63,7 @@ class Service:
         self.reader = Reader(pipeline, settings, defaults, recorded)
         self.metrics = Metrics()
         self.files: OrderedDict[str, File] = OrderedDict()
-        self._reading = ThreadPoolExecutor(1, "madformer-read")
+        self._reading = ThreadPoolExecutor(1, "madformer-read", initializer=leave_room)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -73,7 +75,8 @@ class Service:
                 loop.call_soon_threadsafe(self.desk.fail, error)
 
         settings = self.settings
-        stepper = Stepper(
+        make = functools.partial(
+            Stepper,
             self.pipeline.transformer,
             self.pipeline.scheduler,
             slots=settings.slots,
@@ -83,18 +86,22 @@ class Service:
             max_waiting=2 * (settings.slots + settings.max_waiting),
             on_death=died,
         )
-        finisher = Finisher(self.pipeline.vae, self.config)
-        self.desk = Desk(stepper, finisher, self.config, self.reader.size, settings, self.metrics)
-        self._measure(stepper)
-        finisher.start()
-        stepper.start()
-        try:
-            yield
-        finally:
-            await self.desk.drain(0)
-            await asyncio.to_thread(stepper.stop)
-            await asyncio.to_thread(finisher.stop)
-            self._reading.shutdown()
+        # the cores are for the thread that draws: operators that this one shares, or what a stepper allocates, would
+        # leave threads behind
+        with kept_to(1):
+            stepper = in_new_thread(make)
+            finisher = Finisher(self.pipeline.vae, self.config)
+            self.desk = Desk(stepper, finisher, self.config, self.reader.size, settings, self.metrics)
+            self._measure(stepper)
+            finisher.start()
+            stepper.start()
+            try:
+                yield
+            finally:
+                await self.desk.drain(0)
+                await asyncio.to_thread(stepper.stop)
+                await asyncio.to_thread(finisher.stop)
+                self._reading.shutdown()
 
     async def read(self, asked: Asked) -> Drawing:
         """Of the reader, in a thread: a picture is encoded, which takes a while."""
