@@ -229,6 +229,13 @@ class InFlightBatcher:
             self._touched, self._trusting = True, unchanged
             return self._step()
 
+    def between_steps(self, work: Callable[[], object]) -> None:
+        """Do ``work``, by as many threads as are fastest; beside a step it would keep all of the step's threads."""
+        if self._threads is None:
+            work()
+        else:
+            self._threads.do(work)
+
     def run_until_idle(self) -> None:
         """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
         with self._alone, computing(self.device):

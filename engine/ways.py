@@ -146,6 +146,13 @@ class StepThreads:
         if watched:
             self.ways.took(len(rows), way, self._clock() - started)
 
+    def do(self, work: Callable[[], object]) -> None:
+        """``work`` that is done between steps, by one thread or all: as a step of one image is."""
+        if self.ways.of(1) is Way.ALL:
+            work()
+        else:
+            self._alone.each(lambda _: work(), range(1))
+
     def measure(self, work: Callable[[list[int]], object], rows: list[int]) -> None:
         """Have ``work``, which may be done again and again, run in each way; from now on the fastest is the choice."""
         candidates = [Way.ONE] if self._short else []

@@ -118,6 +118,8 @@ def environment(benchmark: str, device: torch.device, packages: Sequence[str] = 
         versions[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    # an allocator of memory, which short operators take a good part of their time for
+    preloaded = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
     return {
         "benchmark": benchmark,
         "commit": git_commit(root) if (root / "python" / "madformer").is_dir() else "unknown",
@@ -125,6 +127,7 @@ def environment(benchmark: str, device: torch.device, packages: Sequence[str] = 
         "driver": driver_version(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
+        **({"preloaded": preloaded} if preloaded else {}),
     }
 
 

@@ -1,16 +1,20 @@
-"""From latents to files of pictures, beside the thread that draws: decoded a batch at a time, encoded side by side.
+"""From latents to files of pictures, decoded a batch at a time, encoded side by side.
+
+On a GPU that is done beside the thread that draws, by a thread and on a stream of its own. On a processor it is done
+between the steps: whatever computes beside these has all of their threads wait.
 
 Shape legend: B pictures, M blocks, L latents of a block, C channels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +24,6 @@ from torch import Tensor
 
 from madformer.bulk.records import png_text
 from madformer.config import MADFormerConfig
-from madformer.engine.sharing import leave_room
 from madformer.model.blocks import from_blocks
 from madformer.vae import decode, finite, to_uint8
 
@@ -35,8 +38,8 @@ class Work:
     """A picture to be made.
 
     Attributes:
-        compose: gives its latents ``(M, L, C)``, in the thread that finishes, in the order in which it was asked.
-        deliver: takes the file, or what went wrong, in that thread.
+        compose: gives its latents ``(M, L, C)``, in the thread that decodes, in the order in which it was asked.
+        deliver: takes the file, or what went wrong, in a thread of the finisher's, in that order too.
         record: what a PNG says of itself.
     """
 
@@ -48,55 +51,71 @@ class Work:
 
 
 class Finisher:
-    """A thread that makes pictures, between :meth:`start` and :meth:`stop`."""
+    """Makes pictures of what is :meth:`put` between :meth:`start` and :meth:`stop`.
+
+    Attributes:
+        beside: in a thread of its own; else whenever :meth:`finish_waiting` is called.
+    """
 
     def __init__(self, vae: Any, config: MADFormerConfig) -> None:
         self.vae, self.config = vae, config
+        self.device = next(vae.parameters()).device
+        self.beside = self.device.type != "cpu"
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(ENCODERS, "madformer-encode")
+        self._delivering = ThreadPoolExecutor(1, "madformer-deliver")
         self._thread = threading.Thread(target=self._live, name="madformer-decode", daemon=True)
         self._stream: torch.cuda.Stream | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        if self.beside:
+            self._thread.start()
 
     def stop(self) -> None:
         """End after what was asked for until now."""
-        self._queue.put(None)
         if self._thread.is_alive():
+            self._queue.put(None)
             self._thread.join()
+        else:
+            self.finish_waiting()
+        self._delivering.shutdown()
         self._encoders.shutdown()
 
     def put(self, work: Work) -> None:
         """From any thread; returns at once."""
         self._queue.put(work)
 
-    def _live(self) -> None:
-        device = next(self.vae.parameters()).device
-        if device.type == "cpu":
-            # beside the threads that draw; large pictures take more than one, where there are more
-            leave_room()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            self._stream = torch.cuda.Stream(device)
-        while (first := self._queue.get()) is not None:
-            batch: list[Work] = [first]
-            while len(batch) < MOST_AT_ONCE and not self._queue.empty():
-                if (following := self._queue.get()) is None:
+    def finish_waiting(self) -> None:
+        """Decode what waits; files are encoded and delivered by other threads."""
+        while batch := self._batch():
+            self._finish(batch)
+
+    def _batch(self, *begun: Work) -> list[Work]:
+        """What waits, as much of it as is decoded at once, behind what was taken already."""
+        batch = list(begun)
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < MOST_AT_ONCE:
+                if (work := self._queue.get_nowait()) is None:
                     self._queue.put(None)
                     break
-                batch.append(following)
-            self._finish(batch)
-            # not held until the next picture comes
-            del first, batch
+                batch.append(work)
+        return batch
+
+    def _live(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            self._stream = torch.cuda.Stream(self.device)
+        while (first := self._queue.get()) is not None:
+            self._finish(self._batch(first))
+            del first  # not held until the next picture comes
 
     def _finish(self, batch: list[Work]) -> None:
         try:
             pictures = self._decode(torch.stack([work.compose() for work in batch]))
         except Exception as error:
             logger.error("decoding failed", exc_info=error)
-            for work in batch:
-                work.deliver(error)
+            # behind those that are being delivered
+            self._delivering.submit(_deliver_all, batch, error)
             return
         files = [
             None
@@ -104,6 +123,9 @@ class Finisher:
             else self._encoders.submit(encode, picture, work.output_format, work.quality, work.record)
             for work, picture in zip(batch, pictures, strict=True)
         ]
+        self._delivering.submit(self._deliver, batch, files)
+
+    def _deliver(self, batch: list[Work], files: list[Future[bytes] | None]) -> None:
         for work, file in zip(batch, files, strict=True):
             made: bytes | Exception
             try:
@@ -122,6 +144,11 @@ class Finisher:
             pixels = decode(self.vae, from_blocks(blocks_BMLC, self.config))
             sound, images = finite(pixels).tolist(), to_uint8(pixels).cpu().numpy()
         return [Image.fromarray(image) if good else None for image, good in zip(images, sound, strict=True)]
+
+
+def _deliver_all(batch: list[Work], error: Exception) -> None:
+    for work in batch:
+        work.deliver(error)
 
 
 def encode(

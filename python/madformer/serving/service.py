@@ -74,7 +74,7 @@ class Service:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self.desk.fail, error)
 
-        settings = self.settings
+        settings, finisher = self.settings, Finisher(self.pipeline.vae, self.config)
         make = functools.partial(
             Stepper,
             self.pipeline.transformer,
@@ -85,12 +85,12 @@ class Service:
             # the desk refuses long before
             max_waiting=2 * (settings.slots + settings.max_waiting),
             on_death=died,
+            between_steps=None if finisher.beside else finisher.finish_waiting,
         )
         # the cores are for the thread that draws: operators that this one shares, or what a stepper allocates, would
         # leave threads behind
         with kept_to(1):
             stepper = in_new_thread(make)
-            finisher = Finisher(self.pipeline.vae, self.config)
             self.desk = Desk(stepper, finisher, self.config, self.reader.size, settings, self.metrics)
             self._measure(stepper)
             finisher.start()

@@ -50,6 +50,7 @@ class Stepper:
 
     Args:
         model: what every batcher computes with; nobody changes it.
+        between_steps: called, by that thread or for it, whenever a step has ended.
         compile_step: as :class:`~madformer.engine.sampler.Sampler` has it; it is ready when all are compiled.
         on_death: called, in that thread, when something ended it that was not :meth:`stop`.
 
@@ -67,7 +68,9 @@ class Stepper:
         max_steps: int,
         max_waiting: int,
         on_death: Callable[[BaseException], object],
+        between_steps: Callable[[], object] | None = None,
     ) -> None:
+        self.between_steps = between_steps
         self.num_slots, self.on_death = slots, on_death
         self.batchers: Mapping[Kind, InFlightBatcher] = {
             kind: InFlightBatcher(
@@ -164,6 +167,8 @@ class Stepper:
                     for batcher in self.batchers.values():
                         if batcher.num_running or batcher.num_waiting:
                             self._step(batcher)
+                            if self.between_steps is not None:
+                                batcher.between_steps(self.between_steps)
         except BaseException as error:
             self.ready.clear()
             logger.critical("the thread that draws ended", exc_info=error)
