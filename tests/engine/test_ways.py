@@ -151,6 +151,17 @@ def _of_a_new_thread() -> int:
         return thread.submit(torch.get_num_threads).result()
 
 
+@pytest.mark.parametrize("way", [Way.ALL, Way.ONE])
+def test_work_between_steps(two_threads: None, way: Way) -> None:
+    """It is done when the call returns, by as many threads as a step of one image."""
+    found: list[tuple[int, bool]] = []
+    mine = threading.get_ident()
+    with StepThreads(2, short=True) as threads:
+        threads.ways.seconds[1] = {Way.ONE: 1.0, Way.ALL: 0.5 if way is Way.ALL else 2.0}
+        threads.do(lambda: found.append((torch.get_num_threads(), threading.get_ident() == mine)))
+    assert found == [(2, True) if way is Way.ALL else (1, False)]
+
+
 def fastest(monkeypatch: pytest.MonkeyPatch, way: Callable[[int], Way]) -> None:
     """Have this way measured to be faster than the others, each of which is run once."""
 
