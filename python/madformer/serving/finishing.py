@@ -13,7 +13,7 @@ import io
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -110,45 +110,44 @@ class Finisher:
             del first  # not held until the next picture comes
 
     def _finish(self, batch: list[Work]) -> None:
+        pictures: Sequence[Image.Image | Exception]
         try:
             pictures = self._decode(torch.stack([work.compose() for work in batch]))
         except Exception as error:
             logger.error("decoding failed", exc_info=error)
-            # behind those that are being delivered
-            self._delivering.submit(_deliver_all, batch, error)
-            return
+            pictures = [error] * len(batch)
         files = [
-            None
-            if picture is None
+            picture
+            if isinstance(picture, Exception)
             else self._encoders.submit(encode, picture, work.output_format, work.quality, work.record)
             for work, picture in zip(batch, pictures, strict=True)
         ]
-        self._delivering.submit(self._deliver, batch, files)
+        self._delivering.submit(_deliver, batch, files)
 
-    def _deliver(self, batch: list[Work], files: list[Future[bytes] | None]) -> None:
-        for work, file in zip(batch, files, strict=True):
-            made: bytes | Exception
-            try:
-                made = FloatingPointError("the picture is not finite") if file is None else file.result()
-            except Exception as error:
-                logger.error("encoding failed", exc_info=error)
-                made = error
-            work.deliver(made)
-
-    def _decode(self, blocks_BMLC: Tensor) -> list[Image.Image | None]:
-        """None for one that is not finite."""
+    def _decode(self, blocks_BMLC: Tensor) -> list[Image.Image | Exception]:
+        """The error of one that is not finite."""
         if self._stream is not None:
             # behind the steps that were launched by now, beside those to come
             self._stream.wait_stream(torch.cuda.default_stream(blocks_BMLC.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
             pixels = decode(self.vae, from_blocks(blocks_BMLC, self.config))
             sound, images = finite(pixels).tolist(), to_uint8(pixels).cpu().numpy()
-        return [Image.fromarray(image) if good else None for image, good in zip(images, sound, strict=True)]
+        return [
+            Image.fromarray(image) if good else FloatingPointError("the picture is not finite")
+            for image, good in zip(images, sound, strict=True)
+        ]
 
 
-def _deliver_all(batch: list[Work], error: Exception) -> None:
-    for work in batch:
-        work.deliver(error)
+def _deliver(batch: Sequence[Work], files: Sequence[Future[bytes] | Exception]) -> None:
+    """All in their order, as they are encoded."""
+    for work, file in zip(batch, files, strict=True):
+        made: bytes | Exception
+        try:
+            made = file if isinstance(file, Exception) else file.result()
+        except Exception as error:
+            logger.error("encoding failed", exc_info=error)
+            made = error
+        work.deliver(made)
 
 
 def encode(
