@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving --seconds 60 --soak 600
 
-A server in a process of its own is asked by an open loop: requests come at random times (a Poisson process), at shares
-of the images a second that it streams when enough always wait, whoever is still waiting. Each is streamed: from its
-arrival until the first block's picture, and until the finished one. What is answered 429 counts as refused; what ends
-without an answer as lost, of which there may be none. Beside it stand the same pipeline in another process (a call and
+A server in a process of its own is asked by an open loop: requests come at random times (a Poisson process), whoever is
+still waiting. Each is streamed: from its arrival until the first block's picture, and until the finished one. Loads are
+shares of the server's capacity: the images a second that it finishes when asked at random times for twice as many as it
+streams to clients who each ask again at once. Those get more, since images that are asked for together begin their
+blocks together. Beside it stand the same pipeline in another process (a call and
 PNG encoding, alone and in batches of as many as there are slots), and full batches on a virtual clock: arrivals of the
 same kind, each batch begun when it is idle and as many wait, in the measured time of a batch. Some processes are a
 fifth slower than others for all of their life, so a lone request is measured against a call in several pairs of them.
@@ -41,6 +42,8 @@ from benchmarks import ROOT
 from benchmarks.batching import arrivals
 from benchmarks.record import CannotCompare, environment, finish, results_folder
 from benchmarks.serving_processes import PROMPT, Direct, Server
+from madformer.engine.precision import PRECISIONS
+from madformer.machine import precision_of
 
 LOADS = (0.5, 0.6, 0.8, 1.0, 1.2)
 NEVER_READ = 10
@@ -57,6 +60,7 @@ class Level:
     refused: int = 0
     lost: int = 0
     seconds: float = 0.0
+    ends: list[float] = field(default_factory=list)
     fills: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
@@ -100,7 +104,8 @@ async def ask(client: httpx.AsyncClient, seed: int, level: Level, arrived: float
                 if line == "event: block" and first is None:
                     first = time.perf_counter() - arrived
                 elif line == "event: finished":
-                    level.images.append(time.perf_counter() - arrived)
+                    level.ends.append(time.perf_counter())
+                    level.images.append(level.ends[-1] - arrived)
                     level.first_blocks.append(first or 0.0)
                     return
         level.lost += 1
@@ -108,15 +113,16 @@ async def ask(client: httpx.AsyncClient, seed: int, level: Level, arrived: float
         level.lost += 1
 
 
-async def watch(client: httpx.AsyncClient, level: Level) -> None:
-    """How full steps are, and how long they take, twice a second."""
+async def watch(client: httpx.AsyncClient, level: Level, after: float) -> None:
+    """How full steps are, and how long an image's takes: twice a second, but not at first, since the server tells means
+    over the last half minute."""
+    await asyncio.sleep(after)
     while True:
-        await asyncio.sleep(0.5)
         status = (await client.get("/api/v1/status")).json()
-        if status["steps_per_second"]:
+        if status["step_seconds"]:
             level.fills.append(status["batch_fill"])
-            # images that share a step wait for all of it
-            level.step_seconds.append(status["batch_fill"] * status["slots"] / status["steps_per_second"])
+            level.step_seconds.append(status["step_seconds"])
+        await asyncio.sleep(0.5)
 
 
 async def open_loop(url: str, load: float, rate: float, seconds: float, seed: int) -> Level:
@@ -124,15 +130,15 @@ async def open_loop(url: str, load: float, rate: float, seconds: float, seed: in
     level = Level(load, rate)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        watching = asyncio.create_task(watch(client, level))
+        watching = asyncio.create_task(watch(client, level, min(30.0, 0.75 * seconds)))
         started, tasks = time.perf_counter(), []
         times = [at for at in arrivals(max(4, int(2 * rate * seconds) + 20), rate, seed) if at < seconds]
         for number, at in enumerate(times):
             await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
             tasks.append(asyncio.create_task(ask(client, seed + number, level, started + at)))
+        watching.cancel()
         await asyncio.gather(*tasks)
         level.seconds = time.perf_counter() - started
-        watching.cancel()
     return level
 
 
@@ -153,8 +159,12 @@ async def closed_loop(url: str, clients: int, seconds: float, accept: str) -> fl
                     await asyncio.sleep(0.05)
 
         await asyncio.gather(*(again(number) for number in range(clients)))
-    # without the time in which the server filled up and emptied
-    inner = done[clients:-clients] if len(done) > 3 * clients else done
+    return images_a_second(done, clients, seconds)
+
+
+def images_a_second(ends: Sequence[float], clients: int, seconds: float) -> float:
+    """Images a second, without the time in which a server filled up with so many and emptied."""
+    inner = ends[clients:-clients] if len(ends) > 3 * clients else ends
     if len(inner) < 2:
         raise CannotCompare(f"--seconds {seconds:g} is too short to measure what the server draws when it is full")
     return (len(inner) - 1) / (inner[-1] - inner[0])
@@ -292,7 +302,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         image_steps = direct.image_steps()
         clients = options.slots + options.max_waiting
         throughput = asyncio.run(closed_loop(server.url, clients, options.seconds, "image/png"))
-        capacity = asyncio.run(closed_loop(server.url, clients, options.seconds, "text/event-stream"))
+        closed = asyncio.run(closed_loop(server.url, clients, options.seconds, "text/event-stream"))
+        full = asyncio.run(open_loop(server.url, 2.0, 2 * closed, options.seconds, 0))
+        capacity = images_a_second(full.ends, clients, options.seconds)
         batch = statistics.median(direct.seconds(options.slots) for _ in range(3))
         levels = {}
         for load in options.loads:
@@ -316,10 +328,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "max_waiting": options.max_waiting,
         "steps": options.steps,
         "guidance": options.guidance,
+        "precision": options.precision,
         "compiled": options.compile,
         "alone": alone,
         "images_per_second": throughput,
-        "streamed_images_per_second": capacity,
+        "capacity_images_per_second": capacity,
+        "at_twice_the_streamed": full.figures(image_steps),
+        "streamed_images_per_second": closed,
         "pipeline_images_per_second": options.slots / batch,
         "levels": list(levels.values()),
         "full_batches_mean_latency": waiting,
@@ -329,7 +344,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "exit_status_at_sigterm": status,
     }
     record["metrics"] = metrics(record)
-    if lost := sum(level["lost"] for level in levels.values()) + record["killed"]["hanging"]:
+    lost = full.lost + sum(level["lost"] for level in levels.values()) + record["killed"]["hanging"]
+    if lost := lost + (steady["lost"] if steady else 0):
         raise CannotCompare(f"{lost} requests ended without an answer")
     return record
 
@@ -371,6 +387,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "assets" / "emoji64"), help="model folder (assets/emoji64)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="as madformer serve (auto)")
     parser.add_argument("--compile", action="store_true", help="compile the denoising steps, of server and pipeline")
     parser.add_argument("--slots", type=int, default=8, help="images at once (8)")
     parser.add_argument("--max-waiting", type=int, default=4, help="images that may wait (4)")
@@ -383,6 +400,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loads", type=float, nargs="+", default=list(LOADS), help="shares of what it draws when full")
     parser.add_argument("--out", type=Path, metavar="RECORD.json", help="in place of benchmarks/results/<device>")
     options = parser.parse_args(arguments)
+    options.precision = precision_of(options.precision, torch.device(options.device))
     counts = options.slots, options.max_waiting, options.steps, options.rounds, options.pairs
     if min(counts) < 1 or not 0 < options.seconds < math.inf:
         parser.error("--slots, --max-waiting, --steps, --rounds, --pairs and --seconds must be positive")

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.record import CannotCompare
 from madformer.engine.options import SamplingOptions
-from madformer.engine.precision import apply
+from madformer.engine.precision import PRECISIONS, apply
 from madformer.pipeline import MADFormerPipeline
 
 PROMPT = "red apple"
@@ -31,7 +31,7 @@ class Server:
             "--slots", str(options.slots), "--max-waiting", str(options.max_waiting),
             "--max-per-client", str(options.slots + options.max_waiting), "--max-images", "1",
             "--guidance", str(options.guidance), "--steps", str(options.steps), "--device", options.device,
-            "--precision", "exact", *(["--compile"] if options.compile else []),
+            "--precision", options.precision, *(["--compile"] if options.compile else []),
         ]  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "madformer.cli.main", *words], stdout=subprocess.PIPE, text=True
@@ -80,8 +80,11 @@ class _Caller:
     @classmethod
     def begin(cls, options: argparse.Namespace) -> None:
         cls.options, cls.threads = options, torch.get_num_threads()
-        cls.pipeline = MADFormerPipeline.from_pretrained(options.model, dtype=torch.float32, device=options.device)
-        cls.pipeline.transformer = apply(cls.pipeline.transformer, "exact")
+        dtype = PRECISIONS[options.precision].dtype
+        cls.pipeline = MADFormerPipeline.from_pretrained(
+            options.model, dtype=torch.float32, vae_dtype=dtype, device=options.device
+        )
+        cls.pipeline.transformer = apply(cls.pipeline.transformer, options.precision)
         cls.pipeline.set_progress_bar_config(disable=True)
         if options.compile:
             for images in (options.slots, 1):

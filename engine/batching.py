@@ -213,7 +213,7 @@ class InFlightBatcher:
     # The loop
 
     def step(self, *, unchanged: bool = False) -> int:
-        """One denoising step of every image that has a slot, after those that are done have left and others joined.
+        """One denoising step of every image that has a slot, after others joined; those that are done then leave.
 
         Args:
             unchanged: nobody has touched the model since the last step or :meth:`warmup`, so it is not looked at.
@@ -237,7 +237,7 @@ class InFlightBatcher:
             self._threads.do(work)
 
     def run_until_idle(self) -> None:
-        """:meth:`step` until nothing runs or waits; the images that the last step finished have then left too."""
+        """:meth:`step` until nothing runs or waits."""
         with self._alone, computing(self.device):
             self._touched, self._trusting = True, False
             while self._step():
@@ -267,9 +267,11 @@ class InFlightBatcher:
     def _step(self) -> int:
         joined: list[Job] = []
         try:
-            self._leave()
+            self._leave()  # who was cancelled or failed in the meantime
             self._join(joined)
-            return self._advance(joined)
+            images = self._advance(joined)
+            self._leave()  # who is done: later, they would wait for the others' next step
+            return images
         except BaseException as error:
             # their slots may be written to by half
             self._give_up([*self._running, *joined], error)

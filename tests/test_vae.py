@@ -66,7 +66,8 @@ def test_decode_is_the_autoencoders(vae: AutoencoderKL, picture_latents: Tensor)
     with torch.no_grad():
         eager, oracle = plain.decode(raw).sample, plain.double().decode(raw.double()).sample
     pictures = decode(vae, latents)
-    for name, actual in (("all", pictures), ("two", decode(vae, latents[:2]))):
+    together = decode(vae, latents, together=True)
+    for name, actual in (("all", pictures), ("two", decode(vae, latents[:2])), ("together", together)):
         expected, budget = ((t / 2 + 0.5).clamp(0, 1)[: len(actual)] for t in (oracle, eager))
         assert_within_budget(actual, expected, budget, name=name, rows=WIDEST)
     # no picture depends on its neighbours
@@ -137,6 +138,27 @@ def test_memory_of_a_picture(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_small_pictures_are_decoded_together(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as make up so many pixels, and only where that is asked for."""
+    sizes, own = [], vae.decode
+
+    def counted(latents_BCHW: Tensor) -> Any:
+        sizes.append(len(latents_BCHW))
+        return own(latents_BCHW)
+
+    monkeypatch.setattr(vae, "decode", counted)
+    small, large = torch.randn(35, 4, 4, 4), torch.randn(2, 4, 16, 96)
+    for latents, together, expected in (
+        (small, True, [35]),
+        (small, False, [1] * 35),
+        (small[:0], True, [0]),
+        (large.repeat(8, 1, 1, 1), True, [5, 5, 5, 1]),
+    ):
+        sizes.clear()
+        decode(vae, latents, together=together)
+        assert sizes == expected
+
+
 @pytest.mark.gpu
 def test_groups_decode_as_single_pictures() -> None:
     vae = load_vae(VAE, DEVICE)
@@ -188,6 +210,9 @@ def test_every_class_of_autoencoder(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(deviation, spread * scale, rtol=1e-4, atol=1e-5)
     expected = (made.decode(raw).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decode(vae, mean.clone()), expected, rtol=1e-4, atol=1e-4)
+    # not the next numbers of one that draws some
+    alone = torch.cat([decode(vae, one[None]) for one in mean])
+    torch.testing.assert_close(decode(vae, mean, together=True), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_and_deviation_of_every_channel() -> None:

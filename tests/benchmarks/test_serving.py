@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("httpx", reason="httpx is not installed")
 
 from benchmarks import serving
+from benchmarks.record import CannotCompare
 
 
 def test_full_batches_wait_for_their_last_request_and_for_each_other() -> None:
@@ -24,6 +25,14 @@ def test_cuts_of_a_ramp_are_its_percents() -> None:
     assert serving.cuts(range(100, -1, -1)) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
     assert serving.cuts([1.0, 2.0]) == pytest.approx({"p50": 1.5, "p95": 1.95, "p99": 1.99})
     assert serving.cuts([1.0]) is None
+
+
+def test_images_a_second_while_it_is_full() -> None:
+    """Of two clients: the first two and the last two are left out, unless hardly any are left."""
+    assert serving.images_a_second([0.0, 5.0, 6.0, 6.5, 7.0, 7.5, 20.0, 30.0], 2, 1.0) == pytest.approx(2.0)
+    assert serving.images_a_second([0.0, 1.0, 4.0], 2, 1.0) == pytest.approx(0.5)
+    with pytest.raises(CannotCompare, match="--seconds 3 is too short"):
+        serving.images_a_second([1.0], 2, 3.0)
 
 
 def test_figures_of_a_load() -> None:

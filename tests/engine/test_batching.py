@@ -124,6 +124,18 @@ def order_of(futures: dict[str, Future[Tensor]], batcher: InFlightBatcher) -> li
     return order
 
 
+def test_an_image_is_there_after_its_last_step() -> None:
+    """Not after the next one of the others, for which whoever waits for it would wait too."""
+    config = CASES["both"]
+    batcher, noise = make_batcher(make_model(config), 2, max_steps=3), draw_noise(config, batch=2)
+    short, long = (batcher.submit(noise[i], SamplingOptions(steps)) for i, steps in enumerate((1, 3)))
+    for done in range(1, 3 * config.num_blocks + 1):
+        batcher.step()
+        assert short.done() is (done >= config.num_blocks)
+        assert long.done() is (done == 3 * config.num_blocks)
+    assert batcher.num_running == 0
+
+
 def test_priorities_then_arrival() -> None:
     batcher = make_batcher(make_model(FLAT), 1)
     noise = draw_noise(FLAT, batch=1)[0]

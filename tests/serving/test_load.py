@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
+import unittest.mock
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +20,8 @@ from madformer import MADFormerPipeline
 from madformer.serving import Keys, ServerSettings
 from madformer.serving.events import EventLog
 from madformer.serving.fairness import FairRanks
+from madformer.serving.finishing import Work
+from madformer.serving.stepping import Step
 from tests.helpers.serving_cases import DEFAULTS, Running, events_of, make_pipeline, next_event, serving, wait_for
 
 KEYS = {"first": "first-key-0123456789", "second": "second-key-0123456789"}
@@ -36,11 +41,55 @@ def test_a_full_queue_says_when_to_come_again(server: Running, together: ThreadP
         refused = server.post({"prompt": "a"})
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full"
-        each = server.service.desk.stepper.seconds_per_step() * 4 * DEFAULTS.steps
+        each = server.service.desk.stepper.seconds_per_image_step() * 4 * DEFAULTS.steps
         assert int(refused.headers["retry-after"]) == max(1, -(-each // 1))
         go.set()
         assert [len(one.result().json()["images"]) for one in waiting] == [4, 3]
     assert server.post({"prompt": "a"}).status_code == 200
+
+
+def test_what_steps_take(server: Running) -> None:
+    """Of steps made up: 10 ms alone, 30 ms of four images. An image's step is one of the latter more often than not."""
+    stepper, now = server.service.desk.stepper, time.monotonic()
+    made_up = deque([Step(now, 0.01, 1), Step(now, 0.03, 4)])
+    with unittest.mock.patch.object(stepper, "steps", made_up):
+        assert stepper.step_seconds() == pytest.approx((0.01 + 4 * 0.03) / 5)
+        assert stepper.seconds_per_image_step() == pytest.approx(0.04 / 5)
+        assert server.http.get("/api/v1/status").json()["step_seconds"] == pytest.approx(0.026)
+        stepper.steps.clear()
+        assert stepper.step_seconds() == 0.0
+
+
+def test_pictures_on_the_way_are_previews(server: Running) -> None:
+    """And the finished one is not, which is to be the pipeline's to the bit."""
+    finisher, put = server.service.desk.finisher, []
+    own = finisher.put
+
+    def noted(work: Work) -> None:
+        put.append(work.preview)
+        own(work)
+
+    with unittest.mock.patch.object(finisher, "put", noted):
+        names = [name for _, name, _ in server.events({"prompt": "a"})]
+    assert names.count("block") == len(put)
+    assert put == [True] * (len(put) - 1) + [False]
+
+
+def test_pictures_on_the_way_are_of_a_steps_time(server: Running) -> None:
+    """Whoever draws waits for them, too."""
+    stepper = server.service.desk.stepper
+    decode_waiting = stepper.between_steps
+    assert decode_waiting is not None
+
+    def slowly() -> None:
+        time.sleep(0.05)
+        decode_waiting()
+
+    slow = unittest.mock.patch.object(stepper, "between_steps", slowly)
+    with slow, unittest.mock.patch.object(stepper, "steps", deque()) as taken:
+        assert server.post({"prompt": "a", "steps": 1}).status_code == 200
+        server.settle()
+        assert min(step.seconds for step in taken) >= 0.05
 
 
 def test_a_deadline_frees_the_slot(server: Running) -> None:

@@ -25,7 +25,7 @@ from madformer.engine import SamplingOptions  # noqa: E402
 from madformer.serving import client as client_module  # noqa: E402
 from madformer.serving.client import Client  # noqa: E402
 from madformer.serving.client_events import ApiError, Block, Done, Event, Finished  # noqa: E402
-from madformer.serving.ray_app import ClusterSettings, application  # noqa: E402
+from madformer.serving.ray_app import ClusterSettings, application, status_of_all  # noqa: E402
 from madformer.serving.settings import ServerSettings  # noqa: E402
 
 MODEL = Path(__file__).parents[2] / "assets" / "emoji64"
@@ -44,6 +44,24 @@ def make_app(model: Path) -> Any:
     torch.set_num_threads(1)
     pipeline = MADFormerPipeline.from_pretrained(model, dtype=torch.float32)
     return create_app(pipeline, SETTINGS, defaults=SamplingOptions(steps=4, guidance=3.0), name="emoji64")
+
+
+def test_status_of_engines() -> None:
+    """One of two draws, three images a step of 20 ms, the other has never had anything to do."""
+    idle = {
+        "ready": True, "draining": True, "waiting": 0, "running": 0, "slots": 4, "steps_per_second": 0.0,
+        "step_seconds": 0.0, "batch_fill": 0.0, "images_done": 0, "seconds_per_image": 0.0,
+    }  # fmt: skip
+    busy = {
+        "ready": False, "draining": False, "waiting": 2, "running": 3, "slots": 4, "steps_per_second": 150.0,
+        "step_seconds": 0.02, "batch_fill": 0.75, "images_done": 9, "seconds_per_image": 0.8,
+    }  # fmt: skip
+    total = status_of_all([idle, busy])
+    assert (total["ready"], total["draining"], total["waiting"], total["running"]) == (True, False, 2, 3)
+    assert (total["slots"], total["steps_per_second"], total["images_done"]) == (8, 150.0, 9)
+    assert total["step_seconds"] == pytest.approx(0.02)
+    assert total["batch_fill"] == pytest.approx(0.375)
+    assert status_of_all([idle, idle])["step_seconds"] == 0.0
 
 
 def test_without_ray_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,7 @@ class Status(TypedDict, total=False):
     running: int
     slots: int
     steps_per_second: float
+    step_seconds: float
     batch_fill: float
     images_done: int
     seconds_per_image: float

@@ -100,7 +100,7 @@ class Desk:
     def seconds_for(self, count: int) -> float:
         """In which so many of the images that are here get done, by what steps take now."""
         left = sum(map(self._steps_left, self.active)) / max(1, len(self.active))
-        return count * left * self.stepper.seconds_per_step()
+        return count * left * self.stepper.seconds_per_image_step()
 
     def submit(self, drawing: Drawing, client: str, *, streamed: bool) -> Generation:
         """Have it drawn.
@@ -132,7 +132,7 @@ class Desk:
         ]
         running = [p for p in self.active if p.started is not None]
         work = sum(map(self._steps_left, (*ahead, *running, *generation.pictures)))
-        seconds = round(work * self.stepper.seconds_per_step(), 3)
+        seconds = round(work * self.stepper.seconds_per_image_step(), 3)
         generation.publish("queued", position=len(ahead), estimated_seconds=seconds)
         if drawing.deadline is not None:
             passed = errors.deadline_passed(drawing.deadline)
@@ -172,6 +172,7 @@ class Desk:
                     lambda: compose(drawing, blocks, self.config),
                     drawing,
                     lambda made: self._post(self._drew_block, picture, finished.place, order, made),
+                    preview=True,
                 )
 
         future = self.stepper.submit(
@@ -186,8 +187,10 @@ class Desk:
         drawing: Drawing,
         deliver: Callable[[Any], object],
         record: Mapping[str, Any] | None = None,
+        *,
+        preview: bool = False,
     ) -> None:
-        self.finisher.put(Work(latents, drawing.output_format, drawing.quality, deliver, record))
+        self.finisher.put(Work(latents, drawing.output_format, drawing.quality, deliver, record, preview))
 
     def _drawn(self, picture: Picture, done: Future[Tensor]) -> None:
         """Of the thread that draws, or of whoever cancelled."""

@@ -38,9 +38,10 @@ class Work:
     """A picture to be made.
 
     Attributes:
-        compose: gives its latents ``(M, L, C)``, in the thread that decodes, in the order in which it was asked.
+        compose: gives its latents ``(M, L, C)``, in the thread that decodes.
         deliver: takes the file, or what went wrong, in a thread of the finisher's, in that order too.
         record: what a PNG says of itself.
+        preview: on a processor it may differ by rounding from what it would be alone.
     """
 
     compose: Callable[[], Tensor]
@@ -48,6 +49,7 @@ class Work:
     quality: int
     deliver: Callable[[bytes | Exception], object]
     record: Mapping[str, Any] | None = None
+    preview: bool = False
 
 
 class Finisher:
@@ -110,27 +112,36 @@ class Finisher:
             del first  # not held until the next picture comes
 
     def _finish(self, batch: list[Work]) -> None:
-        pictures: Sequence[Image.Image | Exception]
+        files: dict[int, Future[bytes] | Exception] = {}
+        # a GPU decodes whatever there is together
+        for preview in (None,) if self.beside else (False, True):
+            places = [place for place, work in enumerate(batch) if preview in (None, work.preview)]
+            if places:
+                made = self._files([batch[place] for place in places], together=preview is True)
+                files.update(zip(places, made, strict=True))
+        self._delivering.submit(_deliver, batch, [files[place] for place in range(len(batch))])
+
+    def _files(self, works: Sequence[Work], *, together: bool) -> Sequence[Future[bytes] | Exception]:
+        """Of these works, decoded now and encoded by other threads; each or all may be an error."""
         try:
-            pictures = self._decode(torch.stack([work.compose() for work in batch]))
+            pictures = self._decode(torch.stack([work.compose() for work in works]), together=together)
         except Exception as error:
             logger.error("decoding failed", exc_info=error)
-            pictures = [error] * len(batch)
-        files = [
+            return [error] * len(works)
+        return [
             picture
             if isinstance(picture, Exception)
             else self._encoders.submit(encode, picture, work.output_format, work.quality, work.record)
-            for work, picture in zip(batch, pictures, strict=True)
+            for work, picture in zip(works, pictures, strict=True)
         ]
-        self._delivering.submit(_deliver, batch, files)
 
-    def _decode(self, blocks_BMLC: Tensor) -> list[Image.Image | Exception]:
+    def _decode(self, blocks_BMLC: Tensor, *, together: bool) -> list[Image.Image | Exception]:
         """The error of one that is not finite."""
         if self._stream is not None:
             # behind the steps that were launched by now, beside those to come
             self._stream.wait_stream(torch.cuda.default_stream(blocks_BMLC.device))
         with torch.cuda.stream(self._stream), torch.inference_mode():
-            pixels = decode(self.vae, from_blocks(blocks_BMLC, self.config))
+            pixels = decode(self.vae, from_blocks(blocks_BMLC, self.config), together=together)
             sound, images = finite(pixels).tolist(), to_uint8(pixels).cpu().numpy()
         return [
             Image.fromarray(image) if good else FloatingPointError("the picture is not finite")

@@ -16,7 +16,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,19 @@ OWNED = re.compile(r"/api/v1/images/([^/]+)(?:/events)?|/v1/files/images/([^/]+)
 SUMS = ("waiting", "running", "slots", "steps_per_second", "images_done")
 
 Message = MutableMapping[str, Any]
+
+
+def status_of_all(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of engines, one at least, what ``GET /api/v1/status`` tells of each."""
+    total: dict[str, Any] = {name: sum(one[name] for one in found) for name in SUMS}
+    total["ready"] = any(one["ready"] for one in found)
+    total["draining"] = all(one["draining"] for one in found)
+    total["batch_fill"] = sum(one["batch_fill"] * one["slots"] for one in found) / total["slots"]
+    total["seconds_per_image"] = sum(one["seconds_per_image"] for one in found) / len(found)
+    # of those that draw, by how much
+    speeds = sum(one["step_seconds"] * one["steps_per_second"] for one in found)
+    total["step_seconds"] = speeds / total["steps_per_second"] if total["steps_per_second"] else 0.0
+    return total
 
 
 @dataclass(frozen=True)
@@ -192,11 +205,7 @@ class Front:
         """That of all engines together, for whom one of them would tell its own."""
         if (answer := await self.answer(request)).status_code != 200 or not (found := await self._all("status")):
             return answer
-        total: dict[str, Any] = {name: sum(one[name] for one in found) for name in SUMS}
-        total["ready"] = any(one["ready"] for one in found)
-        total["draining"] = all(one["draining"] for one in found)
-        total["batch_fill"] = sum(one["batch_fill"] * one["slots"] for one in found) / total["slots"]
-        total["seconds_per_image"] = sum(one["seconds_per_image"] for one in found) / len(found)
+        total = status_of_all(found)
         headers = {
             name: value for name, value in answer.headers.items() if name not in ("content-length", "content-type")
         }

@@ -89,6 +89,7 @@ class Status(BaseModel):
     running: int
     slots: int
     steps_per_second: float
+    step_seconds: float
     batch_fill: float
     images_done: int
     seconds_per_image: float

@@ -119,6 +119,7 @@ class Service:
         gauge("slots", "images that can be drawn at once", lambda: stepper.num_slots)
         gauge("batch_fill", "share of the slots in use, over the last steps", stepper.batch_fill)
         gauge("steps_per_second", "denoising steps of an image, over all images", stepper.steps_per_second)
+        gauge("step_seconds", "seconds in which an image gets on by a step", stepper.step_seconds)
         gauge("step_faults", "steps that raised an error", lambda: stepper.num_faults)
         gauge("ready", "whether requests are admitted", lambda: self.desk.is_ready)
 
@@ -163,6 +164,7 @@ class Service:
             "running": stepper.num_running,
             "slots": stepper.num_slots,
             "steps_per_second": round(stepper.steps_per_second(), 2),
+            "step_seconds": round(stepper.step_seconds(), 6),
             "batch_fill": round(stepper.batch_fill(), 4),
             "images_done": desk.images_done,
             "seconds_per_image": round(desk.seconds_per_image, 4),

@@ -38,7 +38,7 @@ LONGEST_REMEMBERED = 30.0
 
 @dataclass(frozen=True)
 class Step:
-    """When it ended, seconds that it took, and how many images took it."""
+    """When it ended, seconds that it took with what was decoded after it, and how many images took it."""
 
     end: float
     seconds: float
@@ -148,11 +148,18 @@ class Stepper:
         steps = self.recent()
         return sum(step.images for step in steps) / (len(steps) * self.num_slots) if steps else 0.0
 
-    def seconds_per_step(self) -> float:
-        """Of one image's denoising step, shared with whoever took it too; measured last, whenever that was."""
+    def seconds_per_image_step(self) -> float:
+        """By which an image's step keeps others waiting, its share of a full one; measured last, whenever that was."""
         steps = tuple(self.steps)
         images = sum(step.images for step in steps)
         return sum(step.seconds for step in steps) / images if images else 0.0
+
+    def step_seconds(self) -> float:
+        """In which an image gets on by a step, the mean over images of the last seconds: a full step counts for all of
+        its images. Steps of another kind that are taken in turn with its own are not in it."""
+        steps = self.recent()
+        images = sum(step.images for step in steps)
+        return sum(step.images * step.seconds for step in steps) / images if images else 0.0
 
     # The thread
 
@@ -166,9 +173,7 @@ class Stepper:
                 while self._wait():
                     for batcher in self.batchers.values():
                         if batcher.num_running or batcher.num_waiting:
-                            self._step(batcher)
-                            if self.between_steps is not None:
-                                batcher.between_steps(self.between_steps)
+                            self._step(batcher, self.between_steps)
         except BaseException as error:
             self.ready.clear()
             logger.critical("the thread that draws ended", exc_info=error)
@@ -182,15 +187,16 @@ class Stepper:
             self._woken = False
             return not self._stopping
 
-    def _step(self, batcher: InFlightBatcher) -> None:
-        started = time.monotonic()
+    def _step(self, batcher: InFlightBatcher, between_steps: Callable[[], object] | None = None) -> None:
+        started, images = time.monotonic(), 0
         try:
             images = batcher.step(unchanged=True)
         except Exception as error:
             # the images that had a slot were told; those that wait are drawn
             self.num_faults += 1
             logger.error("a step failed", exc_info=error)
-            return
+        if between_steps is not None:
+            batcher.between_steps(between_steps)
         if images:
             end = time.monotonic()
             self.num_steps += 1
