@@ -1,19 +1,21 @@
 """How fast C++'s ops are on a processor, beside eager PyTorch and ``torch.compile``, and against a copy. No GPU.
 
 Shapes are the demonstration model's, sampling one and sixteen images with guidance, whose tensors the caches hold, and
-larger ones that no cache does. C++ and eager PyTorch are called through the public functions, as a model does it, which
-is half of the time at one image; ``torch.compile`` is given the larger shapes alone. Figures are CPU time of the one
-thread, the least of many short runs that take turns, so that other work on the machine shows little. The roof is
-``copy_`` of as many bytes as a call reads and writes; of maps that are normalised those are the maps twice and the
-result, as the kernel reads them twice.
+larger ones that no cache does: each as large as the machine's last one. glibc asks the system for memory of that size
+anew at every call, and clearing its pages takes longer than an op, so run it with an allocator that keeps it. C++ and
+eager PyTorch are called through the public functions, as a model does it, which is half of the time at one image;
+``torch.compile`` is given the larger shapes alone. Figures are CPU time of the one thread, the least of many short runs
+that take turns, so that other work on the machine shows little. The roof is ``copy_`` of as many bytes as a call reads
+and writes; of maps that are normalised those are the maps twice and the result, as the kernel reads them twice.
 
-    python -m benchmarks.cpu_kernels [--op swiglu] [--no-compile] [--out benchmarks/results/<device>/cpu_kernels.json]
+    LD_PRELOAD=libtcmalloc_minimal.so.4 python -m benchmarks.cpu_kernels [--op swiglu] [--no-compile]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -200,11 +202,18 @@ def cases() -> Iterator[Case]:
             yield from _model_cases(label, samples, dtype)
             if dtype == torch.float32:
                 yield _conv_case(label, samples, 128, 16)
-        large = f"beyond the caches, {name}"
-        # 24 MiB a tensor: glibc keeps that for the next one; larger memory it would ask the system for each time.
-        many = 4 // dtype.itemsize
-        yield from _rows_cases(large, (24 * many, 256, 1024), 1024, dtype)
-        yield _map_case(large, 12 * many, 512, 32, dtype)
+        large, many = f"beyond the caches, {name}", max(1, large_tensor() // 2**19 // dtype.itemsize)
+        yield from _rows_cases(large, (2 * many, 256, 1024), 1024, dtype)
+        yield _map_case(large, many, 512, 32, dtype)
+
+
+def large_tensor() -> int:
+    """Bytes of the processor's last cache, or of a usual one where the system does not say; gradients of eager PyTorch
+    take some thirty times as much, so it is bounded by the machine's memory."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(size[:-1]) * 2**10 for file in files if (size := file.read_text().strip()).endswith("K")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(sizes, default=2**25), memory // 40)
 
 
 def forward(run: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
