@@ -34,6 +34,7 @@ from benchmarks.precision import EXACT
 from madformer.evaluation import Estimate
 from madformer.evaluation.uncertainty import student
 from madformer.sweeps import Line, Point, Sweep, lines, plot, read_table
+from madformer.sweeps.summary import training_means
 
 PAGE = ROOT / "docs" / "experiments.md"
 IMAGES = ROOT / "docs" / "images" / "experiments"
@@ -134,7 +135,7 @@ def differences(shown: Sequence[Line], base: str) -> dict[str, dict[int, str]]:
     columns: dict[tuple[str, int], dict[str, list[float]]] = {}
     for line in shown:
         for point in line.points:
-            columns.setdefault((line.settings, point.steps), {})[line.model] = _trainings(point)
+            columns.setdefault((line.settings, point.steps), {})[line.model] = training_means(point, FIGURE)
     found: dict[str, dict[int, str]] = {}
     for (settings, steps), values in columns.items():
         degrees = sum(len(own) - 1 for own in values.values())
@@ -150,14 +151,6 @@ def differences(shown: Sequence[Line], base: str) -> dict[str, dict[int, str]]:
             label = f"{model}, {settings}" if settings else model
             found.setdefault(label, {})[steps] = _difference(value, half)
     return found
-
-
-def _trainings(point: Point) -> list[float]:
-    """The figure of each training, over its draws."""
-    values: dict[int, list[float]] = {}
-    for row in point.rows:
-        values.setdefault(row["training_seed"], []).append(row["scores"][FIGURE]["value"])
-    return list(map(statistics.fmean, values.values()))
 
 
 def noise(rows: Rows) -> list[str]:

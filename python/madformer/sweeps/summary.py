@@ -117,14 +117,15 @@ def comparisons(rows: Sequence[Row], figure: str) -> list[Comparison]:
             continue
         others = {point.steps: point for point in second.points}
         for point in first.points:
-            sides = [_training_means(one, figure) for one in (point, others.get(point.steps)) if one is not None]
+            sides = [training_means(one, figure) for one in (point, others.get(point.steps)) if one is not None]
             if len(sides) == 2 and min(map(len, sides)) > 1:
                 difference = _welch(*sides)
                 found.append(Comparison(first.model, second.model, first.settings, point.steps, difference))
     return found
 
 
-def _training_means(point: Point, figure: str) -> list[float]:
+def training_means(point: Point, figure: str) -> list[float]:
+    """The figure of each training, over its draws."""
     values: dict[int, list[float]] = {}
     for row in point.rows:
         values.setdefault(row["training_seed"] or 0, []).append(scores_of(row)[figure].value)
