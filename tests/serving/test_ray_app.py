@@ -106,7 +106,9 @@ def until(found: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 def statuses(engines: Any) -> list[dict[str, Any]]:
-    return engines.broadcast("status").results(timeout_s=30)
+    """Of those that answer: one that was killed may not be known to be dead yet."""
+    found = engines.broadcast("status").results(timeout_s=30, return_exceptions=True)
+    return [one for one in found if not isinstance(one, BaseException)]
 
 
 def kill_the_one_that_draws(engines: Any) -> None:
