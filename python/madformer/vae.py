@@ -195,7 +195,7 @@ def decode(vae: Any, latents_BCHW: Tensor, *, together: bool = False) -> Tensor:
 
     Args:
         together: a picture may depend on its neighbours by rounding, so that a CPU decodes small ones in groups, too:
-            eight of 64 pixels in two fifths of the time.
+            eight of 64 pixels in two thirds of the time in fp32, in two fifths in bf16 (two cores of a Xeon with AMX).
     """
     offset, scale = normalization(vae, latents_BCHW.device)
     latents = latents_BCHW / scale + offset
